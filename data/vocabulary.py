@@ -1,0 +1,157 @@
+"""Vocabularies: text to token ids and back, exactly, without TensorFlow or seqio.
+
+The ids are those of seqio's vocabularies, which the Tasks tokenise with: 0 is padding, 1 ends a document, 2 is unknown and never occurs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import re
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+import sentencepiece
+
+from .errors import DataError
+
+PAD_ID = 0
+EOS_ID = 1
+UNK_ID = 2
+_NUM_SPECIAL = 3
+
+
+# SentencePiece's model in a folder that is described by a vocabulary's name.
+MODEL_FILE = "vocabulary.model"
+
+
+class Vocabulary(Protocol):
+    """What the ids of a cache mean.
+
+    Attributes:
+      name: "bytes", or "spm" and the number of ids.
+      size: number of ids, special ones included.
+      digest: equal digests mean equal ids.
+    """
+
+    name: str
+    size: int
+    digest: str
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int32 [length], without an end."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; padding and ends are left out, bytes that are no UTF-8 become U+FFFD."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteVocabulary:
+    """UTF-8 bytes after the three special ids, as ByT5."""
+
+    name: str = "bytes"
+    size: int = _NUM_SPECIAL + 256
+    digest: str = "bytes"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _NUM_SPECIAL
+
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = np.asarray(ids, np.int64)
+        return (ids[(ids >= _NUM_SPECIAL) & (ids < self.size)] - _NUM_SPECIAL).astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePieceVocabulary:
+    """A SentencePiece model that loses nothing.
+
+    Attributes:
+      model: the serialised model.
+    """
+
+    model: bytes = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+
+    @functools.cached_property
+    def size(self) -> int:
+        return self._processor.vocab_size()
+
+    @property
+    def name(self) -> str:
+        return f"spm{self.size}"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.model).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._processor.encode(escape(text)), np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return unescape(self._processor.decode(np.asarray(ids, np.int64).tolist()))
+
+
+# SentencePiece writes a space as U+2581 and so reads U+2581 back as a space. Texts that hold it are escaped; `tasks` does the same in TensorFlow.
+_SPACE_MARK = "\u2581"
+_ESCAPE = "\x01"
+ESCAPES = ((_ESCAPE, _ESCAPE + "0"), (_SPACE_MARK, _ESCAPE + "1"))
+
+
+def escape(text: str) -> str:
+    """Replaces what SentencePiece would change; `unescape` is the inverse for every text."""
+    for character, escaped in ESCAPES:
+        text = text.replace(character, escaped)
+    return text
+
+
+def unescape(text: str) -> str:
+    for character, escaped in reversed(ESCAPES):
+        text = text.replace(escaped, character)
+    return text
+
+
+def train(lines: Iterable[str], size: int, num_threads: int = 2) -> SentencePieceVocabulary:
+    """Trains a byte-pair vocabulary that keeps every text as it is: no normalisation, all spaces, rare characters as bytes.
+
+    Args:
+      lines: the training text without its line ends, which are a token of their own, as tabs are.
+      size: number of ids.
+      num_threads: part of the settings, since it may change the result.
+
+    Raises:
+      DataError: SentencePiece cannot make so many or so few pieces from this text.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(escape(line) for line in lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False,
+            user_defined_symbols=["\n", "\t"],
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            bos_id=-1,
+            num_threads=num_threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(f"no vocabulary of {size} pieces can be trained on this text: {_sentence(error)}") from None
+    return SentencePieceVocabulary(model.getvalue())
+
+
+def _sentence(error: RuntimeError) -> str:
+    """SentencePiece's message without the place in its source: "INTERNAL: src/x.cc(1) [check] What is wrong."."""
+    return re.sub(r"^.*\] ", "", str(error).strip().splitlines()[-1])

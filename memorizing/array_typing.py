@@ -1,0 +1,41 @@
+"""The letters of this code base, and a name for each kind of array.
+
+The letters stand in type aliases, einsums (`'BTNH,BSNH->BNTS'`) and shape comments, always with the same meaning:
+
+  B rows          T query positions   S key positions     N heads         H head width
+  D model width   F MLP width         V vocabulary        M memory slots  K neighbours
+  W window        L layers            U segments of a row in one step
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+Tokens = Int[Array, "B T"]
+RealPositions = Bool[Array, "B T"]
+RowFlags = Bool[Array, "B"]
+
+Activations = Float[Array, "B T D"]
+Queries = Float[Array, "B T N H"]
+Keys = Float[Array, "B S N H"]
+Values = Float[Array, "B S N H"]
+HeadScale = Float[Array, "N"]
+Logits = Float[Array, "B T V"]
+PerToken = Float[Array, "B T"]
+
+# The external memory keeps heads before slots: a head's slots are then one contiguous matrix for the search.
+MemoryKeys = Float[Array, "B N M H"]
+MemoryValues = Float[Array, "B N M H"]
+MemoryValidity = Bool[Array, "B M"]
+NeighbourScores = Float[Array, "B N T K"]
+NeighbourIndices = Int[Array, "B N T K"]
+
+Scalar = Float[Array, ""]
+Clock = Int[Array, ""]
+Checksum = UInt32[Array, ""]
+
+# A tree of arrays; a tree of the same shape whose leaves are tuples of logical axis names.
+Tree = Any
+AxesTree = Any

@@ -1,0 +1,150 @@
+"""What all mechanisms share: the sizes of a layer, the interface, and the projections around a dot-product core."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from memorizing import masks, positions
+from memorizing.array_typing import Activations, AxesTree, HeadScale, Keys, Queries, Tree, Values
+from memorizing.context import Report, Segment
+from memorizing.layers import Einsum
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDims:
+    """Sizes of one layer.
+
+    Attributes:
+      embed_dim, num_heads, head_dim, mlp_dim: D, N, H, F.
+      dropout: probability, on the outputs of attention and MLP.
+      initial_logit_scale: value at initialisation of the learned per-head scale of the logits.
+      dtype: dtype of activations and of carried states.
+    """
+
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    dropout: float
+    initial_logit_scale: float
+    dtype: jnp.dtype
+
+
+class Attention:
+    """A mechanism: a frozen dataclass that builds its layer and describes the state which the layer carries from segment to segment.
+
+    The three trees have the same structure. The defaults are those of a mechanism without state whose layer is a dot-product core between projections; a mechanism with
+    projections of its own overrides `layer`, the others provide `core`.
+
+    Attributes:
+      stackable: whether equal neighbouring layers may be scanned, their states stacked and unstacked (copied) every step.
+    """
+
+    stackable: ClassVar[bool] = True
+
+    def init_state(self, dims: LayerDims, batch_size: int) -> Tree:
+        """The state of rows that have seen nothing. Every leaf has the row axis first."""
+        return ()
+
+    def state_axes(self) -> AxesTree:
+        """The logical axis names of every leaf of the state."""
+        return ()
+
+    def fresh_state(self) -> Tree:
+        """What a reset writes: see `context.reset_rows`."""
+        return ()
+
+    def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        """A module `(queries, keys, values, scale, segment, state) -> (output [B, T, N, H], new state, Report)`."""
+        raise TypeError(f"{type(self).__name__} has no core: it provides its layer itself")
+
+    def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        """A module `(x [B, T, D], segment, state) -> (y [B, T, D], new state, Report)`."""
+        return ProjectedAttention(self, dims, name=name)
+
+    def check(self, segment_length: int) -> None:
+        """Raises UserError if the mechanism cannot work with segments of this length."""
+
+
+class ProjectedAttention(nn.Module):
+    """Projects to queries, keys and values, lets the mechanism's core attend, and projects back.
+
+    Queries and keys are L2-normalised and the logits multiplied by a learned scale per head, so that keys stored long ago keep their magnitude.
+    """
+
+    attention: Attention
+    dims: LayerDims
+
+    @nn.compact
+    def __call__(self, x: Activations, segment: Segment, state: Tree) -> tuple[Activations, Tree, Report]:
+        dims = self.dims
+        size = (dims.embed_dim, dims.num_heads, dims.head_dim)
+        axes = ("embed", "heads", "head_dim")
+
+        def project(name: str) -> jax.Array:
+            return Einsum("BTD,DNH->BTNH", size, axes, dims.dtype, name=name)(x)
+
+        queries, keys, values = normalize(project("query")), normalize(project("key")), project("value")
+        initializer = nn.initializers.constant(dims.initial_logit_scale)
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(initializer, ("heads",)), (dims.num_heads,), jnp.float32
+        )
+        core = self.attention.core(dims, name="core")
+        y, state, report = core(queries, keys, values, jnp.abs(scale), segment, state)
+        y = Einsum("BTNH,NHD->BTD", size[1:] + size[:1], axes[1:] + axes[:1], dims.dtype, name="output")(y)
+        return y, state, report
+
+
+class T5Bias(nn.Module):
+    """A learned bias a head and bucket of distance (Raffel et al. 2020)."""
+
+    num_heads: int
+    num_buckets: int
+    max_distance: int
+
+    @nn.compact
+    def __call__(self, num_queries: int, num_keys: int) -> Float[Array, "N T S"]:
+        initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        table = self.param(
+            "table",
+            nn.with_logical_partitioning(initializer, ("heads", None)),
+            (self.num_heads, self.num_buckets),
+            jnp.float32,
+        )
+        buckets = positions.t5_buckets(np.arange(num_keys), self.num_buckets, self.max_distance)
+        return positions.bias_by_distance(table[:, buckets], num_queries)
+
+
+def normalize(x: Queries) -> Queries:
+    """x / |x| over the last axis, with the sum in float32."""
+    squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return (x * jax.lax.rsqrt(squares + 1e-6)).astype(x.dtype)
+
+
+def causal_attention(
+    queries: Queries,
+    keys: Keys,
+    values: Values,
+    scale: HeadScale,
+    bias: Float[Array, "N T S"],
+    visible: Bool[Array, "B S"],
+) -> Queries:
+    """softmax(scale * (q . k + bias)) v over the visible keys at or before each query; the last T keys are the queries' own positions.
+
+    A query always sees its own position, visible or not, so that no row of the softmax is empty.
+    """
+    num_queries, num_keys = queries.shape[1], keys.shape[1]
+    with jax.named_scope("local_attention"):
+        logits = jnp.einsum("BTNH,BSNH->BNTS", queries, keys, preferred_element_type=jnp.float32)
+        logits = (logits + bias[None]) * scale[None, :, None, None]
+        mask = masks.causal(num_queries, num_keys)[None] & (visible[:, None, :] | masks.itself(num_queries, num_keys))
+        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+        return jnp.einsum("BNTS,BSNH->BTNH", weights, values)

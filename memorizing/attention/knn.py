@@ -1,0 +1,133 @@
+"""kNN-augmented attention (Wu et al. 2022, "Memorizing Transformers", section 3): a local attention and an external memory, joined by a gate."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from memorizing import external_memory
+from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
+from memorizing.attention.base import Attention, LayerDims
+from memorizing.attention.full import FullAttention
+from memorizing.context import Report, Segment
+from memorizing.errors import UserError
+from memorizing.external_memory import Memory, Search
+from memorizing.search import ExactSearch
+
+
+@struct.dataclass
+class KNNState:
+    """State of the local attention, and the external memory of the same keys and values."""
+
+    local: Any
+    memory: Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class KNNAttention(Attention):
+    """y = g * attention to the k nearest slots of the memory + (1 - g) * local attention, with g = sigmoid(b) learned per head (section 3.1).
+
+    The segment is written to the memory after it has been read, so that no query retrieves a token of its own segment. With a Transformer-XL cache the last W positions are
+    both in the cache and in the memory, as in the authors' code. Where the memory is empty the output is exactly the local attention.
+
+    Such layers are not stacked: the memory is far too large to be copied every step.
+
+    Attributes:
+      memory_size: M, in positions; a multiple of the segment length.
+      num_neighbors: k.
+      local: the mechanism of the local attention, one with a `core`.
+      search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
+    """
+
+    stackable: ClassVar[bool] = False
+
+    memory_size: int = 8192
+    num_neighbors: int = 32
+    local: Attention = FullAttention()
+    search: Search = ExactSearch()
+
+    def __post_init__(self) -> None:
+        if self.memory_size < 1:
+            raise UserError(
+                f"KNNAttention.memory_size = {self.memory_size}: at least one segment; "
+                "for a model without memory set LMConfig.attention_at = ()"
+            )
+        if self.num_neighbors < 1:
+            raise UserError(f"KNNAttention.num_neighbors = {self.num_neighbors}: at least 1")
+
+    def check(self, segment_length: int) -> None:
+        if self.memory_size % segment_length:
+            below = self.memory_size // segment_length * segment_length
+            raise UserError(
+                f"KNNAttention.memory_size = {self.memory_size} is not a multiple of the segment length {segment_length}: "
+                f"the nearest are {below or segment_length} and {below + segment_length}"
+            )
+        self.local.check(segment_length)
+
+    def init_state(self, dims: LayerDims, batch_size: int) -> KNNState:
+        shape = (batch_size, dims.num_heads, self.memory_size, dims.head_dim)
+        memory = Memory(
+            keys=jnp.zeros(shape, dims.dtype),
+            values=jnp.zeros(shape, dims.dtype),
+            valid=jnp.zeros((batch_size, self.memory_size), bool),
+        )
+        return KNNState(local=self.local.init_state(dims, batch_size), memory=memory)
+
+    def state_axes(self) -> AxesTree:
+        axes = ("batch", "heads", "memory", "head_dim")
+        return KNNState(self.local.state_axes(), Memory(keys=axes, values=axes, valid=("batch", "memory")))
+
+    def fresh_state(self) -> KNNState:
+        return KNNState(self.local.fresh_state(), Memory(keys=None, values=None, valid=False))
+
+    def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        return KNNCore(self, dims, name=name)
+
+
+class KNNCore(nn.Module):
+    attention: KNNAttention
+    dims: LayerDims
+
+    def setup(self) -> None:
+        self.local = self.attention.local.core(self.dims)
+        # The local attention keeps the parameter names that it has without a memory: a finished model can be given one.
+        nn.share_scope(self, self.local)
+        initializer = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+        self.gate = self.param("gate", initializer, (self.dims.num_heads,), jnp.float32)
+
+    def __call__(
+        self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: KNNState
+    ) -> tuple[Queries, KNNState, Report]:
+        config = self.attention
+        y_local, local_state, local_report = self.local(queries, keys, values, scale, segment, state.local)
+        with jax.named_scope("external_memory"):
+            y_memory, found = external_memory.read(queries, scale, state.memory, config.num_neighbors, config.search)
+            memory = external_memory.write(state.memory, keys, values, segment.is_real, segment.clock)
+        gate = nn.sigmoid(self.gate)
+        memory_share = jnp.where(found[:, :, None, None], gate[None, None, :, None], 0.0).astype(y_local.dtype)
+        report = Report(
+            losses=local_report.losses,
+            metrics={
+                **local_report.metrics,
+                "gate": jax.lax.stop_gradient(gate),
+                "memory_fill": jnp.mean(memory.valid, dtype=jnp.float32),
+            },
+        )
+        y = memory_share * y_memory + (1 - memory_share) * y_local
+        return y, KNNState(local_state, memory), report
+
+
+def forget_memories(context: Any) -> Any:
+    """The same context with every external memory empty: local attention and caches keep theirs. For measuring what the memory is worth."""
+
+    def forget(state: Any) -> Any:
+        if not isinstance(state, KNNState):
+            return state
+        return state.replace(memory=state.memory.replace(valid=jnp.zeros_like(state.memory.valid)))
+
+    return jax.tree.map(forget, context, is_leaf=lambda state: isinstance(state, KNNState))

@@ -1,0 +1,82 @@
+"""What the data side hands to the training side: the only types both know.
+
+A *segment* is one T-long slice of a document, one forward pass of the model. A row stays on its document until the document ends, then takes the next one; a segment
+never holds tokens of two documents. A batch carries U consecutive segments of each of its B rows.
+
+The model predicts `targets` from `tokens`, which are the same tokens one position earlier: `tokens[t]` is the token before `targets[t]`. The first input of a segment is
+therefore the last target of the row's previous segment (`PADDING` at the start of a document), so that the first token of every segment is scored too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+# The id that no text contains. `targets == PADDING` marks positions after the end of a document.
+PADDING = 0
+
+
+class Batch(NamedTuple):
+    """U segments for each of B rows, as numpy (from the data side) or JAX arrays (inside a step).
+
+    Attributes:
+      tokens: int32 [B, U, T], the model's input.
+      targets: int32 [B, U, T], what it has to predict; `PADDING` where a document has ended.
+      loss_weights: float32 [B, U, T], weight of each prediction in the loss; 0 at padding.
+      start_of_document: bool [B, U], true where a segment begins a new document: whatever the row carried from before is forgotten first.
+    """
+
+    tokens: Any
+    targets: Any
+    loss_weights: Any
+    start_of_document: Any
+
+
+class EvaluationBatch(NamedTuple):
+    """One segment a row (U = 1) of held-out documents, with what is needed to account for each document.
+
+    Attributes:
+      batch: the segments; rows that have run out of documents hold padding only.
+      document: int32 [B], index of the row's document in the split; -1 for a row that has run out.
+      offset: int64 [B], position of the segment's first target in its document, in tokens.
+    """
+
+    batch: Batch
+    document: np.ndarray
+    offset: np.ndarray
+
+
+class BatchIterator(Protocol):
+    """An endless stream of batches whose position can be saved and restored exactly."""
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Position of every row (of all hosts) as a JSON-able dict: the next batch is a function of it."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to a position that `get_state` returned. Raises ValueError if it belongs to another stream."""
+
+
+class DataSource(Protocol):
+    """A corpus ready for training: a frozen dataclass that gin builds.
+
+    Attributes:
+      vocab_size: number of token ids, `PADDING` included.
+      identity: what makes two sources the same experiment (a short string).
+      document_bytes: int64 [number of held-out documents], UTF-8 bytes of each, or None where text has no bytes.
+    """
+
+    vocab_size: int
+    identity: str
+    document_bytes: np.ndarray | None
+
+    def train_batches(
+        self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int
+    ) -> BatchIterator:
+        """The training stream. Only `rows` (this host's share of `range(num_rows)`) are filled, the state covers all of them."""
+
+    def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
+        """Every held-out document once, whole, from its start; longest first."""

@@ -1,0 +1,184 @@
+"""Checkpoints: parameters, optimizer, step, randomness, context and the position of every row as one unit, with checksums.
+
+Built on Orbax's CheckpointManager: asynchronous, atomic (a step is there as a whole or not at all), any file system that etils.epath can name. Orbax does not notice a
+flipped bit; the checksums do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from memorizing.array_typing import Checksum, Tree
+from memorizing.errors import UserError
+from memorizing.train_state import TrainState
+
+FOLDER = "checkpoints"
+
+
+class Restored(NamedTuple):
+    """What a checkpoint gave back.
+
+    Attributes:
+      state: the training state; its context is None if none was saved, or none that fits this run.
+      rows: what was saved as `rows`: the position of every row's stream.
+    """
+
+    state: TrainState
+    rows: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one workdir."""
+
+    def __init__(self, workdir: epath.Path, keep: int = 3, save_context: bool = True) -> None:
+        """
+        Args:
+          workdir: the run's folder; checkpoints lie in `workdir/checkpoints/STEP`.
+          keep: how many of the newest steps stay.
+          save_context: whether the context is saved. It can be far larger than the parameters (a memory of 262144 for 256 rows: 256 GiB); without it a run continues with
+            empty memories at document starts.
+        """
+        # Orbax tells of every save at level INFO and of what it could not know in warnings meant for its developers.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._folder, self._save_context = workdir / FOLDER, save_context
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "context", "data"))
+
+    @property
+    def steps(self) -> list[int]:
+        """Complete steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, rows: dict[str, Any]) -> None:
+        """Starts saving; the state may be donated as soon as this returns.
+
+        Args:
+          state: its step names the checkpoint. A step that is there already is not saved again.
+          rows: JSON-able position of every row's stream.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        parts = _parts(state)
+        if not self._save_context:
+            del parts["context"]
+        data = {"rows": rows, "checksums": {name: _named_checksums(part) for name, part in parts.items()}}
+        items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+        self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)))
+
+    def restore(
+        self,
+        abstract: TrainState,
+        step: int | None = None,
+        keeps_context: Callable[[dict[str, Any]], bool] = lambda _: True,
+    ) -> Restored | None:
+        """The newest checkpoint, or None if there is none.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state to restore.
+          step: another than the newest step; later ones are then deleted, since the run goes on from here.
+          keeps_context: told `rows`, says whether the saved context fits this run.
+
+        Raises:
+          UserError: there is no such step, or it is damaged; the message names an older one.
+        """
+        if step is not None and step not in self.steps:
+            raise UserError(f"--restore_step={step}: {self._folder} has the steps {self.steps or 'none'}")
+        chosen = step if step is not None else self._manager.latest_step()
+        if chosen is None:
+            return None
+        try:
+            restored = self._read(chosen, abstract, keeps_context)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                self._damaged(chosen, f"cannot be read ({str(error).strip().splitlines()[0][:120]})")
+            ) from error
+        for later in [other for other in self.steps if other > chosen]:
+            self._manager.delete(later)
+        return restored
+
+    def read_raw(self, step: int | None = None) -> tuple[dict[str, np.ndarray], int]:
+        """Parameters and optimizer state of a step (default: the newest) as host arrays by path, whatever model they belong to, and the step."""
+        chosen = step if step is not None else self._manager.latest_step()
+        if chosen is None:
+            raise UserError(f"{self._folder} has no checkpoint")
+        structure = self._manager.item_metadata(chosen)["state"]
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+        restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        with ocp.CheckpointManager(self._folder, item_handlers={"state": ocp.PyTreeCheckpointHandler()}) as manager:
+            state = manager.restore(chosen, args=ocp.args.Composite(state=restore))["state"]
+        return paths(state), chosen
+
+    def wait(self) -> None:
+        """Returns when the last save is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _read(self, step: int, abstract: TrainState, keeps_context: Callable[[dict[str, Any]], bool]) -> Restored:
+        data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        parts = _parts(abstract)
+        if "context" not in data["checksums"] or not keeps_context(data["rows"]):
+            del parts["context"]
+        items = {name: ocp.args.StandardRestore(part) for name, part in parts.items()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        for name in parts:
+            for path, checksum in _named_checksums(found[name]).items():
+                if checksum != data["checksums"][name][path]:
+                    raise UserError(self._damaged(step, f"does not have the checksum it was saved with ({path})"))
+        return Restored(TrainState(**found["state"], context=found.get("context")), data["rows"])
+
+    def _damaged(self, step: int, what: str) -> str:
+        older = [other for other in self.steps if other < step]
+        advice = (
+            f"the step before it is {older[-1]}: add --restore_step={older[-1]}" if older else "there is no older one"
+        )
+        return f"checkpoint {self._folder / str(step)} {what}; {advice}"
+
+
+def paths(tree: Tree) -> dict[str, Any]:
+    """The leaves of a tree by their path, written with slashes."""
+    return {
+        "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _parts(state: TrainState) -> dict[str, Tree]:
+    return {
+        "state": {"step": state.step, "params": state.params, "opt_state": state.opt_state, "rng": state.rng},
+        "context": state.context,
+    }
+
+
+def _named_checksums(tree: Tree) -> dict[str, int]:
+    names = list(paths(tree))
+    return dict(zip(names, map(int, jax.device_get(_checksums(jax.tree.leaves(tree)))), strict=True))
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[Checksum]:
+    return [_checksum(leaf) for leaf in leaves]
+
+
+def _checksum(array: jax.Array) -> Checksum:
+    """Sum of the array's bits as unsigned integers, each times an odd number that depends on its place: any single flipped bit changes it, and so does an exchange."""
+    if array.dtype == jnp.bool_:
+        bits = array.astype(jnp.uint32)
+    else:
+        bits = jax.lax.bitcast_convert_type(array, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize])
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis in range(array.ndim):
+        place = place * jnp.uint32(1_000_003) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)

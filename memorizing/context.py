@@ -1,0 +1,92 @@
+"""Context: everything a model carries from one segment to the next, as plain pytrees of arrays.
+
+The context of a model is a dict with one entry a layer group (and `clock`, the number of segments seen, which all rows share). What holds for every mechanism, and is all
+that the functions below rely on:
+
+* every leaf has the row axis first; a scalar leaf is shared by all rows;
+* a mechanism says what a fresh row looks like by a tree of the same structure whose leaves broadcast against the state's, or are None where a mask hides the old content.
+  A reset is then one `where` over small leaves: it never touches stored keys and values, and whatever they hold, NaN included, cannot come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from memorizing.array_typing import Clock, RealPositions, RowFlags, Tree
+
+# A model's context: {"clock": int32 scalar, layer group name: state of that group's mechanism}.
+Context = dict[str, Any]
+
+
+class Segment(NamedTuple):
+    """What a layer knows of the segment besides its activations.
+
+    Attributes:
+      is_real: bool [B, T], false at padding after the end of a document.
+      clock: int32 scalar, number of segments that every row has processed before this one.
+    """
+
+    is_real: RealPositions
+    clock: Clock
+
+
+@struct.dataclass
+class Report:
+    """What a layer tells besides its output, by name.
+
+    Attributes:
+      losses: auxiliary losses, scalars that are added to the training loss.
+      metrics: float arrays of any shape for the log; no gradient flows through them.
+    """
+
+    losses: Mapping[str, jax.Array] = struct.field(default_factory=dict)
+    metrics: Mapping[str, jax.Array] = struct.field(default_factory=dict)
+
+
+def reset_rows(state: Tree, fresh: Tree, start_of_document: RowFlags) -> Tree:
+    """Makes the flagged rows fresh and leaves the others bit-equal.
+
+    Args:
+      state: leaves with the row axis first.
+      fresh: the same structure; each leaf is None (left as it is) or broadcasts against the state's leaf, row axis included.
+      start_of_document: bool [B].
+    """
+
+    def reset(value: Any, leaf: jax.Array) -> jax.Array:
+        if value is None:
+            return leaf
+        rows = start_of_document.reshape((-1,) + (1,) * (leaf.ndim - 1))
+        # Not a product with 0 or 1: NaN times 0 is NaN.
+        return jnp.where(rows, jnp.asarray(value, leaf.dtype), leaf)
+
+    return jax.tree.map(reset, fresh, state, is_leaf=lambda value: value is None)
+
+
+def split_rows(tree: Tree, num_parts: int) -> Tree:
+    """Splits the row axis into [num_parts, B / num_parts] for a scan over parts; scalar leaves are repeated.
+
+    Part i takes rows i, i + num_parts, ...: when rows are sharded in contiguous blocks, every device keeps a share of every part.
+    """
+
+    def split(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim == 0:
+            return jnp.broadcast_to(leaf, (num_parts,))
+        return leaf.reshape((leaf.shape[0] // num_parts, num_parts, *leaf.shape[1:])).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def join_rows(tree: Tree) -> Tree:
+    """Inverse of `split_rows`: what was a scalar is taken from the first part."""
+
+    def join(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim == 1:
+            return leaf[0]
+        return leaf.swapaxes(0, 1).reshape((leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]))
+
+    return jax.tree.map(join, tree)

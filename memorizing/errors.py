@@ -1,0 +1,8 @@
+"""The one exception for a user's mistake."""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot work.
+
+    The message says what was given, what was expected and what to do, and names the flag or gin binding. The command line prints it without a traceback and exits with 2.
+    """

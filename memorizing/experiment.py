@@ -1,0 +1,120 @@
+"""A training run as data: the frozen dataclasses that gin builds and `train` executes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from memorizing import sharding
+from memorizing.attention.knn import KNNAttention
+from memorizing.batch import DataSource
+from memorizing.errors import UserError
+from memorizing.model import LMConfig
+from memorizing.optimizer import AdamW, Optimizer
+from memorizing.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """The shape of a step.
+
+    Attributes:
+      tokens_per_step: targets a step, padding included; the paper's runs have 2^17.
+      segment_length: T, tokens of one segment.
+      num_segments: U, consecutive segments of each row in one step; gradients reach through all of them.
+      num_microbatches: parts into which the rows are split, one after the other, to save memory.
+    """
+
+    tokens_per_step: int = 2048
+    segment_length: int = 128
+    num_segments: int = 1
+    num_microbatches: int = 1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise UserError(f"BatchConfig.{field.name} = {getattr(self, field.name)}: at least 1")
+        tokens_per_row = self.segment_length * self.num_segments
+        if self.tokens_per_step % tokens_per_row:
+            raise UserError(
+                f"BatchConfig.tokens_per_step = {self.tokens_per_step} is not a multiple of the {tokens_per_row} tokens of a row "
+                f"(segment_length {self.segment_length} x num_segments {self.num_segments})"
+            )
+        if self.num_rows % self.num_microbatches:
+            raise UserError(
+                f"BatchConfig.num_microbatches = {self.num_microbatches} does not divide the {self.num_rows} rows"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """B: documents read side by side."""
+        return self.tokens_per_step // (self.segment_length * self.num_segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """What the loop does when. Steps count updates; 0 means never for the `..._every` settings.
+
+    Attributes:
+      num_steps: length of the run.
+      log_every, evaluate_every, checkpoint_every: steps between them; evaluation and checkpoint also come at the end.
+      keep_checkpoints: how many of the newest stay.
+      save_context: whether checkpoints hold the context with its memories.
+      seed: of initialisation, dropout and the order of documents.
+      profile_steps: first and last step of a profiler trace, written to `workdir/profile`; empty for none.
+      start_from: workdir of another run whose newest checkpoint this run starts from; empty for none.
+      start_optimizer: whether `start_from` also takes over the optimizer state and the step.
+    """
+
+    num_steps: int = 1000
+    log_every: int = 50
+    evaluate_every: int = 0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    save_context: bool = True
+    seed: int = 0
+    profile_steps: tuple[int, ...] = ()
+    start_from: str = ""
+    start_optimizer: bool = True
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1 or self.num_steps < 1 or self.keep_checkpoints < 1:
+            raise UserError("LoopConfig.num_steps, log_every and keep_checkpoints have to be at least 1")
+        if len(self.profile_steps) not in (0, 2):
+            raise UserError(f"LoopConfig.profile_steps = {self.profile_steps}: a first and a last step, or ()")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A training run, whole.
+
+    Attributes:
+      model, data, batch, optimizer, mesh, loop: its parts.
+    """
+
+    data: DataSource
+    model: LMConfig = LMConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: Optimizer = AdamW()
+    mesh: MeshConfig = MeshConfig()
+    loop: LoopConfig = LoopConfig()
+
+    def __post_init__(self) -> None:
+        self.model.check(self.batch.segment_length)
+
+    def make_mesh(self) -> Mesh:
+        """The mesh over all devices. Raises UserError where experiment, data and devices do not fit each other."""
+        mesh = self.mesh.make_mesh()
+        if self.data.vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"LMConfig.vocab_size = {self.model.vocab_size}, but the data has {self.data.vocab_size} token ids"
+            )
+        rows = self.batch.num_rows // self.batch.num_microbatches
+        sharding.check_divides("rows of a microbatch", rows, mesh, "data")
+        sharding.check_divides("LMConfig.num_heads", self.model.num_heads, mesh, "model")
+        for group in self.model.groups:
+            if isinstance(group.attention, KNNAttention):
+                segments = group.attention.memory_size // self.batch.segment_length
+                sharding.check_divides("KNNAttention.memory_size in segments", segments, mesh, "memory")
+        return mesh

@@ -1,0 +1,195 @@
+"""The external memory of the Memorizing Transformer (Wu et al. 2022, section 3): what it holds, how it is read and how it is written.
+
+Per row and head, the keys and values of the last M positions of the row's document. Rows advance in lockstep, a segment a step, so one write position serves all of them:
+the write is one contiguous update of a ring, and a mask of valid slots per row carries resets and padding. On a mesh, rows are sharded over `data`, heads over `model` and
+slots over `memory`; slots keep their global order, so that the content does not depend on the mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+from memorizing import search as search_lib
+from memorizing.array_typing import (
+    Clock,
+    HeadScale,
+    Keys,
+    MemoryKeys,
+    MemoryValidity,
+    MemoryValues,
+    NeighbourIndices,
+    NeighbourScores,
+    Queries,
+    RealPositions,
+    Values,
+)
+
+# Rematerialisation keeps what this names (see model.py): the search then runs once a step.
+NEIGHBOURS = "neighbours"
+
+Search = search_lib.ExactSearch | search_lib.ApproximateSearch
+
+
+@struct.dataclass
+class Memory:
+    """M slots a row and head. A slot whose `valid` is false is empty, whatever its key and value hold.
+
+    Attributes:
+      keys, values: [B, N, M, H] in the dtype of the activations.
+      valid: bool [B, M].
+    """
+
+    keys: MemoryKeys
+    values: MemoryValues
+    valid: MemoryValidity
+
+
+def read(
+    queries: Queries, scale: HeadScale, memory: Memory, num_neighbors: int, search: Search
+) -> tuple[Queries, Bool[Array, "B T"]]:
+    """Attends to the k nearest slots of each query: softmax over `scale * query . key` over the retrieved only.
+
+    No gradient reaches the memory or the choice of the neighbours; queries and scale get theirs through the retrieved keys and values.
+
+    Args:
+      queries: [B, T, N, H], L2-normalised as the stored keys are.
+      scale: float32 [N], factor of the logits.
+      memory: what earlier segments wrote.
+      num_neighbors: k.
+      search: how the k nearest are found.
+
+    Returns:
+      What was read, [B, T, N, H], zero where nothing was found, and whether the row had anything to find, bool [B, T].
+    """
+    memory = jax.lax.stop_gradient(memory)
+    return _sharded(
+        functools.partial(_read_shard, num_neighbors=num_neighbors, search=search),
+        in_specs=(_QUERIES, P("model"), _MEMORY),
+        out_specs=(_QUERIES, P("data", None)),
+    )(queries, scale, memory)
+
+
+def write(memory: Memory, keys: Keys, values: Values, is_real: RealPositions, clock: Clock) -> Memory:
+    """Overwrites the T oldest slots with a segment's keys and values; padding takes its slots too, but stays invalid.
+
+    Args:
+      memory: with M a multiple of T (of T times the shards of the `memory` axis).
+      keys, values: [B, T, N, H]; gradients are stopped.
+      is_real: bool [B, T].
+      clock: segments written before, by all rows alike.
+    """
+    segment = Memory(
+        keys=jax.lax.stop_gradient(keys).swapaxes(1, 2).astype(memory.keys.dtype),
+        values=jax.lax.stop_gradient(values).swapaxes(1, 2).astype(memory.values.dtype),
+        valid=is_real,
+    )
+    whole = Memory(keys=P("data", "model"), values=P("data", "model"), valid=P("data"))
+    return _sharded(_write_shard, in_specs=(_MEMORY, whole, P()), out_specs=_MEMORY)(memory, segment, clock)
+
+
+def _read_shard(
+    queries: Queries, scale: HeadScale, memory: Memory, axis_name: str | None, *, num_neighbors: int, search: Search
+) -> tuple[Queries, Bool[Array, "B T"]]:
+    by_head = queries.swapaxes(1, 2)
+    with jax.named_scope("search"):
+        scores, indices = _search_heads(jax.lax.stop_gradient(by_head), memory, num_neighbors, search)
+        chosen = search_lib.winners(scores, num_neighbors, axis_name)
+    with jax.named_scope("attend"):
+        weighted, weights, shift = _attend_heads(by_head, scale, memory, indices, chosen)
+    found = jnp.any(memory.valid, axis=-1)
+    if axis_name is not None:
+        # Every shard has attended to the neighbours that it holds: bring the partial sums to a common shift, then add.
+        rescale = jnp.exp(shift - jax.lax.pmax(shift, axis_name))
+        weighted, weights = jax.lax.psum((weighted * rescale[..., None], weights * rescale), axis_name)
+        found = jax.lax.pmax(found.astype(jnp.int32), axis_name) > 0
+    output = weighted / jnp.where(weights > 0, weights, 1.0)[..., None]
+    found = jnp.broadcast_to(found[:, None], queries.shape[:2])
+    return output.swapaxes(1, 2).astype(queries.dtype), found
+
+
+def _search_heads(
+    queries: Float[Array, "B N T H"], memory: Memory, num_neighbors: int, search: Search
+) -> tuple[NeighbourScores, NeighbourIndices]:
+    """Searches head after head: the scores of all heads at once would not fit beside a large memory."""
+
+    def search_row(row: tuple) -> tuple[NeighbourScores, NeighbourIndices]:
+        row_queries, row_keys, row_valid = row
+        return jax.lax.map(lambda head: search.top_k(*head, row_valid, num_neighbors), (row_queries, row_keys))
+
+    found = jax.lax.map(search_row, (queries, memory.keys, memory.valid))
+    return checkpoint_name(found, NEIGHBOURS)
+
+
+def _attend_heads(
+    queries: Float[Array, "B N T H"],
+    scale: HeadScale,
+    memory: Memory,
+    indices: NeighbourIndices,
+    chosen: Bool[Array, "B N T K"],
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"], Float[Array, "B N T"]]:
+    """Attention to the chosen neighbours before its division: sum of weight * value, sum of weights = exp(logit - shift), and the shift; in float32."""
+
+    # The neighbours of a head are gathered again for its gradient: kept, they would be K times the size of the activations.
+    @jax.checkpoint
+    def attend_head(head: tuple) -> tuple[Float[Array, "T H"], Float[Array, "T"], Float[Array, "T"]]:
+        head_queries, head_scale, head_keys, head_values, head_indices, head_chosen = head
+        # [T, K, H]; where() because a slot that was not chosen may hold anything, and 0 * NaN is NaN.
+        keys = jnp.where(head_chosen[..., None], head_keys[head_indices], 0)
+        values = jnp.where(head_chosen[..., None], head_values[head_indices], 0)
+        logits = head_scale * jnp.einsum("TH,TKH->TK", head_queries, keys, preferred_element_type=jnp.float32)
+        logits = jnp.where(head_chosen, logits, _NOT_CHOSEN)
+        shift = jax.lax.stop_gradient(logits.max(axis=-1))
+        weights = jnp.where(head_chosen, jnp.exp(logits - shift[:, None]), 0.0)
+        weighted = jnp.einsum("TK,TKH->TH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return weighted, weights.sum(axis=-1), shift
+
+    def attend_row(row: tuple) -> tuple:
+        row_queries, row_keys, row_values, row_indices, row_chosen = row
+        return jax.lax.map(attend_head, (row_queries, scale, row_keys, row_values, row_indices, row_chosen))
+
+    return jax.lax.map(attend_row, (queries, memory.keys, memory.values, indices, chosen))
+
+
+def _write_shard(memory: Memory, segment: Memory, clock: Clock, axis_name: str | None) -> Memory:
+    """Writes where the segment's slots lie on this shard, else writes back what was there (T slots, not the memory)."""
+    shard, num_shards = (0, 1) if axis_name is None else (jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name))
+    length, shard_slots = segment.valid.shape[-1], memory.valid.shape[-1]
+    slot = (clock % (num_shards * shard_slots // length)) * length
+    mine, first = slot // shard_slots == shard, slot % shard_slots
+
+    def update(slots: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        old = jax.lax.dynamic_slice_in_dim(slots, first, length, axis)
+        return jax.lax.dynamic_update_slice_in_dim(slots, jnp.where(mine, new, old), first, axis)
+
+    return Memory(
+        keys=update(memory.keys, segment.keys, 2),
+        values=update(memory.values, segment.values, 2),
+        valid=update(memory.valid, segment.valid, 1),
+    )
+
+
+# Logit of a neighbour that was not chosen: finite, so that a query without neighbours has a finite shift.
+_NOT_CHOSEN = -1e30
+_QUERIES = P("data", None, "model", None)
+_MEMORY = Memory(
+    keys=P("data", "model", "memory", None), values=P("data", "model", "memory", None), valid=P("data", "memory")
+)
+
+
+def _sharded(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+    """`function(*args, axis_name)` on every shard of the mesh that is set, `axis_name` being the axis of the slots; on the whole, with None, where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return functools.partial(function, axis_name=None)
+    return jax.shard_map(
+        functools.partial(function, axis_name="memory"), mesh=mesh, in_specs=in_specs, out_specs=out_specs
+    )

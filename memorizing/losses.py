@@ -1,0 +1,20 @@
+"""Losses of predictions, in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from memorizing.array_typing import Logits, PerToken, Tokens
+
+
+def next_token_nats(logits: Logits, targets: Tokens) -> PerToken:
+    """-log p(target) in nats, float32 [B, T], unweighted.
+
+    Args:
+      logits: float [B, T, V].
+      targets: int [B, T].
+    """
+    logits = logits.astype(jnp.float32)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - target_logits

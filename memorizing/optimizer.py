@@ -1,0 +1,128 @@
+"""Optimizers and learning-rate schedules as frozen dataclasses that build optax transformations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memorizing.array_typing import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseSquareRoot:
+    """peak * min(1, step / warmup_steps) / sqrt(max(step, warmup_steps)): the paper's schedule.
+
+    Attributes:
+      peak: factor of the whole schedule; with 1.0 and 1000 warm-up steps the greatest learning rate is 0.032.
+      warmup_steps: steps of linear warm-up.
+    """
+
+    peak: float = 1.0
+    warmup_steps: int = 1000
+
+    def __call__(self, step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32) + 1
+        warmup = jnp.minimum(1.0, step / max(self.warmup_steps, 1))
+        return self.peak * warmup * jax.lax.rsqrt(jnp.maximum(step, max(self.warmup_steps, 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up to `peak`, then a cosine down to `final`.
+
+    Attributes:
+      peak, final: learning rates.
+      warmup_steps: steps of linear warm-up.
+      decay_steps: step at which `final` is reached, warm-up included.
+    """
+
+    peak: float = 1e-3
+    final: float = 1e-5
+    warmup_steps: int = 100
+    decay_steps: int = 10_000
+
+    def __call__(self, step: jax.Array) -> jax.Array:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, self.peak, self.warmup_steps, self.decay_steps, self.final)
+        return schedule(jnp.asarray(step) + 1)
+
+
+Schedule = InverseSquareRoot | Cosine
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+    """Adafactor (Shazeer and Stern 2018) as the Memorizing Transformers paper uses it.
+
+    Attributes:
+      learning_rate: schedule; the update is also multiplied by the root mean square of the parameter.
+      momentum: decay of the running mean of updates.
+      decay_rate: exponent of the second moment's decay.
+      max_gradient_norm: the gradient is scaled down to this global norm.
+    """
+
+    learning_rate: Schedule = InverseSquareRoot()
+    momentum: float = 0.9
+    decay_rate: float = 0.8
+    max_gradient_norm: float = 1.0
+
+    def build(self) -> optax.GradientTransformation:
+        rule = optax.adafactor(self.learning_rate, momentum=self.momentum, decay_rate=self.decay_rate)
+        return optax.chain(optax.clip_by_global_norm(self.max_gradient_norm), by_layer(rule))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices only.
+
+    Attributes:
+      learning_rate: schedule.
+      b1, b2: decay of the moments.
+      weight_decay: factor of the decoupled decay.
+      max_gradient_norm: the gradient is scaled down to this global norm.
+    """
+
+    learning_rate: Schedule = Cosine()
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    max_gradient_norm: float = 1.0
+
+    def build(self) -> optax.GradientTransformation:
+        rule = optax.adamw(self.learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=_is_matrix)
+        return optax.chain(optax.clip_by_global_norm(self.max_gradient_norm), by_layer(rule))
+
+
+Optimizer = Adafactor | AdamW
+
+
+def by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Applies a rule to every layer by itself, also to layers whose parameters are stacked for a scan.
+
+    Rules that look at a whole array (Adafactor's factors, its clipping and its parameter scale) would otherwise mix the layers of a stack, and the result would depend on
+    which layers happen to be stacked.
+
+    The optimizer state is a dict by layer group; a stack's state has its layer axis in front.
+    """
+
+    def over_layers(group: str, function):
+        return jax.vmap(function) if group.startswith("layers_") else function
+
+    def init(params: Tree) -> Tree:
+        return {group: over_layers(group, rule.init)(params[group]) for group in params}
+
+    def update(updates: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        results = {
+            group: over_layers(group, rule.update)(updates[group], state[group], params[group]) for group in updates
+        }
+        return {group: result[0] for group, result in results.items()}, {
+            group: result[1] for group, result in results.items()
+        }
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_matrix(params: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

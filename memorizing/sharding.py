@@ -1,0 +1,124 @@
+"""The device mesh, and where each array lies on it.
+
+Three mesh axes: `data` shards rows (of batches and contexts) and, if asked, parameters; `model` shards heads, MLP width and vocabulary; `memory` shards the slots of the
+external memory. What is sharded is said by logical axis names, which parameters and states carry; the tables below are the only place that maps them to the mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from memorizing.array_typing import AxesTree, Tree
+from memorizing.errors import UserError
+
+AXES = ("data", "model", "memory")
+
+Rules = Mapping[str, str]
+
+STATE_RULES: Rules = {"batch": "data", "heads": "model", "memory": "memory"}
+REPLICATED_PARAMETERS: Rules = {"heads": "model", "mlp": "model", "vocab": "model"}
+FSDP_PARAMETERS: Rules = REPLICATED_PARAMETERS | {"embed": "data"}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices as a grid.
+
+    Attributes:
+      data: devices over which rows are sharded; -1 takes all that the other axes leave.
+      model: devices over which heads, MLP and vocabulary are sharded.
+      memory: devices over which the slots of the external memory are sharded.
+      parameters: 'replicated' over `data`, or 'fsdp' to shard them over it.
+    """
+
+    data: int = -1
+    model: int = 1
+    memory: int = 1
+    parameters: Literal["replicated", "fsdp"] = "replicated"
+
+    @property
+    def parameter_rules(self) -> Rules:
+        return FSDP_PARAMETERS if self.parameters == "fsdp" else REPLICATED_PARAMETERS
+
+    def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """The mesh over `devices` (default: all). Raises UserError if they do not fill the grid."""
+        devices = jax.devices() if devices is None else devices
+        shape = [getattr(self, axis) for axis in AXES]
+        fixed = int(np.prod([size for size in shape if size != -1]))
+        if any(size < 1 and size != -1 for size in shape) or shape[1:].count(-1) or len(devices) % fixed:
+            raise UserError(self._does_not_fit(len(devices)))
+        shape = [len(devices) // fixed if size == -1 else size for size in shape]
+        if int(np.prod(shape)) != len(devices):
+            raise UserError(self._does_not_fit(len(devices)))
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+    def _does_not_fit(self, num_devices: int) -> str:
+        return (
+            f"MeshConfig.data = {self.data}, model = {self.model}, memory = {self.memory} does not fit {num_devices} devices: "
+            "their product has to be the number of devices; data = -1 takes what the others leave"
+        )
+
+
+def check_divides(name: str, value: int, mesh: Mesh, axis: str) -> None:
+    """Raises UserError unless the mesh axis divides the value of the gin binding `name`."""
+    if value % mesh.shape[axis]:
+        raise UserError(
+            f"{name} = {value} is not a multiple of the {mesh.shape[axis]} devices on the mesh axis '{axis}': "
+            f"change {name} or MeshConfig.{axis}"
+        )
+
+
+def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], rules: Rules) -> NamedSharding:
+    """Where an array with these logical axes lies. A dimension that its mesh axis does not divide stays whole.
+
+    Raises:
+      ValueError: two dimensions would land on one mesh axis.
+    """
+    spec = [rules.get(name) if name else None for name in axes]
+    spec = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)]
+    used = [axis for axis in spec if axis]
+    if len(set(used)) < len(used):
+        raise ValueError(f"logical axes {tuple(axes)} map to {spec}: one mesh axis cannot shard two dimensions")
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def tree_shardings(mesh: Mesh, abstract: Tree, axes: AxesTree, rules: Rules) -> Tree:
+    """`named_sharding` for every leaf of a tree of abstract arrays and the matching tree of logical axes."""
+    return jax.tree.map(lambda leaf, names: named_sharding(mesh, names, leaf.shape, rules), abstract, axes)
+
+
+def parameter_shardings(mesh: Mesh, boxed: Tree, rules: Rules) -> Tree:
+    """Shardings of parameters that still carry the logical names given at their creation."""
+
+    def of(parameter: nn.LogicallyPartitioned) -> NamedSharding:
+        return named_sharding(mesh, parameter.names, parameter.value.shape, rules)
+
+    return jax.tree.map(of, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def like_parameters(mesh: Mesh, tree: Tree, parameters: Tree, shardings: Tree) -> Tree:
+    """Shardings for optimizer state: what stands for a parameter (its path holds the parameter's, its shape is the same) lies where that lies, the rest is replicated."""
+    paths = {
+        jax.tree_util.keystr(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def of(path: tuple, leaf: Any) -> NamedSharding:
+        # The optimizer's own containers may lie before the parameter's path and between its layer group and the rest.
+        for group in range(len(path)):
+            for rest in range(group + 1, len(path)):
+                shape, sharding = paths.get(jax.tree_util.keystr(path[group : group + 1] + path[rest:]), (None, None))
+                if shape == leaf.shape:
+                    return sharding
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of, tree)

@@ -1,0 +1,108 @@
+"""Synthetic documents in numpy: the whole training loop runs without any corpus, and without TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from memorizing.batch import PADDING, Batch, EvaluationBatch
+from memorizing.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatedPassages:
+    """Documents that repeat a passage of random tokens again and again: what comes next is known to whoever remembers one passage back.
+
+    The first passage is unpredictable (log V nats a token), every later one is a copy of it.
+
+    Attributes:
+      vocab_size: V, padding included.
+      passage_length: tokens; longer than a segment, so that only what is carried between segments helps.
+      num_passages: passages a document.
+      num_documents: held-out documents.
+    """
+
+    vocab_size: int = 64
+    passage_length: int = 48
+    num_passages: int = 8
+    num_documents: int = 4
+    document_bytes: None = dataclasses.field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 3 or min(self.passage_length, self.num_passages, self.num_documents) < 1:
+            raise UserError(f"{self}: vocab_size has to be at least 3, the others at least 1")
+
+    @property
+    def identity(self) -> str:
+        return repr(self)
+
+    @property
+    def document_length(self) -> int:
+        """Tokens of every document."""
+        return self.passage_length * self.num_passages
+
+    def document(self, split: str, index: int) -> np.ndarray:
+        """Tokens of one document, int32 [document_length]: a pure function of its arguments."""
+        rng = np.random.default_rng([index, {"train": 0, "validation": 1}[split]])
+        return np.tile(rng.integers(1, self.vocab_size, self.passage_length, np.int32), self.num_passages)
+
+    def train_batches(
+        self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int
+    ) -> RepeatedPassagesStream:
+        return RepeatedPassagesStream(self, num_rows, rows, num_segments, segment_length, seed)
+
+    def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
+        for first in range(0, self.num_documents, num_rows):
+            index = np.arange(first, first + num_rows)
+            present = index < self.num_documents
+            documents = [
+                self.document("validation", i) if here else None for i, here in zip(index, present, strict=True)
+            ]
+            for offset in range(0, self.document_length, segment_length):
+                batch = _segments(documents, np.full(num_rows, offset), segment_length)
+                yield EvaluationBatch(batch, np.where(present, index, -1), np.full(num_rows, offset, np.int64))
+
+
+class RepeatedPassagesStream:
+    """Row r of R reads the documents r, r + R, r + 2R, ..."""
+
+    def __init__(
+        self, source: RepeatedPassages, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int
+    ) -> None:
+        self._source, self._num_rows, self._rows = source, num_rows, rows
+        self._num_segments, self._segment_length, self._seed = num_segments, segment_length, seed
+        self._segment = 0
+
+    def __next__(self) -> Batch:
+        segments = [self._next_segment() for _ in range(self._num_segments)]
+        return Batch(*(np.concatenate(field, axis=1) for field in zip(*segments, strict=True)))
+
+    def get_state(self) -> dict[str, Any]:
+        return {"segment": self._segment}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._segment = state["segment"]
+
+    def _next_segment(self) -> Batch:
+        per_document = -(-self._source.document_length // self._segment_length)
+        turn, segment = divmod(self._segment, per_document)
+        index = [self._seed * 1_000_003 + turn * self._num_rows + row for row in self._rows]
+        documents = [self._source.document("train", i) for i in index]
+        self._segment += 1
+        return _segments(documents, np.full(len(documents), segment * self._segment_length), self._segment_length)
+
+
+def _segments(documents: list[np.ndarray | None], offsets: np.ndarray, length: int) -> Batch:
+    """One segment a row, [B, 1, T], from the given offsets; padding where there is no document or no more of it."""
+    tokens, targets = (np.full((len(documents), 1, length), PADDING, np.int32) for _ in range(2))
+    for row, (document, offset) in enumerate(zip(documents, offsets, strict=True)):
+        if document is None:
+            continue
+        shifted = np.concatenate([[PADDING], document[:-1]])
+        for field, source in ((targets, document), (tokens, shifted)):
+            part = source[offset : offset + length]
+            field[row, 0, : len(part)] = part
+    return Batch(tokens, targets, (targets != PADDING).astype(np.float32), offsets[:, None] == 0)

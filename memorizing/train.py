@@ -1,0 +1,270 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from memorizing import plots, transfer
+from memorizing.batch import BatchIterator
+from memorizing.checkpoint import Checkpointer
+from memorizing.evaluate import Evaluation, Evaluator
+from memorizing.experiment import Experiment
+from memorizing.metrics import MetricWriter, Progress, flatten, perplexity
+from memorizing.train_state import TrainState, init_train_state, state_shardings
+from memorizing.train_step import Metrics, make_train_step
+from memorizing.workdir import open_workdir
+
+
+class Preempted(Exception):
+    """The run was told to stop; it has saved, and the same command continues it."""
+
+
+class NonFiniteLoss(Exception):
+    """The loss or the gradient is no longer a number."""
+
+
+def train(
+    experiment: Experiment, workdir: str, config_text: str = "", restore_step: int | None = None
+) -> dict[str, Evaluation]:
+    """Trains until the last step, from the newest checkpoint in `workdir` if there is one, and evaluates.
+
+    Args:
+      experiment: what to train.
+      workdir: folder that receives everything the run produces; created if missing.
+      config_text: the resolved configuration, written beside the results.
+      restore_step: continues from this step instead of the newest.
+
+    Returns:
+      The final evaluations by name.
+
+    Raises:
+      UserError: the experiment does not fit the devices or the workdir, or a checkpoint cannot be used.
+      Preempted: on SIGTERM or Ctrl-C, after a checkpoint.
+      NonFiniteLoss: the loss or the gradient is not finite; the newest checkpoint is from before.
+    """
+    mesh = experiment.make_mesh()
+    folder = open_workdir(workdir, experiment, config_text)
+    with jax.set_mesh(mesh), StopSignal() as stop:
+        run = _Run(experiment, folder, mesh, restore_step)
+        try:
+            run.loop(stop)
+            return run.finish()
+        finally:
+            run.close()
+
+
+class StopSignal:
+    """Remembers SIGTERM and the first Ctrl-C instead of dying of them, so that the loop can save."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _: object) -> None:
+        self.requested = True
+        # A second Ctrl-C means it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class _Run:
+    """The parts of a run while it lives."""
+
+    def __init__(self, experiment: Experiment, workdir: epath.Path, mesh: Mesh, restore_step: int | None) -> None:
+        loop, batch = experiment.loop, experiment.batch
+        self.experiment, self.workdir = experiment, workdir
+        self.checkpointer = Checkpointer(workdir, loop.keep_checkpoints, loop.save_context)
+        self.program = Program(experiment, mesh)
+        self.stream_seed = loop.seed
+        self.state, self.stream = self._start(restore_step)
+        self.first_step = int(self.state.step)
+        self.evaluator = Evaluator(experiment.model, experiment.data, batch.num_rows, batch.segment_length, mesh)
+        self.writer = MetricWriter(workdir, self.first_step)
+        self.progress = Progress(self.first_step, loop.num_steps, batch.tokens_per_step)
+        self.pending: tuple[int, Metrics] | None = None
+
+    def loop(self, stop: StopSignal) -> None:
+        """NOTE: the order is part of the contract. The checkpoint of step n holds the state after n updates and the rows' positions after n batches."""
+        loop = self.experiment.loop
+        for step in range(self.first_step + 1, loop.num_steps + 1):
+            if stop.requested:
+                self.save()
+                self.checkpointer.wait()
+                raise Preempted(f"stopped and saved at step {step - 1}; the same command continues from there")
+            self._profile(step)
+            batch = jax.device_put(next(self.stream), self.program.rows)
+            self.state, metrics = self.program.step(self.state, batch)
+            # Metrics are read one step late, while the device is busy with the next step.
+            self._read_metrics()
+            self.pending = (step, metrics)
+            if loop.evaluate_every and step % loop.evaluate_every == 0 and step < loop.num_steps:
+                self._read_metrics()
+                self._evaluate(step)
+            if loop.checkpoint_every and step % loop.checkpoint_every == 0:
+                self.save()
+        self.save()
+
+    def save(self) -> None:
+        """Saves state and rows, once it is sure that they are finite."""
+        self._read_metrics()
+        rows = self._row_layout() | {"seed": self.stream_seed, "stream": self.stream.get_state()}
+        self.checkpointer.save(self.state, rows)
+
+    def finish(self) -> dict[str, Evaluation]:
+        """The final evaluation, with the memory and, where there is one, without it."""
+        step = int(self.state.step)
+        self.checkpointer.wait()
+        evaluations = {"as trained": self._evaluate(step)}
+        if self.experiment.model.has_memory:
+            evaluations["memory cleared"] = self._evaluate(step, forget_memory=True)
+        plots.loss_by_position(evaluations, self.workdir / "loss_by_position.png")
+        summary = {name: evaluation.values() for name, evaluation in evaluations.items()}
+        (self.workdir / "evaluation.json").write_text(json.dumps({"step": step} | summary, indent=2) + "\n")
+        self.progress.say(_table(evaluations))
+        self.progress.say(f"written to {self.workdir}: checkpoints, metrics.jsonl, events, loss_by_position.png")
+        return evaluations
+
+    def close(self) -> None:
+        self.writer.close()
+        self.checkpointer.close()
+
+    def _read_metrics(self) -> None:
+        """Reads the metrics of the last step that was started: stops the run if they are not finite, logs them when it is time."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            kept = self.checkpointer.steps
+            raise NonFiniteLoss(
+                f"step {step}: the loss is {loss} and the norm of the gradient {norm}; "
+                + (f"the last good checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet")
+            )
+        loop = self.experiment.loop
+        if step % loop.log_every == 0 or step in (self.first_step + 1, loop.num_steps):
+            values = flatten(metrics) | self.progress.rate(step)
+            values["learning_rate"] = float(self.experiment.optimizer.learning_rate(jnp.asarray(step - 1)))
+            values["perplexity"] = perplexity(loss)
+            self.writer.write(step, "train", values)
+            self.progress.show(step, values)
+
+    def _evaluate(self, step: int, forget_memory: bool = False) -> Evaluation:
+        evaluation = self.evaluator.run(self.state.params, forget_memory)
+        values = evaluation.values()
+        self.writer.write(step, "evaluation_memory_cleared" if forget_memory else "evaluation", values)
+        if step < self.experiment.loop.num_steps:
+            self.progress.say(f"held-out documents at step {step}: {_figures(values)}")
+            self.progress.restart_clock(step)
+        return evaluation
+
+    def _row_layout(self) -> dict[str, int]:
+        """What has to be equal for rows and contexts of a checkpoint to mean the same in this run."""
+        batch = self.experiment.batch
+        return {"num_rows": batch.num_rows, "num_segments": batch.num_segments, "segment_length": batch.segment_length}
+
+    def _start(self, restore_step: int | None) -> tuple[TrainState, BatchIterator]:
+        """State and stream as the newest checkpoint has them, if there is one."""
+        layout, loop = self._row_layout(), self.experiment.loop
+
+        def same_rows(rows: dict[str, Any]) -> bool:
+            return {name: rows[name] for name in layout} == layout
+
+        restored = self.checkpointer.restore(self.program.abstract_state, restore_step, same_rows)
+        if restored is None:
+            state = self.program.init()
+            if loop.start_from:
+                state = transfer.start_from(loop.start_from, state, loop.start_optimizer)
+                print(f"starting from {loop.start_from}, step {int(state.step)}", flush=True)
+            return state, self._open_stream()
+        state = restored.state
+        print(f"continuing from step {int(state.step)} in {self.workdir}", flush=True)
+        if state.context is not None:
+            self.stream_seed = restored.rows["seed"]
+            stream = self._open_stream()
+            stream.set_state(restored.rows["stream"])
+            return state, stream
+        print(
+            "this checkpoint has no context for these rows: memories are empty, every row starts a document", flush=True
+        )
+        # Another order than the one that has been read.
+        self.stream_seed = loop.seed + int(state.step)
+        return state.replace(context=self.program.init_context()), self._open_stream()
+
+    def _open_stream(self) -> BatchIterator:
+        batch = self.experiment.batch
+        return self.experiment.data.train_batches(
+            batch.num_rows, range(batch.num_rows), batch.num_segments, batch.segment_length, self.stream_seed
+        )
+
+    def _profile(self, step: int) -> None:
+        """Starts and stops the profiler around the steps that were asked for."""
+        if not self.experiment.loop.profile_steps:
+            return
+        first, last = self.experiment.loop.profile_steps
+        if step == first:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        elif step == last + 1:
+            jax.block_until_ready(self.state.step)
+            jax.profiler.stop_trace()
+
+
+class Program:
+    """What an experiment compiles to on a mesh.
+
+    Attributes:
+      rows: sharding of batches.
+      abstract_state: shapes, dtypes and shardings of the training state.
+      init, init_context: create the fresh state, or only its context, already sharded.
+      step: `(state, batch) -> (state, metrics)`; the state is donated, so that memories are updated in place.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh) -> None:
+        config, batch = experiment.model, experiment.batch
+        optimizer = experiment.optimizer.build()
+
+        def init() -> TrainState:
+            return init_train_state(config, optimizer, batch.num_rows, experiment.loop.seed)
+
+        shardings = state_shardings(config, optimizer, batch.num_rows, mesh, experiment.mesh)
+        self.rows = NamedSharding(mesh, PartitionSpec("data"))
+        self.abstract_state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(init),
+            shardings,
+        )
+        self.init = jax.jit(init, out_shardings=shardings)
+        self.init_context = jax.jit(lambda: config.init_context(batch.num_rows), out_shardings=shardings.context)
+        self.step = jax.jit(
+            make_train_step(config, optimizer, batch.num_microbatches),
+            in_shardings=(shardings, self.rows),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        )
+
+
+def _figures(values: dict[str, float]) -> str:
+    text = f"perplexity {values['perplexity']:.3f}"
+    if "bits_per_byte" in values:
+        text += f", {values['bits_per_byte']:.4f} bits per byte"
+    return text
+
+
+def _table(evaluations: dict[str, Evaluation]) -> str:
+    lines = ["held-out documents, each once, whole:"]
+    for name, evaluation in evaluations.items():
+        lines.append(f"  {name + ':':<16}{_figures(evaluation.values())}")
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""Starting from another run's checkpoint: into a larger memory, or from a model without a memory into one that has it (the paper's sections on both)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from etils import epath
+
+from memorizing.array_typing import Tree
+from memorizing.checkpoint import Checkpointer, paths
+from memorizing.errors import UserError
+from memorizing.train_state import TrainState
+
+# What a model with a memory has beyond the same model without: it starts fresh.
+MEMORY_PARAMETER = re.compile(r"/core/gate$")
+
+_STACK = re.compile(r"layers_(\d+)_(\d+)")
+
+
+def start_from(workdir: str, state: TrainState, with_optimizer: bool = True) -> TrainState:
+    """A fresh state with the parameters of the newest checkpoint of another run; contexts start empty.
+
+    Layers are matched one by one, however either model stacks them.
+
+    Args:
+      workdir: the other run's folder.
+      state: a fresh state on its devices.
+      with_optimizer: also takes over the optimizer state and the step, so that the learning rate goes on where it was; else they start at 0.
+
+    Raises:
+      UserError: there is no checkpoint, or a parameter that is not the memory's is missing or has another shape; the message names it.
+    """
+    folder = epath.Path(workdir)
+    if not (folder / "checkpoints").exists():
+        raise UserError(f"LoopConfig.start_from = {workdir!r}: there is no folder {folder / 'checkpoints'}")
+    checkpointer = Checkpointer(folder)
+    try:
+        saved, _ = checkpointer.read_raw()
+    finally:
+        checkpointer.close()
+    source = _single_layers(saved)
+    wanted = {"params": state.params}
+    if with_optimizer:
+        wanted |= {"opt_state": state.opt_state, "step": state.step}
+    return state.replace(**_fill(wanted, source, workdir))
+
+
+def _fill(wanted: Tree, source: Mapping[str, np.ndarray], workdir: str) -> Tree:
+    def value(path: str, fresh: jax.Array) -> jax.Array:
+        members = _members(path)
+        arrays = [source.get(member) for member in members]
+        if any(array is None for array in arrays):
+            if MEMORY_PARAMETER.search(path):
+                return fresh
+            missing = members[next(i for i, array in enumerate(arrays) if array is None)]
+            raise UserError(
+                f"LoopConfig.start_from = {workdir!r}: its checkpoint has no {missing}; is it another model?"
+            )
+        array = np.stack(arrays) if _STACK.search(path) else arrays[0]
+        if array.shape != fresh.shape:
+            raise UserError(
+                f"LoopConfig.start_from = {workdir!r}: {members[0]} has shape {arrays[0].shape} there, "
+                f"but {fresh.shape[array.ndim - arrays[0].ndim :]} in this model"
+            )
+        return jax.device_put(array.astype(fresh.dtype), fresh.sharding)
+
+    filled = [value(path, fresh) for path, fresh in paths(wanted).items()]
+    return jax.tree.unflatten(jax.tree.structure(wanted), filled)
+
+
+def _members(path: str) -> list[str]:
+    """The paths of the single layers that a (perhaps stacked) array holds."""
+    stack = _STACK.search(path)
+    if not stack:
+        return [path]
+    first, last = map(int, stack.groups())
+    return [path.replace(stack.group(), f"layer_{index:02d}") for index in range(first, last + 1)]
+
+
+def _single_layers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same arrays with every stack taken apart."""
+    single: dict[str, np.ndarray] = {}
+    for path, array in arrays.items():
+        members = _members(path)
+        single |= dict(zip(members, array if len(members) > 1 else [array], strict=True))
+    return single

@@ -1,0 +1,58 @@
+"""Metadata and extras. Tool settings are in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "memorizing" / "__init__.py").read_text()).group(1)
+
+# Everything installs under `memorizing`, so that no generic `data`, `launch` or `gin` lands in anyone's site-packages.
+FOLDERS = {"memorizing": "memorizing", "memorizing.data": "data", "memorizing.launch": "launch"}
+GIN_FILES = [str(path.relative_to(ROOT / "gin")) for path in (ROOT / "gin").rglob("*.gin")]
+
+setup(
+    name="memorizing",
+    version=VERSION,
+    description="Language models that remember: training in JAX with external memories, TPU first",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        "memorizing",
+        "memorizing.attention",
+        "memorizing.data",
+        "memorizing.gin",
+    ],
+    package_dir=FOLDERS | {"memorizing.gin": "gin"},
+    package_data={"memorizing.gin": GIN_FILES},
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "etils[epath]",
+        "flax>=0.12",
+        "gin-config>=0.5",
+        # TFDS reads its checksums through it and does not ask for it.
+        "importlib_resources",
+        "jax>=0.10",
+        "jaxtyping",
+        "matplotlib",
+        "numpy",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "rich",
+        "seqio",
+        # 0.2.3 needs a protobuf that Apache Beam does not accept yet.
+        "sentencepiece>=0.2,<0.2.3",
+        "tensorboardX",
+        "tensorflow-datasets",
+    ],
+    extras_require={
+        "prep": ["apache-beam>=2.77"],
+        "test": ["hypothesis", "pytest", "ruff"],
+        "tpu": ["jax[tpu]"],
+    },
+    entry_points={"console_scripts": ["memorizing = memorizing.main:main"]},
+)
