@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from memorizing.array_typing import Clock, RealPositions, RowFlags, Tree
+from memorizing.array_typing import RealPositions, RowFlags, Tree
 
 # A model's context: {"clock": int32 scalar, layer group name: state of that group's mechanism}.
 Context = dict[str, Any]
@@ -28,11 +28,9 @@ class Segment(NamedTuple):
 
     Attributes:
       is_real: bool [B, T], false at padding after the end of a document.
-      clock: int32 scalar, number of segments that every row has processed before this one.
     """
 
     is_real: RealPositions
-    clock: Clock
 
 
 @struct.dataclass

@@ -63,13 +63,16 @@ class Evaluator:
     def __init__(self, config: LMConfig, source: DataSource, num_rows: int, segment_length: int, mesh: Mesh) -> None:
         self._config, self._source, self._mesh = config, source, mesh
         self.num_rows, self._segment_length = num_rows, segment_length
-        abstract = jax.eval_shape(lambda: config.init_context(num_rows))
+        abstract = jax.eval_shape(lambda: config.init_context(num_rows, segment_length))
         self._context_shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
         self._rows = NamedSharding(mesh, PartitionSpec("data"))
 
     @functools.cached_property
     def _init_context(self):
-        return jax.jit(lambda: self._config.init_context(self.num_rows), out_shardings=self._context_shardings)
+        return jax.jit(
+            lambda: self._config.init_context(self.num_rows, self._segment_length),
+            out_shardings=self._context_shardings,
+        )
 
     @functools.cached_property
     def _step(self):

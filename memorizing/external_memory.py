@@ -78,22 +78,28 @@ def read(
     )(queries, scale, memory)
 
 
-def write(memory: Memory, keys: Keys, values: Values, is_real: RealPositions, clock: Clock) -> Memory:
-    """Overwrites the T oldest slots with a segment's keys and values; padding takes its slots too, but stays invalid.
+def write(memory: Memory, segment: Memory, clock: Clock) -> Memory:
+    """Overwrites the T oldest slots with a segment; padding takes its slots too, but stays invalid.
 
     Args:
-      memory: with M a multiple of T (of T times the shards of the `memory` axis).
-      keys, values: [B, T, N, H]; gradients are stopped.
-      is_real: bool [B, T].
-      clock: segments written before, by all rows alike.
+      memory: M slots, M a multiple of T (of T times the shards of the mesh axis `memory`).
+      segment: T slots.
+      clock: int32 scalar, segments written before, by all rows alike.
     """
-    segment = Memory(
-        keys=jax.lax.stop_gradient(keys).swapaxes(1, 2).astype(memory.keys.dtype),
-        values=jax.lax.stop_gradient(values).swapaxes(1, 2).astype(memory.values.dtype),
-        valid=is_real,
-    )
-    whole = Memory(keys=P("data", "model"), values=P("data", "model"), valid=P("data"))
-    return _sharded(_write_shard, in_specs=(_MEMORY, whole, P()), out_specs=_MEMORY)(memory, segment, clock)
+    segment_specs = Memory(keys=P("data", "model"), values=P("data", "model"), valid=P("data"))
+    return _sharded(_write_shard, in_specs=(_MEMORY, segment_specs, P()), out_specs=_MEMORY)(memory, segment, clock)
+
+
+def of_segment(keys: Keys, values: Values, is_real: RealPositions) -> Memory:
+    """A segment's keys and values, [B, T, N, H], in the layout of a memory; gradients are stopped."""
+    keys, values = jax.lax.stop_gradient((keys.swapaxes(1, 2), values.swapaxes(1, 2)))
+    return Memory(keys=keys, values=values, valid=is_real)
+
+
+def empty(batch_size: int, num_heads: int, num_slots: int, head_dim: int, dtype: jnp.dtype) -> Memory:
+    """A memory that holds nothing."""
+    shape = (batch_size, num_heads, num_slots, head_dim)
+    return Memory(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch_size, num_slots), bool))
 
 
 def _read_shard(

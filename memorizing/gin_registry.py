@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -74,6 +75,8 @@ def load_experiment(gin_files: Sequence[str], bindings: Sequence[str]) -> tuple[
     gin.clear_config()
     files = [find_file(name) for name in gin_files]
     quoted = [_quote_bare_word(binding) for binding in bindings]
+    # gin logs an error for every place where it looked for a file before it found it.
+    logging.disable(logging.ERROR)
     try:
         gin.parse_config_files_and_bindings([str(file) for file in files], quoted, finalize_config=False)
         experiment = gin.get_configurable("Experiment")()
@@ -81,6 +84,8 @@ def load_experiment(gin_files: Sequence[str], bindings: Sequence[str]) -> tuple[
         raise UserError(_first_line(error)) from error
     except Exception as error:  # gin raises ValueError, SyntaxError, TypeError, OSError, TokenError and others.
         raise UserError(_explain(error)) from error
+    finally:
+        logging.disable(logging.NOTSET)
     given = [
         *_names(quoted),
         *(name for file in files if not _is_shipped(file) for name in _names(file.read_text().splitlines())),

@@ -116,7 +116,7 @@ class LMConfig:
         for group in self.groups:
             group.attention.check(segment_length)
 
-    def init_context(self, batch_size: int) -> Context:
+    def init_context(self, batch_size: int, segment_length: int) -> Context:
         """The context of rows that have seen nothing."""
 
         def stack(leaf: jax.Array, length: int) -> jax.Array:
@@ -124,7 +124,7 @@ class LMConfig:
 
         context: Context = {"clock": jnp.zeros((), jnp.int32)}
         for name, attention, length in self.groups:
-            state = attention.init_state(self.dims, batch_size)
+            state = attention.init_state(self.dims, batch_size, segment_length)
             context[name] = state if length == 1 else jax.tree.map(lambda leaf, n=length: stack(leaf, n), state)
         return context
 
@@ -166,14 +166,15 @@ class LanguageModel(nn.Module):
           context: from `LMConfig.init_context` or from the segment before.
         """
         config = self.config
-        segment = Segment(is_real=is_real, clock=context["clock"])
+        segment = Segment(is_real)
         new_context: Context = {"clock": context["clock"] + 1}
         losses, metrics = {}, {}
         embedder = Embedder(config.vocab_size, config.embed_dim, config.dims.dtype, name="embedder")
         x = Dropout(config.dropout, name="dropout")(embedder.encode(tokens))
         for group in config.groups:
             x = rows_over_data(x)
-            state = context_lib.reset_rows(context[group.name], group.attention.fresh_state(), start_of_document)
+            state = group.attention.settle(context[group.name], context["clock"])
+            state = context_lib.reset_rows(state, group.attention.fresh_state(), start_of_document)
             x, (new_context[group.name], report) = _layers(config, group)(x, segment, state)
             losses |= {f"{group.name}/{name}": value.sum() for name, value in report.losses.items()}
             metrics |= {f"{group.name}/{name}": value for name, value in report.metrics.items()}

@@ -18,7 +18,7 @@ from memorizing.checkpoint import Checkpointer
 from memorizing.evaluate import Evaluation, Evaluator
 from memorizing.experiment import Experiment
 from memorizing.metrics import MetricWriter, Progress, flatten, perplexity
-from memorizing.train_state import TrainState, init_train_state, state_shardings
+from memorizing.train_state import TrainState, abstract_train_state, init_train_state
 from memorizing.train_step import Metrics, make_train_step
 from memorizing.workdir import open_workdir
 
@@ -235,19 +235,13 @@ class Program:
     def __init__(self, experiment: Experiment, mesh: Mesh) -> None:
         config, batch = experiment.model, experiment.batch
         optimizer = experiment.optimizer.build()
-
-        def init() -> TrainState:
-            return init_train_state(config, optimizer, batch.num_rows, experiment.loop.seed)
-
-        shardings = state_shardings(config, optimizer, batch.num_rows, mesh, experiment.mesh)
+        size = (batch.num_rows, batch.segment_length)
         self.rows = NamedSharding(mesh, PartitionSpec("data"))
-        self.abstract_state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(init),
-            shardings,
-        )
-        self.init = jax.jit(init, out_shardings=shardings)
-        self.init_context = jax.jit(lambda: config.init_context(batch.num_rows), out_shardings=shardings.context)
+        self.abstract_state = abstract_train_state(config, optimizer, *size, mesh, experiment.mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        seed = experiment.loop.seed
+        self.init = jax.jit(lambda: init_train_state(config, optimizer, *size, seed), out_shardings=shardings)
+        self.init_context = jax.jit(lambda: config.init_context(*size), out_shardings=shardings.context)
         self.step = jax.jit(
             make_train_step(config, optimizer, batch.num_microbatches),
             in_shardings=(shardings, self.rows),

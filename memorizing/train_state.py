@@ -38,11 +38,13 @@ class TrainState:
 def init_params(config: LMConfig, num_rows: int, rng: jax.Array) -> Tree:
     """Parameters that still carry their logical axis names. They do not depend on the rows, which only have to fit the mesh."""
     tokens, flags = jnp.zeros((num_rows, 1), jnp.int32), jnp.ones((num_rows, 1), bool)
-    return LanguageModel(config).init(rng, tokens, flags, flags[:, 0], config.init_context(num_rows))["params"]
+    return LanguageModel(config).init(rng, tokens, flags, flags[:, 0], config.init_context(num_rows, 1))["params"]
 
 
-def init_train_state(config: LMConfig, optimizer: optax.GradientTransformation, num_rows: int, seed: int) -> TrainState:
-    """A fresh state of `num_rows` rows, unsharded; to be jitted or shape-evaluated."""
+def init_train_state(
+    config: LMConfig, optimizer: optax.GradientTransformation, num_rows: int, segment_length: int, seed: int
+) -> TrainState:
+    """A fresh state, unsharded; to be jitted or shape-evaluated."""
     init_key, step_key = jax.random.split(jax.random.key(seed))
     params = nn.unbox(init_params(config, num_rows, init_key))
     return TrainState(
@@ -50,22 +52,30 @@ def init_train_state(config: LMConfig, optimizer: optax.GradientTransformation, 
         params=params,
         opt_state=optimizer.init(params),
         rng=jax.random.key_data(step_key),
-        context=config.init_context(num_rows),
+        context=config.init_context(num_rows, segment_length),
     )
 
 
-def state_shardings(
-    config: LMConfig, optimizer: optax.GradientTransformation, num_rows: int, mesh: Mesh, mesh_config: MeshConfig
+def abstract_train_state(
+    config: LMConfig,
+    optimizer: optax.GradientTransformation,
+    num_rows: int,
+    segment_length: int,
+    mesh: Mesh,
+    mesh_config: MeshConfig,
 ) -> TrainState:
-    """Where every leaf of the state lies."""
-    abstract = jax.eval_shape(lambda: init_train_state(config, optimizer, num_rows, seed=0))
+    """Shape, dtype and sharding of every leaf of the state."""
+    state = jax.eval_shape(lambda: init_train_state(config, optimizer, num_rows, segment_length, seed=0))
     boxed = jax.eval_shape(lambda: init_params(config, num_rows, jax.random.key(0)))
     params = sharding.parameter_shardings(mesh, boxed, mesh_config.parameter_rules)
     replicated = NamedSharding(mesh, PartitionSpec())
-    return TrainState(
+    shardings = TrainState(
         step=replicated,
         params=params,
-        opt_state=sharding.like_parameters(mesh, abstract.opt_state, abstract.params, params),
+        opt_state=sharding.like_parameters(mesh, state.opt_state, state.params, params),
         rng=replicated,
-        context=sharding.tree_shardings(mesh, abstract.context, config.context_axes(), sharding.STATE_RULES),
+        context=sharding.tree_shardings(mesh, state.context, config.context_axes(), sharding.STATE_RULES),
+    )
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
     )

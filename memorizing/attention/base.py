@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from memorizing import masks, positions
-from memorizing.array_typing import Activations, AxesTree, HeadScale, Keys, Queries, Tree, Values
+from memorizing.array_typing import Activations, AxesTree, Clock, HeadScale, Keys, Queries, Tree, Values
 from memorizing.context import Report, Segment
 from memorizing.layers import Einsum
 
@@ -49,7 +49,7 @@ class Attention:
 
     stackable: ClassVar[bool] = True
 
-    def init_state(self, dims: LayerDims, batch_size: int) -> Tree:
+    def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> Tree:
         """The state of rows that have seen nothing. Every leaf has the row axis first."""
         return ()
 
@@ -60,6 +60,15 @@ class Attention:
     def fresh_state(self) -> Tree:
         """What a reset writes: see `context.reset_rows`."""
         return ()
+
+    def settle(self, state: Tree, clock: Clock) -> Tree:
+        """What is to be done with the state before a segment reads it, outside of everything that is recomputed for the gradient.
+
+        Args:
+          state: as the segment before left it; rows that begin a document are reset afterwards.
+          clock: int32 scalar, segments processed before this one.
+        """
+        return state
 
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         """A module `(queries, keys, values, scale, segment, state) -> (output [B, T, N, H], new state, Report)`."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from memorizing import external_memory
-from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
+from memorizing.array_typing import AxesTree, Clock, HeadScale, Keys, Queries, Values
 from memorizing.attention.base import Attention, LayerDims
 from memorizing.attention.full import FullAttention
 from memorizing.context import Report, Segment
@@ -22,17 +22,25 @@ from memorizing.search import ExactSearch
 
 @struct.dataclass
 class KNNState:
-    """State of the local attention, and the external memory of the same keys and values."""
+    """What a layer with an external memory carries.
+
+    Attributes:
+      local: state of the local attention.
+      memory: keys and values of all segments but the last, as far as M slots reach.
+      last_segment: the last segment's, T slots. They are written to the memory before the next segment reads it: at that moment nothing needs the slots that they replace.
+        Written in the step that computed them, they would force a second copy of the memory, since that step's gradient still reads the old slots.
+    """
 
     local: Any
     memory: Memory
+    last_segment: Memory
 
 
 @dataclasses.dataclass(frozen=True)
 class KNNAttention(Attention):
     """y = g * attention to the k nearest slots of the memory + (1 - g) * local attention, with g = sigmoid(b) learned per head (section 3.1).
 
-    The segment is written to the memory after it has been read, so that no query retrieves a token of its own segment. With a Transformer-XL cache the last W positions are
+    A segment is written to the memory before the next one reads it, so that no query retrieves a token of its own segment. With a Transformer-XL cache the last W positions are
     both in the cache and in the memory, as in the authors' code. Where the memory is empty the output is exactly the local attention.
 
     Such layers are not stacked: the memory is far too large to be copied every step.
@@ -69,21 +77,28 @@ class KNNAttention(Attention):
             )
         self.local.check(segment_length)
 
-    def init_state(self, dims: LayerDims, batch_size: int) -> KNNState:
-        shape = (batch_size, dims.num_heads, self.memory_size, dims.head_dim)
-        memory = Memory(
-            keys=jnp.zeros(shape, dims.dtype),
-            values=jnp.zeros(shape, dims.dtype),
-            valid=jnp.zeros((batch_size, self.memory_size), bool),
-        )
-        return KNNState(local=self.local.init_state(dims, batch_size), memory=memory)
+    def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> KNNState:
+        def empty(num_slots: int) -> Memory:
+            return external_memory.empty(batch_size, dims.num_heads, num_slots, dims.head_dim, dims.dtype)
+
+        local = self.local.init_state(dims, batch_size, segment_length)
+        return KNNState(local, empty(self.memory_size), empty(segment_length))
 
     def state_axes(self) -> AxesTree:
-        axes = ("batch", "heads", "memory", "head_dim")
-        return KNNState(self.local.state_axes(), Memory(keys=axes, values=axes, valid=("batch", "memory")))
+        def axes(slots: str) -> Memory:
+            content = ("batch", "heads", slots, "head_dim")
+            return Memory(keys=content, values=content, valid=("batch", slots))
+
+        return KNNState(self.local.state_axes(), axes("memory"), axes("length"))
 
     def fresh_state(self) -> KNNState:
-        return KNNState(self.local.fresh_state(), Memory(keys=None, values=None, valid=False))
+        empty = Memory(keys=None, values=None, valid=False)
+        return KNNState(self.local.fresh_state(), empty, empty)
+
+    def settle(self, state: KNNState, clock: Clock) -> KNNState:
+        with jax.named_scope("external_memory_write"):
+            memory = external_memory.write(state.memory, state.last_segment, clock - 1)
+        return state.replace(local=self.local.settle(state.local, clock), memory=memory)
 
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return KNNCore(self, dims, name=name)
@@ -107,7 +122,6 @@ class KNNCore(nn.Module):
         y_local, local_state, local_report = self.local(queries, keys, values, scale, segment, state.local)
         with jax.named_scope("external_memory"):
             y_memory, found = external_memory.read(queries, scale, state.memory, config.num_neighbors, config.search)
-            memory = external_memory.write(state.memory, keys, values, segment.is_real, segment.clock)
         gate = nn.sigmoid(self.gate)
         memory_share = jnp.where(found[:, :, None, None], gate[None, None, :, None], 0.0).astype(y_local.dtype)
         report = Report(
@@ -115,11 +129,12 @@ class KNNCore(nn.Module):
             metrics={
                 **local_report.metrics,
                 "gate": jax.lax.stop_gradient(gate),
-                "memory_fill": jnp.mean(memory.valid, dtype=jnp.float32),
+                "memory_fill": jnp.mean(state.memory.valid, dtype=jnp.float32),
             },
         )
         y = memory_share * y_memory + (1 - memory_share) * y_local
-        return y, KNNState(local_state, memory), report
+        last_segment = external_memory.of_segment(keys, values, segment.is_real)
+        return y, KNNState(local_state, state.memory, last_segment), report
 
 
 def forget_memories(context: Any) -> Any:
@@ -128,6 +143,10 @@ def forget_memories(context: Any) -> Any:
     def forget(state: Any) -> Any:
         if not isinstance(state, KNNState):
             return state
-        return state.replace(memory=state.memory.replace(valid=jnp.zeros_like(state.memory.valid)))
+
+        def empty(memory: Memory) -> Memory:
+            return memory.replace(valid=jnp.zeros_like(memory.valid))
+
+        return state.replace(memory=empty(state.memory), last_segment=empty(state.last_segment))
 
     return jax.tree.map(forget, context, is_leaf=lambda state: isinstance(state, KNNState))

@@ -48,7 +48,7 @@ class XLAttention(Attention):
                 f"XLAttention.window = {self.window}: at least 1 position; without a cache use @FullAttention()"
             )
 
-    def init_state(self, dims: LayerDims, batch_size: int) -> XLState:
+    def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> XLState:
         shape = (batch_size, self.window, dims.num_heads, dims.head_dim)
         return XLState(
             keys=jnp.zeros(shape, dims.dtype), values=jnp.zeros(shape, dims.dtype), valid=jnp.zeros(shape[:2], bool)
