@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from .documents import Reader
@@ -26,9 +29,10 @@ class CorpusConfig(tfds.core.BuilderConfig):
       advance: called after each document.
     """
 
-    reader: Reader
-    splits: Mapping[str, frozenset[str]]
-    advance: Callable[[], None] = lambda: None
+    # TFDS logs its configurations: without all the keys.
+    reader: Reader = dataclasses.field(repr=False)
+    splits: Mapping[str, frozenset[str]] = dataclasses.field(repr=False)
+    advance: Callable[[], None] = dataclasses.field(default=lambda: None, repr=False)
 
 
 class Documents(tfds.core.GeneratorBasedBuilder):
@@ -36,12 +40,21 @@ class Documents(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
+    @property
+    def seqio_name(self) -> str:
+        """How seqio wants a dataset to be named: with its version."""
+        return f"{self.name}/{self.builder_config.name}:{self.version}"
+
     def _info(self) -> tfds.core.DatasetInfo:
         # Not `dataset_info_from_configs`: it looks for files beside a builder and fails where there are none.
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(
-                {DOCUMENT_ID: tfds.features.Text(), TEXT: tfds.features.Text(), NUM_BYTES: tfds.features.Scalar("int64")}
+                {
+                    DOCUMENT_ID: tfds.features.Text(),
+                    TEXT: tfds.features.Text(),
+                    NUM_BYTES: tfds.features.Scalar(np.int64),
+                }
             ),
             # The reader's order, not that of TFDS's own hashes.
             disable_shuffling=True,
@@ -59,7 +72,11 @@ class Documents(tfds.core.GeneratorBasedBuilder):
 
 
 def build(
-    corpus: str, reader: Reader, splits: Mapping[str, frozenset[str]], directory: str, advance: Callable[[], None] = lambda: None
+    corpus: str,
+    reader: Reader,
+    splits: Mapping[str, frozenset[str]],
+    directory: str,
+    advance: Callable[[], None] = lambda: None,
 ) -> Documents:
     """Writes the documents of a corpus.
 
@@ -71,6 +88,10 @@ def build(
       advance: called after each document.
     """
     tfds.disable_progress_bar()
-    builder = Documents(data_dir=directory, config=CorpusConfig(name=corpus, reader=reader, splits=splits, advance=advance))
-    builder.download_and_prepare()
+    builder = Documents(
+        data_dir=directory, config=CorpusConfig(name=corpus, reader=reader, splits=splits, advance=advance)
+    )
+    # It prints that it downloads, which it does not.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
     return builder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import os
@@ -33,14 +34,10 @@ class TokenisedDocument(NamedTuple):
 
 
 class CacheWriter:
-    """Writes a cache into a folder; see `paths.written_whole` for how that becomes visible at once."""
+    """Writes a cache into a folder that exists and is empty; `paths.written_whole` gives one."""
 
     def __init__(self, directory: str | os.PathLike[str], used: Vocabulary, shard_bytes: int = _SHARD_BYTES) -> None:
-        """Args:
-        directory: exists and is empty.
-        used: the vocabulary that the tokens are of.
-        shard_bytes: a shard is closed when it holds at least this many bytes of tokens.
-        """
+        """Writes the vocabulary; a shard will be closed when it holds at least `shard_bytes` of tokens."""
         self._directory, self._vocabulary, self._shard_bytes = os.fspath(directory), used, shard_bytes
         self._splits: dict[str, dict[str, Any]] = {}
         if isinstance(used, vocabulary.SentencePieceVocabulary):
@@ -54,29 +51,30 @@ class CacheWriter:
 
     def write_split(self, name: str, documents: Iterable[TokenisedDocument]) -> None:
         """Writes all documents of a split, in the order given."""
-        num_tokens, num_bytes, keys, digest = [], [], [], hashlib.sha256()
+        # Columns, not lists of objects: there may be tens of millions of documents.
+        num_tokens, num_bytes, key_ends, keys = array.array("q"), array.array("q"), array.array("q"), bytearray()
+        digest = hashlib.sha256()
         shards = _ShardWriter(self._directory, name, self._shard_bytes)
         dtype = token_cache.dtype_of(self._vocabulary.size)
         for document in documents:
             _check(document, self._vocabulary.size)
-            record = document.tokens.astype(dtype).tobytes()
+            key, record = document.key.encode(), document.tokens.astype(dtype).tobytes()
             shards.write(record)
-            key = document.key.encode()
+            keys += key
+            key_ends.append(len(keys))
             num_tokens.append(len(document.tokens))
             num_bytes.append(document.num_bytes)
-            keys.append(key)
             digest.update(hashlib.sha256(key).digest() + hashlib.sha256(record).digest())
         np.savez(
             os.path.join(self._directory, token_cache.index_file(name)),
             num_tokens=np.asarray(num_tokens, np.int64),
             num_bytes=np.asarray(num_bytes, np.int64),
-            keys=np.frombuffer(b"".join(keys), np.uint8),
-            key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
+            key_ends=np.asarray(key_ends, np.int64),
+            keys=np.frombuffer(keys, np.uint8),
             shard_starts=np.asarray(shards.close(), np.int64),
         )
-        self._splits[name] = {
-            "documents": len(num_tokens), "tokens": sum(num_tokens), "bytes": sum(num_bytes), "digest": digest.hexdigest(),
-        }  # fmt: skip
+        counts = {"documents": len(num_tokens), "tokens": sum(num_tokens), "bytes": sum(num_bytes)}
+        self._splits[name] = counts | {"digest": digest.hexdigest()}
 
     def finish(self, task: str, described: Mapping[str, Any]) -> dict[str, Any]:
         """Writes `cache.json` and returns what is in it.
@@ -88,8 +86,13 @@ class CacheWriter:
         used = {"name": self._vocabulary.name, "size": self._vocabulary.size, "digest": self._vocabulary.digest}
         content = json.dumps([used, self._splits], sort_keys=True).encode()
         metadata = {
-            "format": token_cache.FORMAT, "task": task, "fingerprint": hashlib.sha256(content).hexdigest(), "vocabulary": used, "splits": self._splits,
-        } | dict(described)  # fmt: skip
+            "format": token_cache.FORMAT,
+            "task": task,
+            "fingerprint": hashlib.sha256(content).hexdigest(),
+            "vocabulary": used,
+            "splits": self._splits,
+            **described,
+        }
         with open(os.path.join(self._directory, token_cache.METADATA_FILE), "w") as file:
             file.write(json.dumps(metadata, indent=2) + "\n")
         return metadata

@@ -1,8 +1,7 @@
-"""The one exception of the data side that is the user's to mend."""
+"""The exception of the data side that is the user's to mend."""
+
+from memorizing.errors import UserError
 
 
-class DataError(ValueError):
-    """A source, a cache or a setting cannot be used.
-
-    The message says what was given, what was expected and what to do. The command line prints it without a traceback and exits with 2.
-    """
+class DataError(UserError):
+    """A source, a cache or a setting of the data side cannot be used."""

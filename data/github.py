@@ -1,8 +1,10 @@
 """The GitHub corpus of Wu et al. 2022 (section 4.1): one document a repository, read from a folder of checkouts.
 
-The files of a repository are joined depth-first: files and sub-directories of each directory in random order, the files of a directory before its sub-directories, and each
-directory in one piece, so that code that belongs together is near. The random order is the order of hashes of the paths, salted with the repository's name: it is the same
-on every machine, and a file that is added leaves the others in their order. Files are separated by one newline and nothing else: no names, no marks.
+The files of a repository are joined depth-first: files and sub-directories of each directory in random order, the files
+of a directory before its sub-directories, and each directory in one piece, so that code that belongs together is near.
+The random order is the order of hashes of the paths, salted with the repository's name: it is the same on every
+machine, and a file that is added leaves the others in their order. Files are separated by one newline and nothing else:
+no names, no marks.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ class GithubReader:
                     skipped["vendored or excluded directory"] += 1
                 else:
                     repositories.append(entry)
-            elif self.single_files and os.path.splitext(entry.name)[1].lower() in suffixes:
+            elif self.single_files and _is_source(entry, suffixes):
                 repositories.append(entry)
         return repositories
 
@@ -110,10 +112,11 @@ class GithubReader:
             yield from shuffled(files)
             pending.extend(reversed(shuffled(directories)))
 
-    def _list(
-        self, directory: str, suffixes: frozenset[str], skipped: Counter[str]
-    ) -> tuple[list[str], list[str]]:
-        """Source files and sub-directories of a directory. Symbolic links are not followed: they may lead outside, or in a circle."""
+    def _list(self, directory: str, suffixes: frozenset[str], skipped: Counter[str]) -> tuple[list[str], list[str]]:
+        """Source files and sub-directories of a directory.
+
+        Symbolic links are not followed: they may lead outside, or in a circle.
+        """
         files, directories = [], []
         try:
             entries = list(os.scandir(directory))
@@ -128,7 +131,7 @@ class GithubReader:
                     skipped["vendored or excluded directory"] += 1
                 else:
                     directories.append(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in suffixes:
+            elif _is_source(entry, suffixes):
                 files.append(entry.path)
         return files, directories
 
@@ -137,7 +140,10 @@ class GithubReader:
 
 
 def standard_library() -> GithubReader:
-    """The standard library of the running Python, each larger top-level package or module as a repository: real code that every user has."""
+    """The standard library of the running Python, each larger top-level package or module being a repository.
+
+    It is real code that every user has.
+    """
     return GithubReader(
         root=sysconfig.get_paths()["stdlib"],
         languages=("python",),
@@ -146,6 +152,11 @@ def standard_library() -> GithubReader:
         exclude=("test", "tests", "idle_test", "lib-dynload", "ensurepip"),
         min_bytes=20_000,
     )
+
+
+def _is_source(entry: os.DirEntry[str], suffixes: frozenset[str]) -> bool:
+    # Only regular files: to read a pipe could take for ever.
+    return os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file(follow_symlinks=False)
 
 
 def _hash(key: str, path: str) -> bytes:

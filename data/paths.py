@@ -27,7 +27,8 @@ def cache_home() -> pathlib.Path:
 def default_cache_path(task: str, source: str) -> str:
     """Where the token cache of a Task over a source lies unless the user names a place.
 
-    Sources of the same name in different folders, and the standard libraries of different Pythons, have different places.
+    Sources of the same name in different folders, and the standard libraries of different Pythons, have different
+    places.
     """
     if source == STANDARD_LIBRARY:
         return os.fspath(cache_home() / f"{task}-{STANDARD_LIBRARY}-{platform.python_version()}")
@@ -47,7 +48,8 @@ def written_whole(target: str, last: str, replace: bool = False) -> Iterator[pat
 
     Args:
       target: the folder to make, local or remote.
-      last: name of the file without which a reader takes the folder for unfinished; in an object store it is copied after all others.
+      last: name of the file without which a reader takes the folder for unfinished; in an object store it is copied
+        after all others.
       replace: whether a folder that is there gives way.
 
     Raises:
@@ -58,7 +60,8 @@ def written_whole(target: str, last: str, replace: bool = False) -> Iterator[pat
     try:
         if parent is not None:
             os.makedirs(parent, exist_ok=True)
-        # Beside the target, since a rename must not cross file systems; the name tells a person what was left by a kill.
+        # Beside the target, since a rename must not cross file systems; the name tells a person what was left by a
+        # kill.
         staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{os.path.basename(target)}.partial-", dir=parent))
     except OSError as error:
         raise DataError(f"cannot write {target!r}: {error.strerror}; name another place with --output") from None
@@ -67,7 +70,7 @@ def written_whole(target: str, last: str, replace: bool = False) -> Iterator[pat
         if remote:
             _upload(staging, epath.Path(target), last)
         else:
-            _rename(staging, pathlib.Path(target), replace)
+            _rename(staging, pathlib.Path(target), last, replace)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -91,11 +94,11 @@ def local_copy(path: str, last: str, identity: str) -> str:
 def _upload(staging: pathlib.Path, target: epath.Path, last: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     (target / last).unlink(missing_ok=True)
-    for file in sorted(staging.iterdir(), key=lambda file: file.name == last):
+    for file in sorted(staging.iterdir(), key=lambda file: (file.name == last, file.name)):
         epath.Path(file).copy(target / file.name, overwrite=True)
 
 
-def _rename(staging: pathlib.Path, target: pathlib.Path, replace: bool) -> None:
+def _rename(staging: pathlib.Path, target: pathlib.Path, last: str, replace: bool) -> None:
     staging.chmod(0o755)  # mkdtemp makes it private.
     if replace and target.exists():
         old = staging.with_name(staging.name + ".old")
@@ -107,5 +110,5 @@ def _rename(staging: pathlib.Path, target: pathlib.Path, replace: bool) -> None:
         staging.rename(target)
     except OSError:
         # Another process was faster; the same source and settings have given it the same folder.
-        if not target.exists():
+        if not (target / last).exists():
             raise

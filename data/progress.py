@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -16,7 +17,7 @@ class Progress:
     """Shows one stage after another on standard output."""
 
     def __init__(self, console: rich.console.Console | None = None) -> None:
-        self._console = console or rich.console.Console(highlight=False, markup=False, soft_wrap=True)
+        self._console = console or rich.console.Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
 
     def print(self, line: str) -> None:
         self._console.print(line)
@@ -50,7 +51,11 @@ class Progress:
         if not self._console.is_terminal:
             yield self._lines(name, total)
             return
-        columns = rich.progress.SpinnerColumn(), *rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn()
+        columns = (
+            rich.progress.SpinnerColumn(),
+            *rich.progress.Progress.get_default_columns(),
+            rich.progress.MofNCompleteColumn(),
+        )
         with rich.progress.Progress(*columns, console=self._console, transient=True) as bar:
             task = bar.add_task(name, total=total)
             yield lambda count: bar.update(task, completed=count)

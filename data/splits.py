@@ -14,7 +14,8 @@ VALIDATION = "validation"
 def assign(keys: Collection[str], validation_fraction: float) -> dict[str, frozenset[str]]:
     """Divides documents by the rank of the hash of their keys.
 
-    A threshold on the hash itself could leave a split of a small corpus empty; ranks cannot, and depend on nothing but the set of keys.
+    A threshold on the hash itself could leave a split of a small corpus empty; ranks cannot, and depend on nothing but
+    the set of keys.
 
     Args:
       keys: of all documents of the corpus, in any order.

@@ -1,7 +1,8 @@
-"""Documents as segments: the training stream, whose position can be saved exactly, and the pass over held-out documents.
+"""Documents as segments: the training stream, whose position is saved exactly, and the pass over held-out documents.
 
-Training documents stand in an endless line: a permutation of all of them, then another one, an epoch each. Of R rows, row r takes the documents at the positions r, r + R,
-r + 2R, ... of that line and cuts each into segments. So the position of a row is two integers, rows do not wait for each other, and no number of hosts is part of it.
+Training documents stand in an endless line: a permutation of all of them, then another one, an epoch each. Of R rows,
+row r takes the documents at the positions r, r + R, r + 2R, ... of that line and cuts each into segments. So the
+position of a row is two integers, rows do not wait for each other, and no number of hosts is part of it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,19 @@ from .token_cache import Split
 class DocumentStream:
     """Segments of training documents for some of R rows; a `memorizing.batch.BatchIterator`.
 
-    Every host knows the position of all R rows, since that takes only the lengths of the documents, and loads the tokens of its own rows.
+    Every host knows the position of all R rows, since that takes only the lengths of the documents, and loads the
+    tokens of its own rows.
     """
 
     def __init__(
-        self, documents: Split, fingerprint: str, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int
+        self,
+        documents: Split,
+        fingerprint: str,
+        num_rows: int,
+        rows: range,
+        num_segments: int,
+        segment_length: int,
+        seed: int,
     ) -> None:
         """Starts every row at its first document.
 
@@ -43,7 +52,9 @@ class DocumentStream:
         if not len(documents):
             raise DataError("the split has no documents: there is nothing to stream")
         if min(num_rows, num_segments, segment_length) < 1 or not set(rows) <= set(range(num_rows)):
-            raise DataError(f"cannot stream {rows} of {num_rows} rows in {num_segments} segments of {segment_length} tokens")
+            raise DataError(
+                f"cannot stream {rows} of {num_rows} rows in {num_segments} segments of {segment_length} tokens"
+            )
         self._documents = documents
         self._permutations = _Permutations(len(documents), seed)
         self._identity = {"cache": fingerprint, "seed": seed, "num_rows": num_rows}
@@ -67,7 +78,7 @@ class DocumentStream:
         return _make_batch(targets, previous, start_of_document)
 
     def get_state(self) -> dict[str, Any]:
-        """See `BatchIterator`. Two integers a row: the position of its document in the line, and of its next token in the document."""
+        """See `BatchIterator`: for each row, where its document stands in the line, and its next token in that."""
         return self._identity | {"position": self._position.tolist(), "offset": self._offset.tolist()}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -78,14 +89,20 @@ class DocumentStream:
         """
         for name, value in self._identity.items():
             if state.get(name) != value:
-                raise DataError(f"this position belongs to another stream: its {name} is {state.get(name)!r}, here it is {value!r}")
+                raise DataError(
+                    f"this position belongs to another stream: its {name} is {state.get(name)!r}, here it is {value!r}"
+                )
         num_rows = self._identity["num_rows"]
         position, offset = (np.asarray(state.get(name, ()), np.int64) for name in ("position", "offset"))
         if position.shape != (num_rows,) or offset.shape != (num_rows,):
-            raise DataError(f"this is no position of a stream of {num_rows} rows: {position.shape} positions, {offset.shape} offsets")
+            raise DataError(
+                f"this is no position of {num_rows} rows: it has {position.shape} positions and {offset.shape} offsets"
+            )
         lengths = self._lengths_at(position) if np.all(position >= 0) else 0
         if np.any(position % num_rows != np.arange(num_rows)) or np.any(offset < 0) or np.any(offset >= lengths):
-            raise DataError("this is no position of this stream: a row is on another row's document, or past the end of one")
+            raise DataError(
+                "this is no position of this stream: a row is on another row's document, or past the end of one"
+            )
         self._move_to(position, offset)
 
     def _move_to(self, position: np.ndarray, offset: np.ndarray) -> None:
@@ -129,7 +146,8 @@ class _Permutations:
     def document_at(self, position: int) -> int:
         epoch, index = divmod(position, self._num_documents)
         if epoch not in self._by_epoch:
-            # RandomState and SeedSequence promise the same numbers from every future NumPy; Generator does not, and a resumed run would go astray.
+            # RandomState and SeedSequence promise the same numbers from every future NumPy; Generator does not, and a
+            # resumed run would go astray.
             bits = np.random.MT19937(np.random.SeedSequence([self._seed, epoch]))
             self._by_epoch[epoch] = np.random.RandomState(bits).permutation(self._num_documents)
         return int(self._by_epoch[epoch][index])
@@ -168,12 +186,16 @@ def evaluation_batches(documents: Split, num_rows: int, segment_length: int) -> 
         targets = np.full((num_rows, 1, segment_length), PADDING, np.int32)
         previous = [[_fill(targets[row, 0], tokens[row], int(offset[row]))] for row in range(num_rows)]
         start_of_document = ((offset == 0) & (document >= 0))[:, None]
-        yield EvaluationBatch(_make_batch(targets, np.asarray(previous, np.int32), start_of_document), document.copy(), offset.copy())
+        yield EvaluationBatch(
+            _make_batch(targets, np.asarray(previous, np.int32), start_of_document), document.copy(), offset.copy()
+        )
         offset += segment_length
 
 
 def _fill(targets: np.ndarray, tokens: np.ndarray, offset: int) -> int:
-    """Puts the segment of a document that begins at `offset` into `targets`, int32 [T]. Returns the token before it, `PADDING` at the start."""
+    """Puts the segment of a document that begins at `offset` into `targets`, int32 [T]. Returns the token before it,
+    `PADDING` at the start.
+    """
     segment = tokens[offset : offset + len(targets)]
     targets[: len(segment)] = segment
     return int(tokens[offset - 1]) if offset else PADDING

@@ -4,8 +4,9 @@ A cache is a folder that needs nothing else:
 
     cache.json                     what it is: Task, vocabulary, source, splits, counts
     vocabulary.model               where the vocabulary is a SentencePiece model
-    SPLIT.index.npz                columns with one entry a document: tokens, bytes, key; and the first document of every shard
-    SPLIT-00000.array_record ...   one document a record: its ids, little-endian uint16 (uint32 for vocabularies of more than 65536 ids)
+    SPLIT.index.npz                of each document its tokens, bytes and key; of each shard its first document
+    SPLIT-00000.array_record ...   one document a record: its ids as little-endian uint16, or uint32 where there are
+                                   more than 65536 of them
 
 `cache.json` is written last: a folder without it is no cache.
 """
@@ -69,7 +70,9 @@ class Split:
             raise self._damaged(shard, str(error)) from None
         tokens = np.frombuffer(record, self._dtype)
         if len(tokens) != self.num_tokens[index]:
-            raise self._damaged(shard, f"document {index} has {len(tokens)} tokens, the index says {self.num_tokens[index]}")
+            raise self._damaged(
+                shard, f"document {index} has {len(tokens)} tokens, the index says {self.num_tokens[index]}"
+            )
         return tokens
 
     def _reader(self, shard: int) -> ArrayRecordReader:
@@ -118,7 +121,9 @@ class TokenCache:
         with open(os.path.join(self.path, vocabulary.MODEL_FILE), "rb") as file:
             loaded = vocabulary.SentencePieceVocabulary(file.read())
         if loaded.digest != described["digest"]:
-            raise DataError(f"{self.path} holds another vocabulary than it was made with; delete the folder and prepare it again")
+            raise DataError(
+                f"{self.path} holds another vocabulary than it was made with; delete the folder and prepare it again"
+            )
         return loaded
 
     def split(self, name: str) -> Split:
@@ -137,6 +142,18 @@ def exists(path: str) -> bool:
     return (epath.Path(path) / METADATA_FILE).exists()
 
 
+def read_metadata(path: str, task: str | None = None) -> dict[str, Any]:
+    """Reads what a cache is; see `open_cache`."""
+    if not exists(path):
+        raise DataError(f"no token cache in {path!r}; make it with: memorizing prepare --output={path}")
+    metadata = json.loads((epath.Path(path) / METADATA_FILE).read_text())
+    if metadata.get("format") != FORMAT:
+        raise DataError(f"{path!r} is of another version of memorizing; delete the folder and prepare it again")
+    if task is not None and metadata["task"] != task:
+        raise DataError(f"{path!r} is a token cache of {metadata['task']}, not of {task}; name another folder or task")
+    return metadata
+
+
 def open_cache(path: str, task: str | None = None) -> TokenCache:
     """Opens a cache; one in an object store is copied to this machine first.
 
@@ -147,13 +164,7 @@ def open_cache(path: str, task: str | None = None) -> TokenCache:
     Raises:
       DataError: there is no finished cache, or one of another Task (and so of another corpus or vocabulary) or format.
     """
-    if not exists(path):
-        raise DataError(f"no token cache in {path!r}; make it with: memorizing prepare --output={path}")
-    metadata = json.loads((epath.Path(path) / METADATA_FILE).read_text())
-    if metadata.get("format") != FORMAT:
-        raise DataError(f"{path!r} has format {metadata.get('format')}, this version reads {FORMAT}; delete the folder and prepare it again")
-    if task is not None and metadata["task"] != task:
-        raise DataError(f"{path!r} is a token cache of the task {metadata['task']!r}, not of {task!r}; name another folder or task")
+    metadata = read_metadata(path, task)
     if paths.is_remote(path):
         path = paths.local_copy(path, METADATA_FILE, metadata["fingerprint"])
     return TokenCache(path, metadata)

@@ -1,6 +1,7 @@
 """Vocabularies: text to token ids and back, exactly, without TensorFlow or seqio.
 
-The ids are those of seqio's vocabularies, which the Tasks tokenise with: 0 is padding, 1 ends a document, 2 is unknown and never occurs.
+The ids are those of seqio's vocabularies, which the Tasks tokenise with: 0 is padding, 1 ends a document, 2 is unknown
+and never occurs.
 """
 
 from __future__ import annotations
@@ -61,7 +62,12 @@ class ByteVocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = np.asarray(ids, np.int64)
-        return (ids[(ids >= _NUM_SPECIAL) & (ids < self.size)] - _NUM_SPECIAL).astype(np.uint8).tobytes().decode("utf-8", "replace")
+        return (
+            (ids[(ids >= _NUM_SPECIAL) & (ids < self.size)] - _NUM_SPECIAL)
+            .astype(np.uint8)
+            .tobytes()
+            .decode("utf-8", "replace")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +103,8 @@ class SentencePieceVocabulary:
         return unescape(self._processor.decode(np.asarray(ids, np.int64).tolist()))
 
 
-# SentencePiece writes a space as U+2581 and so reads U+2581 back as a space. Texts that hold it are escaped; `tasks` does the same in TensorFlow.
+# SentencePiece writes a space as U+2581 and so reads U+2581 back as a space. Texts that hold it are escaped; `tasks`
+# does the same in TensorFlow.
 _SPACE_MARK = "\u2581"
 _ESCAPE = "\x01"
 ESCAPES = ((_ESCAPE, _ESCAPE + "0"), (_SPACE_MARK, _ESCAPE + "1"))
@@ -117,7 +124,8 @@ def unescape(text: str) -> str:
 
 
 def train(lines: Iterable[str], size: int, num_threads: int = 2) -> SentencePieceVocabulary:
-    """Trains a byte-pair vocabulary that keeps every text as it is: no normalisation, all spaces, rare characters as bytes.
+    """Trains a byte-pair vocabulary that keeps every text as it is: no normalisation, all spaces, rare characters as
+    bytes.
 
     Args:
       lines: the training text without its line ends, which are a token of their own, as tabs are.

@@ -10,12 +10,14 @@ that the functions below rely on:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool
 
 from memorizing.array_typing import RealPositions, RowFlags, Tree
 
@@ -23,14 +25,52 @@ from memorizing.array_typing import RealPositions, RowFlags, Tree
 Context = dict[str, Any]
 
 
-class Segment(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What the positions of a segment are: read tokens, then the segment's own tokens, then write tokens. Without recurrent tokens there are only the segment's own.
+
+    Attributes:
+      length: the segment's own tokens.
+      num_read, num_write: recurrent memory tokens before and after them.
+      bidirectional: whether every position sees every other.
+      memory_sees_cache: whether recurrent tokens see the keys cached from before the segment.
+    """
+
+    length: int
+    num_read: int = 0
+    num_write: int = 0
+    bidirectional: bool = False
+    memory_sees_cache: bool = True
+
+    @property
+    def size(self) -> int:
+        """Positions that pass through the layers: T, in the shapes of layers."""
+        return self.num_read + self.length + self.num_write
+
+    def own(self, x: jax.Array) -> jax.Array:
+        """The segment's own positions of an array [B, T, ...]."""
+        return x[:, self.num_read : self.num_read + self.length]
+
+    def widen(self, is_real: RealPositions) -> RealPositions:
+        """The own positions' flags [B, length] as flags of all positions; memory tokens are real."""
+        return jnp.pad(is_real, ((0, 0), (self.num_read, self.num_write)), constant_values=True)
+
+
+@struct.dataclass
+class Segment:
     """What a layer knows of the segment besides its activations.
 
     Attributes:
       is_real: bool [B, T], false at padding after the end of a document.
+      layout: what the T positions are.
     """
 
     is_real: RealPositions
+    layout: Layout = struct.field(pytree_node=False)
+
+    def with_cached(self, valid: Bool[Array, "B W"]) -> Bool[Array, "B S"]:
+        """Which of the keys [cached; segment] hold something."""
+        return jnp.concatenate([valid, self.is_real], axis=1)
 
 
 @struct.dataclass

@@ -11,14 +11,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import gin
+
+from memorizing.attention.compressive import CompressiveAttention
 from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention
+from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
 from memorizing.errors import UserError
 from memorizing.experiment import BatchConfig, Experiment, LoopConfig
 from memorizing.gin_types import REGISTERED, register
 from memorizing.model import LMConfig
 from memorizing.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot
+from memorizing.recurrent_tokens import RecurrentTokens
 from memorizing.search import ApproximateSearch, ExactSearch
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
@@ -34,6 +38,9 @@ for configurable in (
     FullAttention,
     XLAttention,
     KNNAttention,
+    TransformerXLAttention,
+    CompressiveAttention,
+    RecurrentTokens,
     ExactSearch,
     ApproximateSearch,
     # Optimizers and schedules.

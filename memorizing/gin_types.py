@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
 import typing
 from typing import Any
 
 import gin
-from memorizing.errors import UserError
 
+from memorizing.errors import UserError
 
 # What gin files can name, by name.
 REGISTERED: dict[str, type] = {}
@@ -42,7 +43,7 @@ def register(cls: type) -> None:
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether a value has a type: classes, unions, literals and tuples of them; an int is a float, a bool is neither; protocols match anything with their attributes."""
+    """Whether a value has a type: classes, unions, literals and tuples of them; an int is a float, a bool is neither; protocols match what has their methods."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -59,7 +60,12 @@ def matches(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     if getattr(hint, "_is_protocol", False):
-        return all(hasattr(value, name) for name in typing.get_type_hints(hint))
+        # On the class: an instance may have to open its corpus to answer.
+        return all(
+            hasattr(type(value), name)
+            for name, member in vars(hint).items()
+            if inspect.isfunction(member) and name[0] != "_"
+        )
     if hint in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if hint is float else hint)

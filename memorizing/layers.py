@@ -22,11 +22,12 @@ class Einsum(nn.Module):
 
     equation: str
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, frozen: bool = False) -> jax.Array:
+        """The map of x; if frozen, no gradient reaches the kernel."""
         operands, output = self.equation.split("->")
         letters = operands.split(",")[1]
         initializer = nn.initializers.variance_scaling(
@@ -37,6 +38,8 @@ class Einsum(nn.Module):
             out_axis=[i for i, letter in enumerate(letters) if letter in output],
         )
         kernel = self.param("kernel", nn.with_logical_partitioning(initializer, self.axes), self.shape, jnp.float32)
+        if frozen:
+            kernel = jax.lax.stop_gradient(kernel)
         return jnp.einsum(self.equation, x, kernel.astype(self.dtype))
 
 

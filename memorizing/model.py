@@ -15,10 +15,14 @@ from memorizing.array_typing import Activations, AxesTree, Logits, RealPositions
 from memorizing.attention.base import Attention, LayerDims
 from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention
-from memorizing.context import Context, Report, Segment
+from memorizing.context import Context, Layout, Report, Segment
 from memorizing.errors import UserError
 from memorizing.external_memory import NEIGHBOURS
 from memorizing.layers import MLP, Embedder, RMSNorm, rows_over_data
+from memorizing.recurrent_tokens import MemoryTokens, RecurrentTokens, written
+
+# The entry of the recurrent tokens in parameters and context.
+RECURRENT = "recurrent_tokens"
 
 
 class LayerGroup(NamedTuple):
@@ -48,6 +52,7 @@ class LMConfig:
       num_layers, embed_dim, num_heads, head_dim, mlp_dim: L, D, N, H, F.
       attention: the mechanism of every layer that `attention_at` does not name.
       attention_at: pairs of a layer index, from 0, and its mechanism.
+      recurrent_tokens: memory tokens around the whole stack, or None.
       dropout: probability, on the embedding and on the outputs of attention and MLP.
       initial_logit_scale: value at initialisation of the learned per-head scale of the attention logits.
       dtype: of activations and carried states; parameters are float32.
@@ -62,6 +67,7 @@ class LMConfig:
     mlp_dim: int = 256
     attention: Attention = FullAttention()
     attention_at: tuple[tuple[int, Attention], ...] = ()
+    recurrent_tokens: RecurrentTokens | None = None
     dropout: float = 0.0
     initial_logit_scale: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -123,6 +129,8 @@ class LMConfig:
             return jnp.broadcast_to(leaf[:, None], (leaf.shape[0], length, *leaf.shape[1:]))
 
         context: Context = {"clock": jnp.zeros((), jnp.int32)}
+        if self.recurrent_tokens:
+            context[RECURRENT] = self.recurrent_tokens.init_state(self.embed_dim, self.dims.dtype, batch_size)
         for name, attention, length in self.groups:
             state = attention.init_state(self.dims, batch_size, segment_length)
             context[name] = state if length == 1 else jax.tree.map(lambda leaf, n=length: stack(leaf, n), state)
@@ -131,6 +139,8 @@ class LMConfig:
     def context_axes(self) -> AxesTree:
         """Logical axis names of every leaf of the context."""
         axes: dict[str, Any] = {"clock": ()}
+        if self.recurrent_tokens:
+            axes[RECURRENT] = self.recurrent_tokens.state_axes()
         for group in self.groups:
             axes[group.name] = jax.tree.map(
                 lambda names, stacked=group.is_stacked: (*names[:1], "layers", *names[1:]) if stacked else names,
@@ -165,12 +175,16 @@ class LanguageModel(nn.Module):
           start_of_document: bool [B], rows whose context is forgotten before the segment.
           context: from `LMConfig.init_context` or from the segment before.
         """
-        config = self.config
-        segment = Segment(is_real)
+        config, layout = self.config, Layout(tokens.shape[1])
         new_context: Context = {"clock": context["clock"] + 1}
         losses, metrics = {}, {}
         embedder = Embedder(config.vocab_size, config.embed_dim, config.dims.dtype, name="embedder")
         x = Dropout(config.dropout, name="dropout")(embedder.encode(tokens))
+        if config.recurrent_tokens:
+            layout = config.recurrent_tokens.layout(layout.length)
+            memory = config.recurrent_tokens.reset(context[RECURRENT], start_of_document)
+            x = MemoryTokens(config.recurrent_tokens, name=RECURRENT)(x, memory)
+        segment = Segment(layout.widen(is_real), layout)
         for group in config.groups:
             x = rows_over_data(x)
             state = group.attention.settle(context[group.name], context["clock"])
@@ -178,7 +192,10 @@ class LanguageModel(nn.Module):
             x, (new_context[group.name], report) = _layers(config, group)(x, segment, state)
             losses |= {f"{group.name}/{name}": value.sum() for name, value in report.losses.items()}
             metrics |= {f"{group.name}/{name}": value for name, value in report.metrics.items()}
-        logits = embedder.decode(RMSNorm(name="final_norm")(x))
+        x = RMSNorm(name="final_norm")(x)
+        if config.recurrent_tokens:
+            new_context[RECURRENT] = written(layout, x)
+        logits = embedder.decode(layout.own(x))
         return ModelOutput(logits, new_context, Report(losses, metrics))
 
 

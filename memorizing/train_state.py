@@ -35,10 +35,11 @@ class TrainState:
     context: Context
 
 
-def init_params(config: LMConfig, num_rows: int, rng: jax.Array) -> Tree:
-    """Parameters that still carry their logical axis names. They do not depend on the rows, which only have to fit the mesh."""
-    tokens, flags = jnp.zeros((num_rows, 1), jnp.int32), jnp.ones((num_rows, 1), bool)
-    return LanguageModel(config).init(rng, tokens, flags, flags[:, 0], config.init_context(num_rows, 1))["params"]
+def init_params(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -> Tree:
+    """Parameters that still carry their logical axis names. They do not depend on rows and segment, which only have to fit mesh and mechanisms."""
+    tokens, flags = jnp.zeros((num_rows, segment_length), jnp.int32), jnp.ones((num_rows, segment_length), bool)
+    context = config.init_context(num_rows, segment_length)
+    return LanguageModel(config).init(rng, tokens, flags, flags[:, 0], context)["params"]
 
 
 def init_train_state(
@@ -46,7 +47,7 @@ def init_train_state(
 ) -> TrainState:
     """A fresh state, unsharded; to be jitted or shape-evaluated."""
     init_key, step_key = jax.random.split(jax.random.key(seed))
-    params = nn.unbox(init_params(config, num_rows, init_key))
+    params = nn.unbox(init_params(config, num_rows, segment_length, init_key))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -66,7 +67,7 @@ def abstract_train_state(
 ) -> TrainState:
     """Shape, dtype and sharding of every leaf of the state."""
     state = jax.eval_shape(lambda: init_train_state(config, optimizer, num_rows, segment_length, seed=0))
-    boxed = jax.eval_shape(lambda: init_params(config, num_rows, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: init_params(config, num_rows, segment_length, jax.random.key(0)))
     params = sharding.parameter_shardings(mesh, boxed, mesh_config.parameter_rules)
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = TrainState(

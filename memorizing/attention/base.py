@@ -8,12 +8,11 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from memorizing import masks, positions
 from memorizing.array_typing import Activations, AxesTree, Clock, HeadScale, Keys, Queries, Tree, Values
-from memorizing.context import Report, Segment
+from memorizing.context import Layout, Report, Segment
 from memorizing.layers import Einsum
 
 
@@ -119,7 +118,7 @@ class T5Bias(nn.Module):
     max_distance: int
 
     @nn.compact
-    def __call__(self, num_queries: int, num_keys: int) -> Float[Array, "N T S"]:
+    def __call__(self, layout: Layout, num_keys: int) -> Float[Array, "N T S"]:
         initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         table = self.param(
             "table",
@@ -127,8 +126,10 @@ class T5Bias(nn.Module):
             (self.num_heads, self.num_buckets),
             jnp.float32,
         )
-        buckets = positions.t5_buckets(np.arange(num_keys), self.num_buckets, self.max_distance)
-        return positions.bias_by_distance(table[:, buckets], num_queries)
+        distances = positions.distances(layout.size, num_keys)
+        buckets = positions.t5_buckets(distances, self.num_buckets, self.max_distance, layout.bidirectional)
+        by_distance = jnp.broadcast_to(table[:, None, buckets], (self.num_heads, layout.size, len(buckets)))
+        return positions.by_key(by_distance, num_keys)
 
 
 def normalize(x: Queries) -> Queries:
@@ -137,23 +138,32 @@ def normalize(x: Queries) -> Queries:
     return (x * jax.lax.rsqrt(squares + 1e-6)).astype(x.dtype)
 
 
-def causal_attention(
+def hide(cached: jax.Array, valid: Bool[Array, "B W"]) -> jax.Array:
+    """Carried slots [B, W, ...] with zeros where they are empty, and no gradient: empty slots may hold anything, and what the mask turns into 0 * NaN would be NaN."""
+    return jnp.where(valid.reshape(valid.shape + (1,) * (cached.ndim - 2)), jax.lax.stop_gradient(cached), 0)
+
+
+def attention_weights(logits: Float[Array, "B N T S"], mask: Bool[Array, "B T S"]) -> Float[Array, "B N T S"]:
+    """softmax over the visible keys, float32. Every position sees at least itself, so that no row is empty.
+
+    Args:
+      logits: float32; the last T keys are the queries' own positions.
+      mask: true where a key is visible.
+    """
+    mask = mask | masks.itself(*mask.shape[1:])[None]
+    return jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def local_attention(
     queries: Queries,
     keys: Keys,
     values: Values,
     scale: HeadScale,
     bias: Float[Array, "N T S"],
-    visible: Bool[Array, "B S"],
+    mask: Bool[Array, "B T S"],
 ) -> Queries:
-    """softmax(scale * (q . k + bias)) v over the visible keys at or before each query; the last T keys are the queries' own positions.
-
-    A query always sees its own position, visible or not, so that no row of the softmax is empty.
-    """
-    num_queries, num_keys = queries.shape[1], keys.shape[1]
+    """softmax(scale * (q . k + bias)) v over the visible keys; the last T keys are the queries' own positions."""
     with jax.named_scope("local_attention"):
         logits = jnp.einsum("BTNH,BSNH->BNTS", queries, keys, preferred_element_type=jnp.float32)
-        logits = (logits + bias[None]) * scale[None, :, None, None]
-        mask = masks.causal(num_queries, num_keys)[None] & (visible[:, None, :] | masks.itself(num_queries, num_keys))
-        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-        return jnp.einsum("BNTS,BSNH->BTNH", weights, values)
+        weights = attention_weights((logits + bias[None]) * scale[None, :, None, None], mask)
+        return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(values.dtype), values)

@@ -6,8 +6,9 @@ import dataclasses
 
 import flax.linen as nn
 
+from memorizing import masks
 from memorizing.array_typing import HeadScale, Keys, Queries, Values
-from memorizing.attention.base import Attention, LayerDims, T5Bias, causal_attention
+from memorizing.attention.base import Attention, LayerDims, T5Bias, local_attention
 from memorizing.context import Report, Segment
 
 
@@ -34,6 +35,7 @@ class FullCore(nn.Module):
     def __call__(
         self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: tuple
     ) -> tuple[Queries, tuple, Report]:
-        config, length = self.attention, queries.shape[1]
-        bias = T5Bias(self.dims.num_heads, config.num_buckets, config.max_distance, name="bias")(length, length)
-        return causal_attention(queries, keys, values, scale, bias, segment.is_real), state, Report()
+        config, layout = self.attention, segment.layout
+        bias = T5Bias(self.dims.num_heads, config.num_buckets, config.max_distance, name="bias")(layout, layout.size)
+        mask = masks.visible(layout)[None] & segment.is_real[:, None, :]
+        return local_attention(queries, keys, values, scale, bias, mask), state, Report()

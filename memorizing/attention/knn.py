@@ -133,7 +133,8 @@ class KNNCore(nn.Module):
             },
         )
         y = memory_share * y_memory + (1 - memory_share) * y_local
-        last_segment = external_memory.of_segment(keys, values, segment.is_real)
+        own = segment.layout.own
+        last_segment = external_memory.of_segment(own(keys), own(values), own(segment.is_real))
         return y, KNNState(local_state, state.memory, last_segment), report
 
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from memorizing import masks
 from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
-from memorizing.attention.base import Attention, LayerDims, T5Bias, causal_attention
+from memorizing.attention.base import Attention, LayerDims, T5Bias, hide, local_attention
 from memorizing.context import Report, Segment
 from memorizing.errors import UserError
 
@@ -73,19 +74,19 @@ class XLCore(nn.Module):
     def __call__(
         self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: XLState
     ) -> tuple[Queries, XLState, Report]:
-        config = self.attention
+        config, layout = self.attention, segment.layout
 
-        def extend(cached: jax.Array, new: jax.Array) -> jax.Array:
-            # Empty slots may hold anything; masked out of the softmax they would still make 0 * NaN of a product.
-            cached = jnp.where(state.valid[:, :, None, None], jax.lax.stop_gradient(cached), 0)
-            return jnp.concatenate([cached, new], axis=1)
+        def recent(own: jax.Array, cached: jax.Array) -> jax.Array:
+            return jax.lax.stop_gradient(jnp.concatenate([cached, layout.own(own)], axis=1)[:, -config.window :])
 
-        keys, values = extend(state.keys, keys), extend(state.values, values)
-        visible = jnp.concatenate([state.valid, segment.is_real], axis=1)
-        bias = T5Bias(self.dims.num_heads, config.num_buckets, config.max_distance, name="bias")(
-            queries.shape[1], keys.shape[1]
+        cached_keys, cached_values = hide(state.keys, state.valid), hide(state.values, state.valid)
+        new_state = XLState(
+            keys=recent(keys, cached_keys),
+            values=recent(values, cached_values),
+            valid=recent(segment.is_real, state.valid),
         )
-        y = causal_attention(queries, keys, values, scale, bias, visible)
-        last = (keys[:, -config.window :], values[:, -config.window :])
-        keys, values = jax.lax.stop_gradient(last)
-        return y, XLState(keys=keys, values=values, valid=visible[:, -config.window :]), Report()
+        keys = jnp.concatenate([cached_keys, keys], axis=1)
+        values = jnp.concatenate([cached_values, values], axis=1)
+        bias = T5Bias(self.dims.num_heads, config.num_buckets, config.max_distance, name="bias")(layout, keys.shape[1])
+        mask = masks.visible(layout, config.window)[None] & segment.with_cached(state.valid)[:, None, :]
+        return local_attention(queries, keys, values, scale, bias, mask), new_state, Report()

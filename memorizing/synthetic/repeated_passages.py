@@ -1,4 +1,4 @@
-"""Synthetic documents in numpy: the whole training loop runs without any corpus, and without TensorFlow."""
+"""Documents that repeat a passage: the smallest text that only a memory can predict."""
 
 from __future__ import annotations
 

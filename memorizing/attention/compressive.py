@@ -1,0 +1,208 @@
+"""Compressive Transformer (Rae et al. 2020): what leaves the Transformer-XL memory is compressed and kept for longer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from memorizing import masks
+from memorizing.array_typing import Activations, AxesTree, Scalar
+from memorizing.attention.base import Attention, LayerDims, hide
+from memorizing.attention.transformer_xl import RelativeAttention
+from memorizing.context import Report, Segment
+from memorizing.errors import UserError
+from memorizing.layers import Einsum
+
+
+@struct.dataclass
+class CompressiveState:
+    """Inputs of the layer at the last W positions, and C compressed states of older ones.
+
+    Attributes:
+      hidden: [B, W, D] in the dtype of the activations, oldest first.
+      valid: bool [B, W].
+      usage: float32 [B, W], attention that each position has received, summed over heads and queries.
+      compressed: [B, C, D], oldest first.
+      compressed_valid: bool [B, C].
+    """
+
+    hidden: Float[Array, "B W D"]
+    valid: Bool[Array, "B W"]
+    usage: Float[Array, "B W"]
+    compressed: Float[Array, "B C D"]
+    compressed_valid: Bool[Array, "B C"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressiveAttention(Attention):
+    """Attends to [compressed memory; memory; segment] with Transformer-XL's relative positions; the oldest segment leaves the memory as `segment / rate` compressed states.
+
+    Only the auxiliary loss trains the compressor, and it trains nothing else (section 3.2).
+
+    Attributes:
+      window: W, positions in the memory; a multiple of the segment length.
+      compressed_size: C, compressed states.
+      rate: positions that become one compressed state; divides the segment length.
+      compressor: 'mean', 'max', 'conv' (kernel and stride are the rate), 'dilated' (two dilated convolutions before it), or 'most_used' (keeps the positions that were attended
+        to most, as they are).
+      loss: 'attention' (reconstructs what the layer reads from the old states), 'autoencoding' (the old states themselves) or 'none'.
+      loss_weight: factor of the auxiliary loss.
+    """
+
+    window: int = 512
+    compressed_size: int = 512
+    rate: int = 4
+    compressor: Literal["mean", "max", "conv", "dilated", "most_used"] = "conv"
+    loss: Literal["attention", "autoencoding", "none"] = "attention"
+    loss_weight: float = 1.0
+
+    def check(self, segment_length: int) -> None:
+        if self.window % segment_length or self.window < 1:
+            raise UserError(
+                f"CompressiveAttention.window = {self.window} is not a multiple of the segment length {segment_length}"
+            )
+        if self.rate < 1 or segment_length % self.rate:
+            raise UserError(
+                f"CompressiveAttention.rate = {self.rate} does not divide the segment length {segment_length}"
+            )
+        if self.compressed_size < segment_length // self.rate:
+            raise UserError(
+                f"CompressiveAttention.compressed_size = {self.compressed_size} does not hold the "
+                f"{segment_length // self.rate} states of one segment (segment length {segment_length}, rate {self.rate})"
+            )
+
+    def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> CompressiveState:
+        return CompressiveState(
+            hidden=jnp.zeros((batch_size, self.window, dims.embed_dim), dims.dtype),
+            valid=jnp.zeros((batch_size, self.window), bool),
+            usage=jnp.zeros((batch_size, self.window), jnp.float32),
+            compressed=jnp.zeros((batch_size, self.compressed_size, dims.embed_dim), dims.dtype),
+            compressed_valid=jnp.zeros((batch_size, self.compressed_size), bool),
+        )
+
+    def state_axes(self) -> AxesTree:
+        content, flags = ("batch", "length", "embed"), ("batch", "length")
+        return CompressiveState(content, flags, flags, content, flags)
+
+    def fresh_state(self) -> CompressiveState:
+        return CompressiveState(hidden=None, valid=False, usage=None, compressed=None, compressed_valid=False)
+
+    def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        return CompressiveLayer(self, dims, name=name)
+
+
+class CompressiveLayer(nn.Module):
+    attention: CompressiveAttention
+    dims: LayerDims
+
+    @nn.compact
+    def __call__(
+        self, x: Activations, segment: Segment, state: CompressiveState
+    ) -> tuple[Activations, CompressiveState, Report]:
+        config, own = self.attention, segment.layout.own
+        hidden, compressed = hide(state.hidden, state.valid), hide(state.compressed, state.compressed_valid)
+        carried = jnp.concatenate([compressed, hidden], axis=1)
+        is_key = segment.with_cached(jnp.concatenate([state.compressed_valid, state.valid], axis=1))
+        mask = masks.visible(segment.layout, carried.shape[1])[None] & is_key[:, None, :]
+        relative = RelativeAttention(self.dims, name="relative")
+        y, weights = relative(x, carried, mask)
+
+        # Attention that each slot of the memory has received so far, this segment's included.
+        received = jax.lax.stop_gradient(weights).sum(axis=(1, 2))
+        usage = state.usage + received[:, config.compressed_size : carried.shape[1]]
+        length = segment.layout.length
+        old, old_valid = hidden[:, :length], state.valid[:, :length]
+        new, new_valid = Compressor(config, self.dims, name="compressor")(old, old_valid, usage[:, :length])
+        losses = self._losses(relative, own(x), old, new, old_valid)
+
+        def push(slots: jax.Array, entering: jax.Array) -> jax.Array:
+            return jax.lax.stop_gradient(jnp.concatenate([slots, entering], axis=1)[:, -slots.shape[1] :])
+
+        new_state = CompressiveState(
+            hidden=push(hidden, own(x)),
+            valid=push(state.valid, own(segment.is_real)),
+            usage=push(usage, jnp.zeros((x.shape[0], length), jnp.float32)),
+            compressed=push(compressed, new),
+            compressed_valid=push(state.compressed_valid, new_valid),
+        )
+        return y, new_state, Report(losses=losses)
+
+    def _losses(
+        self,
+        relative: RelativeAttention,
+        x: Activations,
+        old: Activations,
+        new: Float[Array, "B P D"],
+        old_valid: Bool[Array, "B T"],
+    ) -> dict[str, Scalar]:
+        """Mean square of what compression lost; a row whose oldest segment is empty adds nothing."""
+        config = self.attention
+        if config.loss == "none" or config.compressor in ("mean", "max", "most_used"):
+            return {}
+        if config.loss == "attention":
+            error = relative.content(x, old) - relative.content(x, new)
+        else:
+            error = Decompressor(config, self.dims, name="decompressor")(new) - old
+        squares = jnp.mean(jnp.square(error.astype(jnp.float32)).reshape(x.shape[0], -1), axis=1)
+        has_old = jnp.all(old_valid, axis=1)
+        return {f"compression_{config.loss}": config.loss_weight * jnp.mean(jnp.where(has_old, squares, 0.0))}
+
+
+class Compressor(nn.Module):
+    """f_c: [B, T, D] to [B, T / rate, D]."""
+
+    config: CompressiveAttention
+    dims: LayerDims
+
+    @nn.compact
+    def __call__(
+        self, old: Activations, valid: Bool[Array, "B T"], usage: Float[Array, "B T"]
+    ) -> tuple[Float[Array, "B P D"], Bool[Array, "B P"]]:
+        """Compresses; a compressed state is valid if all of its positions are."""
+        config = self.config
+        if config.compressor == "most_used":
+            return _most_used(old, valid, usage, old.shape[1] // config.rate)
+        if config.compressor == "dilated":
+            for index, dilation in enumerate((1, 2)):
+                convolution = nn.Conv(
+                    self.dims.embed_dim, (3,), kernel_dilation=dilation, dtype=self.dims.dtype, name=f"dilated_{index}"
+                )
+                old = old + nn.relu(convolution(old))
+        batch_size, length, width = old.shape
+        blocks = old.reshape(batch_size, length // config.rate, config.rate, width)
+        valid = valid.reshape(batch_size, length // config.rate, config.rate).all(axis=-1)
+        if config.compressor == "mean":
+            return blocks.mean(axis=2), valid
+        if config.compressor == "max":
+            return blocks.max(axis=2), valid
+        shape = (config.rate, width, width)
+        return Einsum("BPCD,CDE->BPE", shape, (None, "embed", None), self.dims.dtype, name="convolution")(blocks), valid
+
+
+class Decompressor(nn.Module):
+    """Reconstructs the old states for the auto-encoding loss: [B, T / rate, D] to [B, T, D]."""
+
+    config: CompressiveAttention
+    dims: LayerDims
+
+    @nn.compact
+    def __call__(self, new: Float[Array, "B P D"]) -> Activations:
+        batch_size, num_states, width = new.shape
+        shape = (width, self.config.rate, width)
+        blocks = Einsum("BPE,ECD->BPCD", shape, (None, None, "embed"), self.dims.dtype, name="convolution")(new)
+        return blocks.reshape(batch_size, num_states * self.config.rate, width)
+
+
+def _most_used(
+    old: Activations, valid: Bool[Array, "B T"], usage: Float[Array, "B T"], num_kept: int
+) -> tuple[Float[Array, "B P D"], Bool[Array, "B P"]]:
+    """The positions with the greatest usage, in the order of time."""
+    _, kept = jax.lax.top_k(usage, num_kept)
+    kept = jnp.sort(kept, axis=1)
+    return jnp.take_along_axis(old, kept[:, :, None], axis=1), jnp.take_along_axis(valid, kept, axis=1)

@@ -1,0 +1,142 @@
+"""Transformer-XL (Dai et al. 2019): a cache of the layer's inputs, and a relative encoding of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from memorizing import masks, positions
+from memorizing.array_typing import Activations, AxesTree
+from memorizing.attention.base import Attention, LayerDims, attention_weights, hide
+from memorizing.context import Report, Segment
+from memorizing.errors import UserError
+from memorizing.layers import Einsum
+
+
+@struct.dataclass
+class TransformerXLState:
+    """Inputs of the layer at the last W positions of the row's document.
+
+    Attributes:
+      hidden: [B, W, D] in the dtype of the activations.
+      valid: bool [B, W].
+    """
+
+    hidden: Float[Array, "B W D"]
+    valid: Bool[Array, "B W"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerXLAttention(Attention):
+    """Attends to the segment and to cached hidden states, projected anew with today's weights; no gradient reaches the cache (section 3.2).
+
+    Attributes:
+      window: W, in positions. It may be another one at evaluation: no parameter depends on it.
+      clamp_distance: greater distances, in positions, are encoded as this one; 0 for no clamping.
+      same_length: lets every position see exactly the last W positions up to itself, instead of the whole cache.
+    """
+
+    window: int = 512
+    clamp_distance: int = 0
+    same_length: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.clamp_distance < 0:
+            raise UserError(f"{self}: window has to be at least 1, clamp_distance at least 0")
+
+    def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> TransformerXLState:
+        hidden = jnp.zeros((batch_size, self.window, dims.embed_dim), dims.dtype)
+        return TransformerXLState(hidden, jnp.zeros((batch_size, self.window), bool))
+
+    def state_axes(self) -> AxesTree:
+        return TransformerXLState(hidden=("batch", "length", "embed"), valid=("batch", "length"))
+
+    def fresh_state(self) -> TransformerXLState:
+        return TransformerXLState(hidden=None, valid=False)
+
+    def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        return TransformerXLLayer(self, dims, name=name)
+
+
+class TransformerXLLayer(nn.Module):
+    attention: TransformerXLAttention
+    dims: LayerDims
+
+    @nn.compact
+    def __call__(
+        self, x: Activations, segment: Segment, state: TransformerXLState
+    ) -> tuple[Activations, TransformerXLState, Report]:
+        config, own = self.attention, segment.layout.own
+        hidden = hide(state.hidden, state.valid)
+        relative = RelativeAttention(self.dims, config.clamp_distance, name="relative")
+        mask = masks.visible(segment.layout, config.window)[None] & segment.with_cached(state.valid)[:, None, :]
+        if config.same_length:
+            mask &= masks.within(config.window, *mask.shape[1:])[None]
+        y, _ = relative(x, hidden, mask)
+        new_state = TransformerXLState(
+            hidden=jax.lax.stop_gradient(jnp.concatenate([hidden, own(x)], axis=1)[:, -config.window :]),
+            valid=jnp.concatenate([state.valid, own(segment.is_real)], axis=1)[:, -config.window :],
+        )
+        return y, new_state, Report()
+
+
+class RelativeAttention(nn.Module):
+    """Attention whose logits are (q + u) . k + (q + v) . r(distance), over sqrt(H): equation (5) without its first approximation, r a projection of sinusoids."""
+
+    dims: LayerDims
+    clamp_distance: int = 0
+
+    def setup(self) -> None:
+        dims = self.dims
+        size, axes = (dims.embed_dim, dims.num_heads, dims.head_dim), ("embed", "heads", "head_dim")
+        self.query, self.key, self.value = (Einsum("BTD,DNH->BTNH", size, axes, dims.dtype) for _ in range(3))
+        self.position = Einsum("RD,DNH->RNH", size, axes, dims.dtype)
+        self.output = Einsum("BTNH,NHD->BTD", size[1:] + size[:1], axes[1:] + axes[:1], dims.dtype)
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(stddev=0.02), axes[1:])
+        self.u, self.v = (self.param(name, initializer, size[1:], jnp.float32) for name in ("u", "v"))
+
+    def __call__(
+        self, x: Activations, hidden: Float[Array, "B W D"], mask: Bool[Array, "B T S"]
+    ) -> tuple[Activations, Float[Array, "B N T S"]]:
+        """Attends from x to [hidden; x].
+
+        Args:
+          x: [B, T, D].
+          hidden: carried states, S = W + T; zeros where the mask hides them.
+          mask: true where visible.
+
+        Returns:
+          The output [B, T, D] and the weights.
+        """
+        keys_and_values = jnp.concatenate([hidden, x], axis=1)
+        queries, keys, values = self.query(x), self.key(keys_and_values), self.value(keys_and_values)
+        with jax.named_scope("local_attention"):
+            logits = _dot(queries + self.u[None, None].astype(x.dtype), keys)
+            logits = logits + self._position_logits(queries + self.v[None, None].astype(x.dtype), keys.shape[1])
+            weights = attention_weights(logits * self.dims.head_dim**-0.5, mask)
+            y = jnp.einsum("BNTS,BSNH->BTNH", weights.astype(values.dtype), values)
+        return self.output(y), weights
+
+    def content(self, x: Activations, hidden: Float[Array, "B W D"]) -> Float[Array, "B T N H"]:
+        """Attention from x to hidden by content alone, everything visible. Gradients reach `hidden` only: not x, and no parameter (Rae et al. 2020, algorithm 2)."""
+        queries = self.query(jax.lax.stop_gradient(x), frozen=True)
+        keys, values = self.key(hidden, frozen=True), self.value(hidden, frozen=True)
+        weights = jax.nn.softmax(_dot(queries, keys) * self.dims.head_dim**-0.5, axis=-1).astype(values.dtype)
+        return jnp.einsum("BNTS,BSNH->BTNH", weights, values)
+
+    def _position_logits(self, queries: Float[Array, "B T N H"], num_keys: int) -> Float[Array, "B N T S"]:
+        distances = positions.distances(queries.shape[1], num_keys)
+        if self.clamp_distance:
+            distances = distances.clip(max=self.clamp_distance)
+        encoded = self.position(positions.sinusoids(distances, self.dims.embed_dim).astype(self.dims.dtype))
+        by_distance = jnp.einsum("BTNH,RNH->BNTR", queries, encoded, preferred_element_type=jnp.float32)
+        return positions.by_key(by_distance, num_keys)
+
+
+def _dot(queries: Float[Array, "B T N H"], keys: Float[Array, "B S N H"]) -> Float[Array, "B N T S"]:
+    return jnp.einsum("BTNH,BSNH->BNTS", queries, keys, preferred_element_type=jnp.float32)

@@ -1,0 +1,162 @@
+"""The command `plan`: what a run will cost, before it runs. `--flops` counts on paper."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from memorizing import flops
+from memorizing.attention.knn import KNNAttention
+from memorizing.attention.xl import XLAttention
+from memorizing.errors import UserError
+from memorizing.gin_registry import load_experiment
+from memorizing.model import LMConfig
+from memorizing.recurrent_tokens import RecurrentTokens
+
+_UNITS = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6))
+LENGTHS = (512, 2048, 8192, 32768, 131072, 524288, 2048000)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
+    parser.add_argument(
+        "--flops",
+        nargs="?",
+        const="run",
+        choices=("run", "opt"),
+        help="count forward FLOPs against input length, for the run of --gin_file; --flops=opt: for the shapes of OPT, as in the RMT report",
+    )
+    parser.add_argument(
+        "--gin_file", action="append", default=[], metavar="FILE", help="experiment; repeatable, later files win"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    if options.flops is None:
+        raise UserError("plan: nothing to plan; give --flops to count the FLOPs of a run")
+    print(_plan_flops(options, bindings))
+    return 0
+
+
+def _plan_flops(options: argparse.Namespace, bindings: Sequence[str]) -> str:
+    if options.flops == "opt":
+        if options.gin_file or bindings:
+            raise UserError("--flops=opt is about the shapes of OPT: it takes no --gin_file and no --gin.NAME=VALUE")
+        counts, text = opt_flops(), opt_text
+    else:
+        if not options.gin_file:
+            raise UserError(
+                "--gin_file is not given: name the run whose FLOPs to count, such as --gin_file=runs/smoke.gin"
+            )
+        experiment, _ = load_experiment(options.gin_file, bindings)
+        counts, text = run_flops(experiment.model, experiment.batch.segment_length), run_text
+    return json.dumps(counts, indent=2) if options.json else text(counts)
+
+
+def opt_flops() -> list[dict[str, Any]]:
+    """The headline of the RMT report (Bulatov et al. 2023, figure 3): OPT with full attention, and with RMT in segments of 512 positions, memory tokens among them."""
+    counts = []
+    for name, (config, reported) in flops.OPT.items():
+        full = flops.full_attention_flops(config, flops.REPORTED_LENGTH)
+        segments = flops.forward_flops(config, flops.REPORTED_LENGTH, flops.REPORTED_SEGMENT)
+        counts.append(
+            {"model": name, "full_attention": full, "rmt": segments, "ratio": full / segments, "reported": reported}
+        )
+    return counts
+
+
+def opt_text(counts: list[dict[str, Any]]) -> str:
+    """`opt_flops` as text."""
+    rows = [("model", "full attention", "RMT", "ratio", "reported", "difference")]
+    for count in counts:
+        amounts = (with_unit(count[key]) for key in ("full_attention", "rmt"))
+        difference = f"{count['ratio'] / count['reported'] - 1:+.1%}"
+        rows.append((count["model"], *amounts, f"{count['ratio']:.1f}", str(count["reported"]), difference))
+    title = f"Forward FLOPs of OPT over {flops.REPORTED_LENGTH:,} tokens; RMT: segments of {flops.REPORTED_SEGMENT} positions, memory tokens included"
+    return f"{title}\n\n{align(rows)}"
+
+
+def run_flops(config: LMConfig, segment_length: int) -> dict[str, Any]:
+    """FLOPs of a configuration against the length of the input, as it is and with one mechanism in place of its own.
+
+    Returns:
+      `segment_length`, `lengths`, and for each mechanism its name, what it is, and a count a length.
+    """
+    full = [flops.full_attention_flops(config, length) for length in LENGTHS]
+    mechanisms = [{"name": "full", "meaning": "every position sees the whole input", "flops": full}]
+    for name, meaning, variant in _variants(config, segment_length):
+        counts = [flops.forward_flops(variant, length, segment_length) for length in LENGTHS]
+        mechanisms.append({"name": name, "meaning": meaning, "flops": counts})
+    return {"segment_length": segment_length, "lengths": list(LENGTHS), "mechanisms": mechanisms}
+
+
+def _variants(config: LMConfig, segment_length: int) -> list[tuple[str, str, LMConfig]]:
+    """Name, meaning and configuration of what is compared."""
+    plain = flops.without_context(config)
+    xl, knn, recurrent = XLAttention(window=segment_length), KNNAttention(), RecurrentTokens()
+    compressive = flops.CompressiveCost(memory_size=segment_length, compressed_size=segment_length)
+    # The paper's memory layer is the 9th of 12.
+    layer = max(config.num_layers * 3 // 4 - 1, 0)
+    replace = dataclasses.replace
+    return [
+        ("this run", "as configured", config),
+        ("segments", "each alone, nothing carried", plain),
+        ("XL", f"a cache of {xl.window} positions in every layer", replace(plain, attention=xl)),
+        (
+            "compressive",
+            f"{segment_length} remembered and {segment_length} compressed positions in every layer",
+            replace(plain, attention=compressive),
+        ),
+        (
+            "kNN",
+            f"the {knn.num_neighbors} nearest of {knn.memory_size} positions in layer {layer}",
+            replace(plain, attention_at=((layer, knn),)),
+        ),
+        (
+            "RMT",
+            f"{recurrent.num_tokens} memory tokens before and after each segment",
+            replace(plain, recurrent_tokens=recurrent),
+        ),
+    ]
+
+
+def run_text(counts: dict[str, Any]) -> str:
+    """`run_flops` as text: the counts, and how many times cheaper than full attention they are."""
+    mechanisms, full = counts["mechanisms"], counts["mechanisms"][0]["flops"]
+    meanings = align([(f"  {m['name']}", m["meaning"]) for m in mechanisms], left=2)
+    header = ("tokens", *(m["name"] for m in mechanisms))
+    amounts, ratios = [header], [header]
+    for i, length in enumerate(counts["lengths"]):
+        amounts.append((f"{length:,}", *(with_unit(m["flops"][i]) for m in mechanisms)))
+        ratios.append((f"{length:,}", *(f"{full[i] / m['flops'][i]:.2f}" for m in mechanisms)))
+    return (
+        f"Forward FLOPs of one document in segments of {counts['segment_length']} tokens (G 1e9, T 1e12, P 1e15, E 1e18)\n\n"
+        f"{meanings}\n\n{align(amounts)}\n\nFull attention / mechanism\n\n{align(ratios)}"
+    )
+
+
+def with_unit(count: float) -> str:
+    """FLOPs to three figures: '1.23 P'."""
+    # Rounded before the unit is chosen: 999.6 T is 1.00 P.
+    rounded = float(f"{count:.2e}")
+    unit, size = next((unit for unit in _UNITS if rounded >= unit[1]), _UNITS[-1])
+    figures = rounded / size
+    return f"{figures:,.{2 if figures < 10 else 1 if figures < 100 else 0}f} {unit}"
+
+
+def align(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of text with aligned columns, the first `left` of them to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

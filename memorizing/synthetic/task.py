@@ -1,0 +1,141 @@
+"""What all tasks made of independent samples share: a sample is one document, and a pure function of the split, the seed and its index."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from memorizing.batch import PADDING, Batch, EvaluationBatch
+from memorizing.errors import UserError
+from memorizing.synthetic.stream import SampleStream
+
+Split = Literal["train", "validation"]
+_SPLIT_NUMBERS = {"train": 0, "validation": 1}
+# Held-out samples are the same whatever a run's seed is.
+_EVALUATION_SEED = 0
+
+
+class Text(NamedTuple):
+    """The tokens of a sample before they are cut into segments.
+
+    Attributes:
+      ids: int32 [U * T]; `PADDING` after the end of the document, and nowhere else.
+      is_answer: bool [U * T], the tokens that the loss and the accuracy count.
+    """
+
+    ids: np.ndarray
+    is_answer: np.ndarray
+
+
+class Sample(NamedTuple):
+    """One document in segments.
+
+    Attributes:
+      tokens, targets: int32 [U, T], as in `Batch`.
+      loss_weights: float32 [U, T], 1 at answers and 0 elsewhere.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    loss_weights: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticTask(abc.ABC):
+    """A `memorizing.batch.DataSource` of samples that `write` makes.
+
+    Attributes:
+      num_segments: segments of a training sample, which may stream through steps of fewer (or more) segments a row; 0: a sample fills exactly the U segments of a step, so
+        that a curriculum over U lengthens the samples.
+      num_eval_samples: held-out samples.
+      eval_segments: segments of a held-out sample.
+    """
+
+    num_segments: int = 0
+    num_eval_samples: int = 256
+    eval_segments: int = 4
+    document_bytes: None = dataclasses.field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.expect(self.num_segments >= 0, "num_segments", "a number of segments, or 0 for all the segments of a step")
+        self.expect(self.num_eval_samples >= 1, "num_eval_samples", "at least 1 sample")
+        self.expect(self.eval_segments >= 1, "eval_segments", "at least 1 segment")
+
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """V, padding included."""
+
+    @property
+    @abc.abstractmethod
+    def chance(self) -> float:
+        """Accuracy, on answers, of the best guess that uses nothing but the question."""
+
+    @abc.abstractmethod
+    def write(self, rng: np.random.Generator, split: Split, num_segments: int, segment_length: int) -> Text:
+        """Makes one sample of U segments of T tokens.
+
+        Raises:
+          UserError: the task does not fit into segments of this length.
+        """
+
+    @property
+    def identity(self) -> str:
+        """Names the task and its settings, less those of evaluation: a run goes on when it is evaluated in another way."""
+        names = [field.name for field in dataclasses.fields(self) if field.init and "eval_" not in field.name]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    def sample(self, split: Split, seed: int, index: int, num_segments: int, segment_length: int) -> Sample:
+        """One sample, a pure function of its arguments."""
+        rng = np.random.default_rng([_SPLIT_NUMBERS[split], seed, index])
+        ids, is_answer = self.write(rng, split, num_segments, segment_length)
+        previous = np.where(ids == PADDING, PADDING, np.concatenate([[PADDING], ids[:-1]]))
+        shape = (num_segments, segment_length)
+        return Sample(
+            tokens=previous.astype(np.int32).reshape(shape),
+            targets=ids.astype(np.int32).reshape(shape),
+            loss_weights=is_answer.astype(np.float32).reshape(shape),
+        )
+
+    def train_batches(
+        self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int
+    ) -> SampleStream:
+        """See `DataSource`."""
+        sample_segments = self.num_segments or num_segments
+
+        def load(index: int) -> Sample:
+            return self.sample("train", seed, index, sample_segments, segment_length)
+
+        stream_identity = {"task": self.identity, "seed": seed}
+        return SampleStream(load, stream_identity, sample_segments, num_rows, rows, num_segments, segment_length)
+
+    def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
+        """See `DataSource`: the held-out samples, `num_rows` at a time."""
+        for first in range(0, self.num_eval_samples, num_rows):
+            index = np.arange(first, first + num_rows)
+            is_present = index < self.num_eval_samples
+            samples = [
+                self.sample("validation", _EVALUATION_SEED, i, self.eval_segments, segment_length)
+                for i in index[is_present]
+            ]
+            samples += [_empty_sample(self.eval_segments, segment_length)] * int(np.sum(~is_present))
+            fields = [np.stack(field) for field in zip(*samples, strict=True)]
+            for segment in range(self.eval_segments):
+                start_of_document = np.full((num_rows, 1), segment == 0)
+                batch = Batch(*(field[:, segment : segment + 1] for field in fields), start_of_document)
+                offset = np.full(num_rows, segment * segment_length, np.int64)
+                yield EvaluationBatch(batch, np.where(is_present, index, -1).astype(np.int32), offset)
+
+    def expect(self, is_right: bool, field: str, expected: str) -> None:
+        """Raises UserError that names a field and what it has to be, unless it is right."""
+        if not is_right:
+            raise UserError(f"{type(self).__name__}.{field} = {getattr(self, field)!r}: {expected}")
+
+
+def _empty_sample(num_segments: int, segment_length: int) -> Sample:
+    padding = np.full((num_segments, segment_length), PADDING, np.int32)
+    return Sample(padding, padding, np.zeros(padding.shape, np.float32))
