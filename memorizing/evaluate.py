@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memorizing import sharding
-from memorizing.array_typing import PerToken, Tree
+from memorizing.array_typing import PerToken, RowFlags, Tree
 from memorizing.attention.knn import forget_memories
 from memorizing.batch import PADDING, Batch, DataSource
 from memorizing.context import Context
@@ -21,13 +22,29 @@ from memorizing.losses import next_token_nats
 from memorizing.metrics import Values, perplexity
 from memorizing.model import LanguageModel, LMConfig
 
+# What may be done to the context before every segment, to measure what it is worth: takes and returns context and start_of_document.
+Ablation = Literal["none", "memory_cleared", "state_reset", "state_shuffled"]
+_ABLATIONS: dict[Ablation, Callable[[Context, RowFlags], tuple[Context, RowFlags]]] = {
+    "none": lambda context, start: (context, start),
+    # External memories are empty; local attention and caches keep theirs.
+    "memory_cleared": lambda context, start: (forget_memories(context), start),
+    # Every segment begins a document.
+    "state_reset": lambda context, start: (context, jnp.ones_like(start)),
+    # Every row gets what its neighbour carried.
+    "state_shuffled": lambda context, start: (
+        jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0) if leaf.ndim else leaf, context),
+        start,
+    ),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Sums over held-out documents.
+    """Sums over held-out documents. What counts are the positions with a loss weight.
 
     Attributes:
       nats, tokens: float64 and int64 [documents], total -log p and number of scored tokens of each.
+      answers, right_answers: runs of scored tokens within a segment, and how many of them are predicted without a mistake.
       num_bytes: UTF-8 bytes of all documents, or None where text has no bytes.
       nats_by_position, tokens_by_position: the same sums by position in the document; bin i covers the tokens from `bin_starts[i]` up to the next bin's start.
       bin_starts: int64 [bins], in tokens.
@@ -35,6 +52,8 @@ class Evaluation:
 
     nats: np.ndarray
     tokens: np.ndarray
+    answers: int
+    right_answers: int
     num_bytes: int | None
     nats_by_position: np.ndarray
     tokens_by_position: np.ndarray
@@ -45,6 +64,11 @@ class Evaluation:
         """Nats per token."""
         return float(self.nats.sum() / max(self.tokens.sum(), 1))
 
+    @property
+    def accuracy(self) -> float:
+        """Share of the answers that are right in all their tokens."""
+        return self.right_answers / max(self.answers, 1)
+
     def values(self) -> Values:
         """The figures to log: loss, perplexity per token, tokens, and bits per byte where there are bytes."""
         values = {"loss": self.loss, "perplexity": perplexity(self.loss), "tokens": float(self.tokens.sum())}
@@ -54,85 +78,111 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates parameters on a source's held-out documents; compiles once a mode.
+    """Evaluates parameters on held-out documents; compiles once an ablation."""
 
-    Attributes:
-      num_rows: documents read side by side.
-    """
-
-    def __init__(self, config: LMConfig, source: DataSource, num_rows: int, segment_length: int, mesh: Mesh) -> None:
-        self._config, self._source, self._mesh = config, source, mesh
-        self.num_rows, self._segment_length = num_rows, segment_length
-        abstract = jax.eval_shape(lambda: config.init_context(num_rows, segment_length))
-        self._context_shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
+    def __init__(self, config: LMConfig, num_rows: int, segment_length: int, mesh: Mesh) -> None:
+        """
+        Args:
+          config: the model.
+          num_rows: documents read side by side.
+          segment_length: T.
+          mesh: where the parameters lie.
+        """
+        self._size = (num_rows, segment_length)
+        abstract = jax.eval_shape(lambda: config.init_context(*self._size))
+        shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
         self._rows = NamedSharding(mesh, PartitionSpec("data"))
-
-    @functools.cached_property
-    def _init_context(self):
-        return jax.jit(
-            lambda: self._config.init_context(self.num_rows, self._segment_length),
-            out_shardings=self._context_shardings,
+        self._init_context = jax.jit(lambda: config.init_context(*self._size), out_shardings=shardings)
+        self._step = jax.jit(
+            functools.partial(_evaluation_step, config),
+            static_argnames="ablation",
+            donate_argnums=1,
+            out_shardings=(None, shardings),
         )
 
-    @functools.cached_property
-    def _step(self):
-        function = functools.partial(_evaluation_step, self._config)
-        return jax.jit(
-            function, static_argnames="forget_memory", donate_argnums=1, out_shardings=(None, self._context_shardings)
-        )
-
-    def run(self, params: Tree, forget_memory: bool = False) -> Evaluation:
-        """Reads all held-out documents.
+    def run(self, params: Tree, source: DataSource, ablation: Ablation = "none") -> Evaluation:
+        """Reads all held-out documents of a source.
 
         Args:
           params: of the model.
-          forget_memory: empties every external memory before each segment: what the same weights do without what they remember.
+          source: where the documents come from.
+          ablation: what is done to the context before every segment.
         """
         context = self._init_context()
-        sums = _Sums(self._segment_length)
+        sums = _Sums(self._size[1])
         pending: tuple | None = None
-        for batch, document, offset in self._source.evaluation_batches(self.num_rows, self._segment_length):
-            nats, context = self._step(params, context, jax.device_put(batch, self._rows), forget_memory=forget_memory)
+        for batch, document, offset in source.evaluation_batches(*self._size):
+            result, context = self._step(params, context, jax.device_put(batch, self._rows), ablation=ablation)
             # One segment late, so that the device always has the next one to work on.
             if pending:
                 sums.add(*pending)
-            pending = (nats, batch, document, offset)
+            pending = (result, batch, document, offset)
         if pending:
             sums.add(*pending)
-        return sums.result(self._source.document_bytes)
+        return sums.result(source.document_bytes)
+
+
+def accuracy_by_length(
+    evaluator: Evaluator, params: Tree, task: Any, lengths: Sequence[int]
+) -> dict[str, dict[int, float]]:
+    """Accuracy on held-out samples of several lengths, also with what is carried between segments reset, or shuffled over the rows.
+
+    Args:
+      evaluator: of the model.
+      params: its parameters.
+      task: a data source of samples with the fields `eval_segments` and `num_eval_samples`.
+      lengths: of samples, in segments.
+
+    Returns:
+      `{"as trained": {length: accuracy}, "state reset": ..., "state shuffled": ...}`
+    """
+    ablations: tuple[tuple[str, Ablation], ...] = (
+        ("as trained", "none"),
+        ("state reset", "state_reset"),
+        ("state shuffled", "state_shuffled"),
+    )
+    return {
+        name: {
+            length: evaluator.run(params, dataclasses.replace(task, eval_segments=length), ablation).accuracy
+            for length in lengths
+        }
+        for name, ablation in ablations
+    }
 
 
 def _evaluation_step(
-    config: LMConfig, params: Tree, context: Context, batch: Batch, *, forget_memory: bool
-) -> tuple[PerToken, Context]:
+    config: LMConfig, params: Tree, context: Context, batch: Batch, *, ablation: Ablation
+) -> tuple[tuple[PerToken, jax.Array], Context]:
     segment = jax.tree.map(lambda leaf: leaf[:, 0], batch)
+    context, start = _ABLATIONS[ablation](context, segment.start_of_document)
     is_real = segment.targets != PADDING
-    if forget_memory:
-        context = forget_memories(context)
-    output = LanguageModel(config).apply(
-        {"params": params}, segment.tokens, is_real, segment.start_of_document, context
-    )
-    return jnp.where(is_real, next_token_nats(output.logits, segment.targets), 0.0), output.context
+    output = LanguageModel(config).apply({"params": params}, segment.tokens, is_real, start, context)
+    is_right = jnp.argmax(output.logits, axis=-1) == segment.targets
+    return (next_token_nats(output.logits, segment.targets), is_right), output.context
 
 
 class _Sums:
-    """Adds up losses by document and by position."""
+    """Adds up losses by document and by position, and answers."""
 
     def __init__(self, segment_length: int) -> None:
         self._segment_length = segment_length
         self._by_document: dict[int, list[float]] = {}
         self._by_bin: dict[int, list[float]] = {}
+        self._answers = self._right_answers = 0
 
-    def add(self, nats: Any, batch: Batch, document: np.ndarray, offset: np.ndarray) -> None:
-        nats, real = np.asarray(nats, np.float64), np.asarray(batch.targets[:, 0] != PADDING)
+    def add(self, result: tuple[Any, Any], batch: Batch, document: np.ndarray, offset: np.ndarray) -> None:
+        nats, is_right = (np.asarray(array) for array in result)
+        weights = np.asarray(batch.loss_weights[:, 0], np.float64) * (document >= 0)[:, None]
+        # where(): a position that does not count may be anything.
+        nats = np.where(weights > 0, nats * weights, 0.0).sum(axis=1, dtype=np.float64)
         for row in np.flatnonzero(document >= 0):
-            total = (nats[row].sum(), real[row].sum())
             # Bins double: segment 0, segment 1, segments 2-3, 4-7, ...; a segment lies in one bin.
             position_bin = int(offset[row] // self._segment_length).bit_length()
             for sums, key in ((self._by_document, int(document[row])), (self._by_bin, position_bin)):
                 entry = sums.setdefault(key, [0.0, 0.0])
-                entry[0] += total[0]
-                entry[1] += total[1]
+                entry[0] += nats[row]
+                entry[1] += weights[row].sum()
+        self._add_answers(weights > 0, is_right)
 
     def result(self, document_bytes: np.ndarray | None) -> Evaluation:
         documents, bins = (
@@ -142,8 +192,20 @@ class _Sums:
         return Evaluation(
             nats=documents[:, 0],
             tokens=documents[:, 1].astype(np.int64),
+            answers=self._answers,
+            right_answers=self._right_answers,
             num_bytes=None if document_bytes is None else int(np.sum(document_bytes)),
             nats_by_position=bins[:, 0],
             tokens_by_position=bins[:, 1].astype(np.int64),
             bin_starts=np.array(starts, np.int64),
         )
+
+    def _add_answers(self, counts: np.ndarray, is_right: np.ndarray) -> None:
+        # Each row ends with a position that does not count, so that answers of two rows do not touch.
+        counts = np.pad(counts, ((0, 0), (1, 1))).reshape(-1)
+        wrong = np.pad(~is_right, ((0, 0), (1, 1))).reshape(-1) & counts
+        starts = np.flatnonzero(counts[1:] & ~counts[:-1]) + 1
+        ends = np.flatnonzero(counts[:-1] & ~counts[1:]) + 1
+        mistakes = np.concatenate([[0], np.cumsum(wrong)])
+        self._answers += len(starts)
+        self._right_answers += int(np.sum(mistakes[ends] == mistakes[starts]))

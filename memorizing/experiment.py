@@ -24,17 +24,24 @@ class BatchConfig:
       segment_length: T, tokens of one segment.
       num_segments: U, consecutive segments of each row in one step; gradients reach through all of them.
       num_microbatches: parts into which the rows are split, one after the other, to save memory.
+      curriculum: pairs of a step and the num_segments from that step on; the rows stay as they are, the tokens of a step grow.
     """
 
     tokens_per_step: int = 2048
     segment_length: int = 128
     num_segments: int = 1
     num_microbatches: int = 1
+    curriculum: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise UserError(f"BatchConfig.{field.name} = {getattr(self, field.name)}: at least 1")
+        for name in ("tokens_per_step", "segment_length", "num_segments", "num_microbatches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"BatchConfig.{name} = {getattr(self, name)}: at least 1")
+        starts = [start for start, _ in self.curriculum]
+        if starts != sorted(set(starts)) or any(min(stage) < 1 for stage in self.curriculum):
+            raise UserError(
+                f"BatchConfig.curriculum = {self.curriculum}: pairs of a step, growing, and a number of segments, at least 1"
+            )
         tokens_per_row = self.segment_length * self.num_segments
         if self.tokens_per_step % tokens_per_row:
             raise UserError(
@@ -51,6 +58,14 @@ class BatchConfig:
         """B: documents read side by side."""
         return self.tokens_per_step // (self.segment_length * self.num_segments)
 
+    def segments_at(self, step: int) -> int:
+        """U at a step, counted from 1."""
+        return next((segments for start, segments in reversed(self.curriculum) if start <= step), self.num_segments)
+
+    def tokens_at(self, step: int) -> int:
+        """Targets of a step, counted from 1."""
+        return self.num_rows * self.segments_at(step) * self.segment_length
+
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
@@ -64,6 +79,7 @@ class LoopConfig:
       seed: of initialisation, dropout and the order of documents.
       profile_steps: first and last step of a profiler trace, written to `workdir/profile`; empty for none.
       start_from: workdir of another run whose newest checkpoint this run starts from; empty for none.
+      evaluate_segments: lengths of held-out samples, in segments, for a final table of accuracies; for data made of samples.
       start_optimizer: whether `start_from` also takes over the optimizer state and the step.
     """
 
@@ -77,6 +93,7 @@ class LoopConfig:
     profile_steps: tuple[int, ...] = ()
     start_from: str = ""
     start_optimizer: bool = True
+    evaluate_segments: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.log_every < 1 or self.num_steps < 1 or self.keep_checkpoints < 1:
@@ -106,6 +123,10 @@ class Experiment:
     def make_mesh(self) -> Mesh:
         """The mesh over all devices. Raises UserError where experiment, data and devices do not fit each other."""
         mesh = self.mesh.make_mesh()
+        if self.loop.evaluate_segments and not hasattr(self.data, "eval_segments"):
+            raise UserError(
+                "LoopConfig.evaluate_segments is for data made of samples, which this data is not: set it to ()"
+            )
         if self.data.vocab_size > self.model.vocab_size:
             raise UserError(
                 f"LMConfig.vocab_size = {self.model.vocab_size}, but the data has {self.data.vocab_size} token ids"

@@ -12,26 +12,16 @@ import dataclasses
 import functools
 
 from memorizing.attention.base import Attention
+from memorizing.attention.compressive import CompressiveAttention
 from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention
+from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
+from memorizing.context import Layout
 from memorizing.model import LMConfig
 
 # Per score: exponential, sum, division (Hoffmann et al. 2022).
 _SOFTMAX = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class CompressiveCost(Attention):
-    """A layer of the Compressive Transformer (Rae et al. 2019) as far as its cost goes: hidden states are remembered, and compressed by a convolution.
-
-    Attributes:
-      memory_size: n_m, positions.
-      compressed_size: n_cm, slots.
-    """
-
-    memory_size: int = 512
-    compressed_size: int = 512
 
 
 def forward_flops(config: LMConfig, length: int, segment_length: int) -> int:
@@ -59,22 +49,22 @@ def without_context(config: LMConfig) -> LMConfig:
 def segment_flops(config: LMConfig, segment_length: int) -> int:
     """FLOPs of one segment. Recurrent tokens pass through the layers with it, but nothing is predicted from them."""
     recurrent = config.recurrent_tokens
-    num_positions = recurrent.layout(segment_length).size if recurrent else segment_length
-    attention = sum(attention_flops(group.attention, config, num_positions) * group.length for group in config.groups)
-    projections = _matmul(num_positions, config.embed_dim, 4 * _width(config))
-    mlp = _matmul(num_positions, config.embed_dim, 2 * config.mlp_dim)
+    layout = recurrent.layout(segment_length) if recurrent else Layout(segment_length)
+    attention = sum(attention_flops(group.attention, config, layout) * group.length for group in config.groups)
+    projections = _matmul(layout.size, config.embed_dim, 4 * _width(config))
+    mlp = _matmul(layout.size, config.embed_dim, 2 * config.mlp_dim)
     logits = _matmul(segment_length, config.embed_dim, config.vocab_size)
     return attention + config.num_layers * (projections + mlp) + logits
 
 
 @functools.singledispatch
-def attention_flops(attention: Attention, config: LMConfig, num_positions: int) -> int:
+def attention_flops(attention: Attention, config: LMConfig, layout: Layout) -> int:
     """FLOPs of one layer's attention over a segment, without the four projections of the segment's own positions.
 
     Args:
       attention: the mechanism, by whose class the count is chosen.
       config: widths of the model.
-      num_positions: of the segment, recurrent tokens included.
+      layout: positions of the segment.
 
     Raises:
       NotImplementedError: nobody has registered a count for the mechanism.
@@ -83,34 +73,47 @@ def attention_flops(attention: Attention, config: LMConfig, num_positions: int) 
 
 
 @attention_flops.register
-def _full(attention: FullAttention, config: LMConfig, num_positions: int) -> int:
-    return attend(config, num_positions, num_positions)
+def _full(attention: FullAttention, config: LMConfig, layout: Layout) -> int:
+    return attend(config, layout.size, layout.size)
 
 
 @attention_flops.register
-def _xl(attention: XLAttention, config: LMConfig, num_positions: int) -> int:
-    return attend(config, num_positions, attention.window + num_positions)
+def _xl(attention: XLAttention, config: LMConfig, layout: Layout) -> int:
+    return attend(config, layout.size, attention.window + layout.size)
 
 
 @attention_flops.register
-def _knn(attention: KNNAttention, config: LMConfig, num_positions: int) -> int:
+def _knn(attention: KNNAttention, config: LMConfig, layout: Layout) -> int:
     """The local attention, the score of every slot, and attention to the k nearest; choosing them is no arithmetic."""
-    search = _matmul(num_positions, _width(config), attention.memory_size)
-    local = attention_flops(attention.local, config, num_positions)
-    return local + search + attend(config, num_positions, attention.num_neighbors)
+    local = attention_flops(attention.local, config, layout)
+    search = _matmul(layout.size, _width(config), attention.memory_size)
+    return local + search + attend(config, layout.size, attention.num_neighbors)
 
 
 @attention_flops.register
-def _compressive(attention: CompressiveCost, config: LMConfig, num_positions: int) -> int:
-    """Attention with Transformer-XL's position term over all three parts, keys and values of what is remembered, and a convolution over what leaves the memory."""
-    remembered = attention.memory_size + attention.compressed_size
-    width = _width(config)
-    num_keys = remembered + num_positions
-    position_term = _matmul(num_positions, width, num_keys) + _matmul(num_keys, config.embed_dim, width)
-    keys_and_values = _matmul(remembered, config.embed_dim, 2 * width)
-    # T / c windows of c positions each, D -> D: the rate drops out.
-    compression = _matmul(num_positions, config.embed_dim, config.embed_dim)
-    return attend(config, num_positions, num_keys) + position_term + keys_and_values + compression
+def _transformer_xl(attention: TransformerXLAttention, config: LMConfig, layout: Layout) -> int:
+    return _relative_attention(config, layout, attention.window)
+
+
+@attention_flops.register
+def _compressive(attention: CompressiveAttention, config: LMConfig, layout: Layout) -> int:
+    """Transformer-XL's attention over all that is remembered, and the compression of as many positions as enter; auxiliary losses are a matter of training."""
+    remembered = attention.window + attention.compressed_size
+    # T / c windows of c positions each, D -> D: the rate drops out. 'dilated' has two convolutions of width 3 before it.
+    kernel_widths = {"conv": 1, "dilated": 1 + 2 * 3}.get(attention.compressor, 0)
+    compression = kernel_widths * _matmul(layout.length, config.embed_dim, config.embed_dim)
+    return _relative_attention(config, layout, remembered) + compression
+
+
+def _relative_attention(config: LMConfig, layout: Layout, num_cached: int) -> int:
+    """Attention to cached hidden states and the segment, with the cached states' keys and values and the position term (Dai et al. 2019, section 3.3)."""
+    num_keys = num_cached + layout.size
+    # From every query to every key, later ones included.
+    num_distances = layout.size + num_keys - 1
+    keys_and_values = _matmul(num_cached, config.embed_dim, 2 * _width(config))
+    encodings = _matmul(num_distances, config.embed_dim, _width(config))
+    position_term = _matmul(layout.size, _width(config), num_distances)
+    return attend(config, layout.size, num_keys) + keys_and_values + encodings + position_term
 
 
 def attend(config: LMConfig, num_queries: int, num_keys: int) -> int:

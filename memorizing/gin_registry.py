@@ -25,7 +25,16 @@ from memorizing.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot
 from memorizing.recurrent_tokens import RecurrentTokens
 from memorizing.search import ApproximateSearch, ExactSearch
 from memorizing.sharding import MeshConfig
-from memorizing.synthetic import RepeatedPassages
+from memorizing.synthetic import (
+    Copy,
+    DetectAndMemorize,
+    DictionaryLookup,
+    Memorize,
+    Reasoning,
+    RepeatedPassages,
+    Reverse,
+    SyntheticWords,
+)
 
 for configurable in (
     # What is run.
@@ -50,6 +59,13 @@ for configurable in (
     Cosine,
     # Data that needs no corpus; gin files of corpora import memorizing.data.gin_registry.
     RepeatedPassages,
+    Memorize,
+    DetectAndMemorize,
+    Reasoning,
+    Copy,
+    Reverse,
+    DictionaryLookup,
+    SyntheticWords,
 ):
     register(configurable)
 

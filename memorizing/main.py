@@ -73,6 +73,11 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         "--restore_step", type=int, metavar="STEP", help="go on from this checkpoint and drop the later ones"
     )
     train.set_defaults(run=_train)
+    plan = commands.add_parser("plan", help="what a run will cost", formatter_class=raw)
+    if arguments[:1] == ["plan"]:
+        planning = importlib.import_module("memorizing.plan")
+        planning.add_arguments(plan)
+        plan.set_defaults(run=planning.run)
     prepare = commands.add_parser("prepare", help="make a token cache from a corpus", formatter_class=raw)
     if arguments[:1] == ["prepare"]:
         # Only now: the data side is not part of the core, and not needed for any other command.
@@ -93,10 +98,12 @@ def _train_description(arguments: list[str]) -> str:
 
 def _train(options: argparse.Namespace, bindings: list[str]) -> int:
     from memorizing.gin_registry import find_file, load_experiment
+    from memorizing.sharding import use_cpu_cores
     from memorizing.train import NonFiniteLoss, Preempted, train
 
     gin_files = options.gin_file or [DEFAULT_RUN]
     experiment, text = load_experiment(gin_files, bindings)
+    use_cpu_cores(experiment.batch.num_rows // experiment.batch.num_microbatches)
     path = options.workdir or f"runs/{find_file(gin_files[-1]).stem}"
     try:
         train(experiment, path, text, options.restore_step)

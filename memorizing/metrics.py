@@ -67,24 +67,30 @@ class MetricWriter:
 class Progress:
     """Step, loss, perplexity, tokens/s, step time and time left: a live line on a terminal, a plain line now and then in a log."""
 
-    def __init__(self, first_step: int, num_steps: int, tokens_per_step: int) -> None:
-        self._num_steps, self._tokens_per_step = num_steps, tokens_per_step
+    def __init__(self, first_step: int, num_steps: int) -> None:
+        self._num_steps = num_steps
         self._last = (first_step, time.monotonic())
         self._live = sys.stdout.isatty()
 
-    def rate(self, step: int) -> Values:
+    def rate(self, step: int, tokens_per_step: int) -> Values:
         """Speed since the last call."""
         (last_step, last_time), now = self._last, time.monotonic()
         self._last = (step, now)
         seconds = (now - last_time) / max(step - last_step, 1)
-        return {"step_seconds": seconds, "tokens_per_second": self._tokens_per_step / max(seconds, 1e-9)}
+        return {"step_seconds": seconds, "tokens_per_second": tokens_per_step / max(seconds, 1e-9)}
 
-    def show(self, step: int, values: Values) -> None:
+    def show(self, step: int, values: Values, is_first: bool) -> None:
+        """Shows a step; the first of a run takes as long as its compilation, and foretells nothing."""
         text = (
             f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  perplexity {perplexity(values['loss']):.2f}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s  {values['step_seconds']:.3f} s/step  "
-            f"{_duration(values['step_seconds'] * (self._num_steps - step))} left"
         )
+        if is_first:
+            text += f"compiled in {values['step_seconds']:.1f} s"
+        else:
+            text += (
+                f"{values['tokens_per_second']:,.0f} tokens/s  {values['step_seconds']:.3f} s/step  "
+                f"{_duration(values['step_seconds'] * (self._num_steps - step))} left"
+            )
         if self._live:
             print(f"\r\x1b[K{text}", end="", flush=True)
         else:

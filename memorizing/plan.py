@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from memorizing import flops
+from memorizing.attention.compressive import CompressiveAttention
 from memorizing.attention.knn import KNNAttention
+from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
 from memorizing.errors import UserError
 from memorizing.gin_registry import load_experiment
@@ -98,18 +100,27 @@ def run_flops(config: LMConfig, segment_length: int) -> dict[str, Any]:
 def _variants(config: LMConfig, segment_length: int) -> list[tuple[str, str, LMConfig]]:
     """Name, meaning and configuration of what is compared."""
     plain = flops.without_context(config)
-    xl, knn, recurrent = XLAttention(window=segment_length), KNNAttention(), RecurrentTokens()
-    compressive = flops.CompressiveCost(memory_size=segment_length, compressed_size=segment_length)
+    knn, recurrent = KNNAttention(), RecurrentTokens()
+    compressive = CompressiveAttention(window=segment_length, compressed_size=segment_length)
     # The paper's memory layer is the 9th of 12.
     layer = max(config.num_layers * 3 // 4 - 1, 0)
     replace = dataclasses.replace
     return [
         ("this run", "as configured", config),
         ("segments", "each alone, nothing carried", plain),
-        ("XL", f"a cache of {xl.window} positions in every layer", replace(plain, attention=xl)),
+        (
+            "cache",
+            f"keys and values of {segment_length} positions in every layer",
+            replace(plain, attention=XLAttention(window=segment_length)),
+        ),
+        (
+            "XL",
+            f"Transformer-XL, {segment_length} cached positions in every layer",
+            replace(plain, attention=TransformerXLAttention(window=segment_length)),
+        ),
         (
             "compressive",
-            f"{segment_length} remembered and {segment_length} compressed positions in every layer",
+            f"{segment_length} cached and {segment_length} compressed positions in every layer",
             replace(plain, attention=compressive),
         ),
         (

@@ -7,6 +7,8 @@ external memory. What is sharded is said by logical axis names, which parameters
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -64,6 +66,16 @@ class MeshConfig:
             f"MeshConfig.data = {self.data}, model = {self.model}, memory = {self.memory} does not fit {num_devices} devices: "
             "their product has to be the number of devices; data = -1 takes what the others leave"
         )
+
+
+def use_cpu_cores(num_rows: int) -> None:
+    """Lets JAX see every core of this machine as a CPU device (as many as divide the rows), if it has not been told how many to show.
+
+    One device leaves most of a step to one core. Accelerators are not affected. Works only before JAX is first asked for devices.
+    """
+    if jax.config.jax_num_cpu_devices == -1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", math.gcd(cores, num_rows))
 
 
 def check_divides(name: str, value: int, mesh: Mesh, axis: str) -> None:

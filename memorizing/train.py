@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from memorizing import plots, transfer
 from memorizing.batch import BatchIterator
 from memorizing.checkpoint import Checkpointer
-from memorizing.evaluate import Evaluation, Evaluator
+from memorizing.evaluate import Ablation, Evaluation, Evaluator, accuracy_by_length
 from memorizing.experiment import Experiment
 from memorizing.metrics import MetricWriter, Progress, flatten, perplexity
 from memorizing.train_state import TrainState, abstract_train_state, init_train_state
@@ -92,9 +92,9 @@ class _Run:
         self.stream_seed = loop.seed
         self.state, self.stream = self._start(restore_step)
         self.first_step = int(self.state.step)
-        self.evaluator = Evaluator(experiment.model, experiment.data, batch.num_rows, batch.segment_length, mesh)
+        self.evaluator = Evaluator(experiment.model, batch.num_rows, batch.segment_length, mesh)
         self.writer = MetricWriter(workdir, self.first_step)
-        self.progress = Progress(self.first_step, loop.num_steps, batch.tokens_per_step)
+        self.progress = Progress(self.first_step, loop.num_steps)
         self.pending: tuple[int, Metrics] | None = None
 
     def loop(self, stop: StopSignal) -> None:
@@ -106,6 +106,7 @@ class _Run:
                 self.checkpointer.wait()
                 raise Preempted(f"stopped and saved at step {step - 1}; the same command continues from there")
             self._profile(step)
+            self._enter_stage(step)
             batch = jax.device_put(next(self.stream), self.program.rows)
             self.state, metrics = self.program.step(self.state, batch)
             # Metrics are read one step late, while the device is busy with the next step.
@@ -125,16 +126,21 @@ class _Run:
         self.checkpointer.save(self.state, rows)
 
     def finish(self) -> dict[str, Evaluation]:
-        """The final evaluation, with the memory and, where there is one, without it."""
-        step = int(self.state.step)
+        """The final evaluation, with the memory and, where there is one, without it; the results are left in the workdir."""
+        step, data = int(self.state.step), self.experiment.data
         self.checkpointer.wait()
         evaluations = {"as trained": self._evaluate(step)}
         if self.experiment.model.has_memory:
-            evaluations["memory cleared"] = self._evaluate(step, forget_memory=True)
+            evaluations["memory cleared"] = self._evaluate(step, "memory_cleared")
         plots.loss_by_position(evaluations, self.workdir / "loss_by_position.png")
-        summary = {name: evaluation.values() for name, evaluation in evaluations.items()}
-        (self.workdir / "evaluation.json").write_text(json.dumps({"step": step} | summary, indent=2) + "\n")
+        summary: dict[str, Any] = {name: evaluation.values() for name, evaluation in evaluations.items()}
         self.progress.say(_table(evaluations))
+        if self.experiment.loop.evaluate_segments:
+            summary["accuracy"] = accuracy_by_length(
+                self.evaluator, self.state.params, data, self.experiment.loop.evaluate_segments
+            )
+            self.progress.say(_accuracy_table(summary["accuracy"], data.chance))
+        (self.workdir / "evaluation.json").write_text(json.dumps({"step": step} | summary, indent=2) + "\n")
         self.progress.say(f"written to {self.workdir}: checkpoints, metrics.jsonl, events, loss_by_position.png")
         return evaluations
 
@@ -156,16 +162,17 @@ class _Run:
             )
         loop = self.experiment.loop
         if step % loop.log_every == 0 or step in (self.first_step + 1, loop.num_steps):
-            values = flatten(metrics) | self.progress.rate(step)
+            tokens = self.experiment.batch.tokens_at(step)
+            values = flatten(metrics) | self.progress.rate(step, tokens)
             values["learning_rate"] = float(self.experiment.optimizer.learning_rate(jnp.asarray(step - 1)))
             values["perplexity"] = perplexity(loss)
             self.writer.write(step, "train", values)
-            self.progress.show(step, values)
+            self.progress.show(step, values, step == self.first_step + 1)
 
-    def _evaluate(self, step: int, forget_memory: bool = False) -> Evaluation:
-        evaluation = self.evaluator.run(self.state.params, forget_memory)
+    def _evaluate(self, step: int, ablation: Ablation = "none") -> Evaluation:
+        evaluation = self.evaluator.run(self.state.params, self.experiment.data, ablation)
         values = evaluation.values()
-        self.writer.write(step, "evaluation_memory_cleared" if forget_memory else "evaluation", values)
+        self.writer.write(step, "evaluation" if ablation == "none" else f"evaluation_{ablation}", values)
         if step < self.experiment.loop.num_steps:
             self.progress.say(f"held-out documents at step {step}: {_figures(values)}")
             self.progress.restart_clock(step)
@@ -174,7 +181,17 @@ class _Run:
     def _row_layout(self) -> dict[str, int]:
         """What has to be equal for rows and contexts of a checkpoint to mean the same in this run."""
         batch = self.experiment.batch
-        return {"num_rows": batch.num_rows, "num_segments": batch.num_segments, "segment_length": batch.segment_length}
+        return {"num_rows": batch.num_rows, "segment_length": batch.segment_length}
+
+    def _enter_stage(self, step: int) -> None:
+        """Opens the stream anew, at its position, where the curriculum changes the number of segments."""
+        batch = self.experiment.batch
+        if step > 1 and batch.segments_at(step) != batch.segments_at(step - 1):
+            self._read_metrics()
+            position, self.stream = self.stream.get_state(), self._open_stream(step)
+            self.stream.set_state(position)
+            self.progress.say(f"from step {step} on: {batch.segments_at(step)} segments a row")
+            self.progress.restart_clock(step - 1)
 
     def _start(self, restore_step: int | None) -> tuple[TrainState, BatchIterator]:
         """State and stream as the newest checkpoint has them, if there is one."""
@@ -189,12 +206,13 @@ class _Run:
             if loop.start_from:
                 state = transfer.start_from(loop.start_from, state, loop.start_optimizer)
                 print(f"starting from {loop.start_from}, step {int(state.step)}", flush=True)
-            return state, self._open_stream()
+            return state, self._open_stream(int(state.step) + 1)
         state = restored.state
         print(f"continuing from step {int(state.step)} in {self.workdir}", flush=True)
         if state.context is not None:
             self.stream_seed = restored.rows["seed"]
-            stream = self._open_stream()
+            # The stage that the saved step belonged to; the loop enters the next one if it begins here.
+            stream = self._open_stream(int(state.step))
             stream.set_state(restored.rows["stream"])
             return state, stream
         print(
@@ -202,12 +220,12 @@ class _Run:
         )
         # Another order than the one that has been read.
         self.stream_seed = loop.seed + int(state.step)
-        return state.replace(context=self.program.init_context()), self._open_stream()
+        return state.replace(context=self.program.init_context()), self._open_stream(int(state.step) + 1)
 
-    def _open_stream(self) -> BatchIterator:
+    def _open_stream(self, step: int) -> BatchIterator:
         batch = self.experiment.batch
         return self.experiment.data.train_batches(
-            batch.num_rows, range(batch.num_rows), batch.num_segments, batch.segment_length, self.stream_seed
+            batch.num_rows, range(batch.num_rows), batch.segments_at(step), batch.segment_length, self.stream_seed
         )
 
     def _profile(self, step: int) -> None:
@@ -261,4 +279,13 @@ def _table(evaluations: dict[str, Evaluation]) -> str:
     lines = ["held-out documents, each once, whole:"]
     for name, evaluation in evaluations.items():
         lines.append(f"  {name + ':':<16}{_figures(evaluation.values())}")
+    return "\n".join(lines)
+
+
+def _accuracy_table(accuracies: dict[str, dict[int, float]], chance: float) -> str:
+    lengths = next(iter(accuracies.values()))
+    lines = [f"share of right answers by length of the sample in segments (chance {chance:.3f}):"]
+    lines.append(f"  {'':<16}" + "".join(f"{length:>8}" for length in lengths))
+    for name, by_length in accuracies.items():
+        lines.append(f"  {name:<16}" + "".join(f"{accuracy:>8.3f}" for accuracy in by_length.values()))
     return "\n".join(lines)
