@@ -54,6 +54,10 @@ class CachedCorpus:
         return f"{self.task}-{self._cache.fingerprint}"
 
     @property
+    def num_eval_documents(self) -> int:
+        return len(self._validation.num_bytes)
+
+    @property
     def document_bytes(self) -> np.ndarray:
         return self._validation.num_bytes
 

@@ -66,11 +66,13 @@ class DataSource(Protocol):
     Attributes:
       vocab_size: number of token ids, `PADDING` included.
       identity: what makes two sources the same experiment (a short string).
+      num_eval_documents: number of held-out documents.
       document_bytes: int64 [number of held-out documents], UTF-8 bytes of each, or None where text has no bytes.
     """
 
     vocab_size: int
     identity: str
+    num_eval_documents: int
     document_bytes: np.ndarray | None
 
     def train_batches(

@@ -35,6 +35,7 @@ from memorizing.synthetic import (
     Reverse,
     SyntheticWords,
 )
+from memorizing.windows import Windows
 
 for configurable in (
     # What is run.
@@ -66,6 +67,8 @@ for configurable in (
     Reverse,
     DictionaryLookup,
     SyntheticWords,
+    # Any data, read in windows.
+    Windows,
 ):
     register(configurable)
 

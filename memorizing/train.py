@@ -92,7 +92,10 @@ class _Run:
         self.stream_seed = loop.seed
         self.state, self.stream = self._start(restore_step)
         self.first_step = int(self.state.step)
-        self.evaluator = Evaluator(experiment.model, batch.num_rows, batch.segment_length, mesh)
+        # No more rows than held-out documents, but as many as the devices need.
+        devices = mesh.shape["data"]
+        num_rows = min(batch.num_rows, -(-experiment.data.num_eval_documents // devices) * devices)
+        self.evaluator = Evaluator(experiment.model, num_rows, batch.segment_length, mesh)
         self.writer = MetricWriter(workdir, self.first_step)
         self.progress = Progress(self.first_step, loop.num_steps)
         self.pending: tuple[int, Metrics] | None = None

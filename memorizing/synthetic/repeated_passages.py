@@ -36,6 +36,10 @@ class RepeatedPassages:
             raise UserError(f"{self}: vocab_size has to be at least 3, the others at least 1")
 
     @property
+    def num_eval_documents(self) -> int:
+        return self.num_documents
+
+    @property
     def identity(self) -> str:
         return repr(self)
 

@@ -84,6 +84,11 @@ class SyntheticTask(abc.ABC):
         """
 
     @property
+    def num_eval_documents(self) -> int:
+        """See `DataSource`: the held-out samples."""
+        return self.num_eval_samples
+
+    @property
     def identity(self) -> str:
         """Names the task and its settings, less those of evaluation: a run goes on when it is evaluated in another way."""
         names = [field.name for field in dataclasses.fields(self) if field.init and "eval_" not in field.name]

@@ -1,0 +1,92 @@
+"""Evaluation in windows: what a model without any carried context does on long documents, by chunking or overlapping (the survey's first section)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from memorizing.batch import PADDING, Batch, BatchIterator, DataSource, EvaluationBatch
+from memorizing.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """A data source whose held-out documents are read in windows, each from an empty context and each token scored once.
+
+    A window of `width` tokens scores its last `stride`; the tokens before them are context. Every token is thus predicted with at least `width - stride` earlier tokens in view
+    (or all there are), at `width / stride` times the compute. With stride = width the document is cut into chunks that know nothing of each other. Training is on chunks.
+
+    Attributes:
+      source: where the documents come from.
+      width: tokens of a window; the segment length of the run.
+      stride: tokens that a window scores; at most the width.
+    """
+
+    source: DataSource
+    width: int = 512
+    stride: int = 256
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride <= self.width:
+            raise UserError(f"Windows.stride = {self.stride}: at least 1 and at most Windows.width = {self.width}")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.source.vocab_size
+
+    @property
+    def identity(self) -> str:
+        return f"Windows({self.source.identity}, width={self.width})"
+
+    @property
+    def num_eval_documents(self) -> int:
+        return self.source.num_eval_documents
+
+    @property
+    def document_bytes(self) -> np.ndarray | None:
+        return self.source.document_bytes
+
+    def train_batches(self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int) -> _Chunks:
+        self._check(segment_length)
+        return _Chunks(self.source.train_batches(num_rows, rows, num_segments, segment_length, seed))
+
+    def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
+        self._check(segment_length)
+        num_before = self.width - self.stride
+        before = np.full((2, num_rows, num_before), PADDING, np.int32)
+        for batch, document, offset in self.source.evaluation_batches(num_rows, self.stride):
+            before[:, batch.start_of_document[:, 0]] = PADDING
+            new = np.stack([batch.tokens[:, 0], batch.targets[:, 0]])
+            window = np.concatenate([before, new], axis=2)
+            before = window[:, :, self.stride :].copy()
+            weights = np.concatenate([np.zeros((num_rows, num_before), np.float32), batch.loss_weights[:, 0]], axis=1)
+            tokens, targets = window[:, :, None]
+            yield EvaluationBatch(
+                Batch(tokens, targets, weights[:, None], np.ones((num_rows, 1), bool)), document, offset
+            )
+
+    def _check(self, segment_length: int) -> None:
+        if segment_length != self.width:
+            raise UserError(
+                f"Windows.width = {self.width} has to be BatchConfig.segment_length, which is {segment_length}"
+            )
+
+
+class _Chunks:
+    """A training stream in which every segment begins a document."""
+
+    def __init__(self, stream: BatchIterator) -> None:
+        self._stream = stream
+
+    def __next__(self) -> Batch:
+        batch = next(self._stream)
+        return batch._replace(start_of_document=np.ones_like(batch.start_of_document))
+
+    def get_state(self) -> dict[str, Any]:
+        return self._stream.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._stream.set_state(state)
