@@ -166,7 +166,8 @@ def _explain(error: Exception) -> str:
         return f"gin: there is no {owner}.{name}{_nearest(f'{owner}.{name}', fields)}{where}"
     macro = re.search(r"call to configurable 'macro' .* in scope '(\w+)'", text)
     if macro:
-        return f"gin: the macro %{macro.group(1)} is used but never set{_nearest(macro.group(1), _macros())}"
+        name = macro.group(1)
+        return f"gin: %{name} is used but never set: add --gin.{name}=VALUE{_nearest(name, _macros())}"
     return f"gin: {_first_line(error)}{where}"
 
 

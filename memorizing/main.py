@@ -21,6 +21,7 @@ Language models that remember: training with external memories in JAX.
   memorizing train                                   a small model on the standard library of this Python, minutes on a laptop
   memorizing train --gin_file=runs/NAME.gin          a shipped or your own experiment
   memorizing train --gin.LMConfig.num_layers=6       ... with one thing changed
+  memorizing plan --flops --gin_file=NAME            what a forward pass costs, against the length of the input
   memorizing prepare --help                          make a token cache from a corpus
 """
 

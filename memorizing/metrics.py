@@ -40,7 +40,7 @@ class MetricWriter:
         """One line `{"step": ..., "kind": ..., name: value, ...}`; `kind` ('train', 'evaluation') prefixes the names in TensorBoard."""
         line = {"step": step, "kind": kind, **values}
         # Appending needs a local file; other file systems get the whole file again.
-        if isinstance(self._path, epath.Path) and "://" in str(self._path):
+        if "://" in str(self._path):
             self._lines.append(line)
             self._path.write_text("".join(json.dumps(each) + "\n" for each in self._lines))
         else:

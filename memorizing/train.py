@@ -99,6 +99,8 @@ class _Run:
         self.writer = MetricWriter(workdir, self.first_step)
         self.progress = Progress(self.first_step, loop.num_steps)
         self.pending: tuple[int, Metrics] | None = None
+        # Steps that compile: their time says nothing of the others'.
+        self.compiling = {self.first_step + 1}
 
     def loop(self, stop: StopSignal) -> None:
         """NOTE: the order is part of the contract. The checkpoint of step n holds the state after n updates and the rows' positions after n batches."""
@@ -164,13 +166,13 @@ class _Run:
                 + (f"the last good checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet")
             )
         loop = self.experiment.loop
-        if step % loop.log_every == 0 or step in (self.first_step + 1, loop.num_steps):
+        if step % loop.log_every == 0 or step == loop.num_steps or step in self.compiling:
             tokens = self.experiment.batch.tokens_at(step)
             values = flatten(metrics) | self.progress.rate(step, tokens)
             values["learning_rate"] = float(self.experiment.optimizer.learning_rate(jnp.asarray(step - 1)))
             values["perplexity"] = perplexity(loss)
             self.writer.write(step, "train", values)
-            self.progress.show(step, values, step == self.first_step + 1)
+            self.progress.show(step, values, step in self.compiling)
 
     def _evaluate(self, step: int, ablation: Ablation = "none") -> Evaluation:
         evaluation = self.evaluator.run(self.state.params, self.experiment.data, ablation)
@@ -195,6 +197,7 @@ class _Run:
             self.stream.set_state(position)
             self.progress.say(f"from step {step} on: {batch.segments_at(step)} segments a row")
             self.progress.restart_clock(step - 1)
+            self.compiling.add(step)
 
     def _start(self, restore_step: int | None) -> tuple[TrainState, BatchIterator]:
         """State and stream as the newest checkpoint has them, if there is one."""

@@ -65,6 +65,11 @@ class KNNAttention(Attention):
                 f"KNNAttention.memory_size = {self.memory_size}: at least one segment; "
                 "for a model without memory set LMConfig.attention_at = ()"
             )
+        if type(self.local).core is Attention.core:
+            raise UserError(
+                f"KNNAttention.local = @{type(self.local).__name__}(): the memory holds its keys and values, which it does "
+                "not share; use @FullAttention() or @XLAttention(), or leave out the memory"
+            )
         if self.num_neighbors < 1:
             raise UserError(f"KNNAttention.num_neighbors = {self.num_neighbors}: at least 1")
 
