@@ -49,7 +49,10 @@ class Checkpointer:
         # Orbax tells of every save at level INFO and of what it could not know in warnings meant for its developers.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._folder, self._save_context = workdir / FOLDER, save_context
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=True)
+        # What a killed process was writing. Orbax's own cleaning runs beside the program and fails if that ends early.
+        for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
+            unfinished.rmtree()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "context", "data"))
 
     @property
@@ -107,18 +110,6 @@ class Checkpointer:
             self._manager.delete(later)
         return restored
 
-    def read_raw(self, step: int | None = None) -> tuple[dict[str, np.ndarray], int]:
-        """Parameters and optimizer state of a step (default: the newest) as host arrays by path, whatever model they belong to, and the step."""
-        chosen = step if step is not None else self._manager.latest_step()
-        if chosen is None:
-            raise UserError(f"{self._folder} has no checkpoint")
-        structure = self._manager.item_metadata(chosen)["state"]
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
-        restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
-        with ocp.CheckpointManager(self._folder, item_handlers={"state": ocp.PyTreeCheckpointHandler()}) as manager:
-            state = manager.restore(chosen, args=ocp.args.Composite(state=restore))["state"]
-        return paths(state), chosen
-
     def wait(self) -> None:
         """Returns when the last save is complete on disk."""
         self._manager.wait_until_finished()
@@ -145,6 +136,25 @@ class Checkpointer:
             f"the step before it is {older[-1]}: add --restore_step={older[-1]}" if older else "there is no older one"
         )
         return f"checkpoint {self._folder / str(step)} {what}; {advice}"
+
+
+def read_arrays(workdir: epath.Path) -> dict[str, np.ndarray]:
+    """Everything but the context of a run's newest checkpoint as host arrays by path, whatever model they belong to; changes nothing there.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    folder = workdir / FOLDER
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    handlers = {"state": ocp.PyTreeCheckpointHandler()}
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"{folder} has no checkpoint")
+        structure = manager.item_metadata(step)["state"]
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+        restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        return paths(manager.restore(step, args=ocp.args.Composite(state=restore))["state"])
 
 
 def paths(tree: Tree) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from etils import epath
 
 from memorizing.array_typing import Tree
-from memorizing.checkpoint import Checkpointer, paths
+from memorizing.checkpoint import FOLDER, paths, read_arrays
 from memorizing.errors import UserError
 from memorizing.train_state import TrainState
+from memorizing.workdir import resolve
 
 # What a model with a memory has beyond the same model without: it starts fresh.
 MEMORY_PARAMETER = re.compile(r"/core/gate$")
@@ -33,22 +33,16 @@ def start_from(workdir: str, state: TrainState, with_optimizer: bool = True) -> 
     Raises:
       UserError: there is no checkpoint, or a parameter that is not the memory's is missing or has another shape; the message names it.
     """
-    folder = epath.Path(workdir)
-    if not (folder / "checkpoints").exists():
-        raise UserError(f"LoopConfig.start_from = {workdir!r}: there is no folder {folder / 'checkpoints'}")
-    checkpointer = Checkpointer(folder)
-    try:
-        saved, _ = checkpointer.read_raw()
-    finally:
-        checkpointer.close()
+    folder = resolve(workdir)
+    if not (folder / FOLDER).exists():
+        raise UserError(f"LoopConfig.start_from = {workdir!r}: there is no folder {folder / FOLDER}")
+    saved = read_arrays(folder)
     source = _single_layers(saved)
-    wanted = {"params": state.params}
-    if with_optimizer:
-        wanted |= {"opt_state": state.opt_state, "step": state.step}
-    return state.replace(**_fill(wanted, source, workdir))
+    names = ("params", "opt_state", "step") if with_optimizer else ("params",)
+    return state.replace(**{name: _fill(name, getattr(state, name), source, workdir) for name in names})
 
 
-def _fill(wanted: Tree, source: Mapping[str, np.ndarray], workdir: str) -> Tree:
+def _fill(name: str, wanted: Tree, source: Mapping[str, np.ndarray], workdir: str) -> Tree:
     def value(path: str, fresh: jax.Array) -> jax.Array:
         members = _members(path)
         arrays = [source.get(member) for member in members]
@@ -67,7 +61,7 @@ def _fill(wanted: Tree, source: Mapping[str, np.ndarray], workdir: str) -> Tree:
             )
         return jax.device_put(array.astype(fresh.dtype), fresh.sharding)
 
-    filled = [value(path, fresh) for path, fresh in paths(wanted).items()]
+    filled = [value(f"{name}/{path}".rstrip("/"), fresh) for path, fresh in paths(wanted).items()]
     return jax.tree.unflatten(jax.tree.structure(wanted), filled)
 
 

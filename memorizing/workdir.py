@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from memorizing.checkpoint import FOLDER
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
 
@@ -21,18 +22,24 @@ def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.P
     Raises:
       UserError: the folder cannot be written, or holds another experiment.
     """
-    workdir = epath.Path(path).expanduser()
+    workdir = resolve(path)
     identity = _identity(experiment)
     record = workdir / "experiment.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if record.exists():
+        # Without a checkpoint there is nothing yet that could be mixed up.
+        if record.exists() and any(child.name.isdigit() for child in (workdir / FOLDER).glob("*")):
             _check_same(json.loads(record.read_text()), identity, path)
         (workdir / "config.gin").write_text(config_text)
         record.write_text(json.dumps(identity, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--workdir={path}: cannot be written ({error.strerror or error})") from error
     return workdir
+
+
+def resolve(path: str) -> epath.Path:
+    """A folder as an absolute path; names of other file systems (gs://...) stay as they are."""
+    return epath.Path(path) if "://" in path else epath.Path(path).expanduser().absolute()
 
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
