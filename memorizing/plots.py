@@ -18,9 +18,10 @@ def loss_by_position(evaluations: dict[str, Evaluation], path: epath.Path) -> No
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, evaluation in evaluations.items():
-        loss = evaluation.nats_by_position / evaluation.tokens_by_position
+        scored = evaluation.tokens_by_position > 0
+        loss = evaluation.nats_by_position[scored] / evaluation.tokens_by_position[scored]
         # A bin's point stands at its middle.
-        starts = evaluation.bin_starts
+        starts = evaluation.bin_starts[scored]
         middles = [start * 1.5 if start else starts[1] / 2 if len(starts) > 1 else 1 for start in starts]
         axes.plot(middles, loss, marker="o", label=f"{name} (perplexity {evaluation.values()['perplexity']:.2f})")
     axes.set_xscale("log")

@@ -101,6 +101,7 @@ class _Run:
         self.pending: tuple[int, Metrics] | None = None
         # Steps that compile: their time says nothing of the others'.
         self.compiling = {self.first_step + 1}
+        self.profiling = False
 
     def loop(self, stop: StopSignal) -> None:
         """NOTE: the order is part of the contract. The checkpoint of step n holds the state after n updates and the rows' positions after n batches."""
@@ -117,11 +118,11 @@ class _Run:
             # Metrics are read one step late, while the device is busy with the next step.
             self._read_metrics()
             self.pending = (step, metrics)
+            if loop.checkpoint_every and step % loop.checkpoint_every == 0:
+                self.save()
             if loop.evaluate_every and step % loop.evaluate_every == 0 and step < loop.num_steps:
                 self._read_metrics()
                 self._evaluate(step)
-            if loop.checkpoint_every and step % loop.checkpoint_every == 0:
-                self.save()
         self.save()
 
     def save(self) -> None:
@@ -150,6 +151,7 @@ class _Run:
         return evaluations
 
     def close(self) -> None:
+        self._stop_profiling()
         self.writer.close()
         self.checkpointer.close()
 
@@ -236,14 +238,18 @@ class _Run:
 
     def _profile(self, step: int) -> None:
         """Starts and stops the profiler around the steps that were asked for."""
-        if not self.experiment.loop.profile_steps:
-            return
-        first, last = self.experiment.loop.profile_steps
-        if step == first:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-        elif step == last + 1:
+        loop = self.experiment.loop
+        if self.profiling and step > loop.profile_steps[1]:
             jax.block_until_ready(self.state.step)
+            self._stop_profiling()
+        elif loop.profile_steps and step == loop.profile_steps[0]:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+            self.profiling = True
+
+    def _stop_profiling(self) -> None:
+        if self.profiling:
             jax.profiler.stop_trace()
+            self.profiling = False
 
 
 class Program:
