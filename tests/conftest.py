@@ -1,0 +1,47 @@
+"""What all tests share: eight CPU devices, strict JAX, reproducible hypothesis, one compilation cache."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+
+assert "jax" not in sys.modules, "devices are chosen when JAX is imported: conftest.py has to come first"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# Every program is compiled once for the whole session, also for the processes that tests start.
+CACHE = tempfile.mkdtemp(prefix="memorizing-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from mechanisms import MECHANISMS, Mechanism  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+# Programs here run for milliseconds and compile for seconds; the fixture `optimized` is for the others.
+jax.config.update("jax_disable_most_optimizations", True)
+# [N] + [T, N] is more often a mistake than a wish.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("memorizing", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("memorizing")
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Compiles as a user's run does."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(params=MECHANISMS, ids=lambda mechanism: mechanism.name)
+def mechanism(request: pytest.FixtureRequest) -> Mechanism:
+    """Each mechanism in turn."""
+    return request.param

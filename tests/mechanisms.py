@@ -1,0 +1,190 @@
+"""The mechanisms that the contract tests run over, each as a tiny language model with what it promises, and the functions of that model, compiled once a session."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memorizing.attention.base import Attention
+from memorizing.attention.compressive import CompressiveAttention
+from memorizing.attention.full import FullAttention
+from memorizing.attention.knn import KNNAttention
+from memorizing.attention.transformer_xl import TransformerXLAttention
+from memorizing.attention.xl import XLAttention
+from memorizing.context import Context
+from memorizing.layers import Embedder
+from memorizing.losses import next_token_nats
+from memorizing.model import LanguageModel, LMConfig, ModelOutput
+from memorizing.recurrent_tokens import RecurrentTokens
+from memorizing.train_state import init_params
+
+ROWS, LENGTH, VOCAB = 3, 8, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """A mechanism, to be held to laws 1-5.
+
+    Attributes:
+      name: for the test's id.
+      attention: of every layer that `attention_at` does not name.
+      attention_at, recurrent_tokens: as in `LMConfig`.
+      carries_context: whether a segment sees anything of the segments before it.
+      two_segments_equal_one: whether two segments of T give what one segment of 2T gives.
+      gradient_reaches_context: whether gradient flows into the carried state (only ever within a step).
+    """
+
+    name: str
+    attention: Attention = FullAttention()
+    attention_at: tuple[tuple[int, Attention], ...] = ()
+    recurrent_tokens: RecurrentTokens | None = None
+    carries_context: bool = True
+    two_segments_equal_one: bool = False
+    gradient_reaches_context: bool = False
+
+    @property
+    def config(self) -> LMConfig:
+        """Two layers. The logit scale makes attention sharp, so that whatever leaks shows."""
+        return LMConfig(
+            vocab_size=VOCAB,
+            num_layers=2,
+            embed_dim=16,
+            num_heads=2,
+            head_dim=8,
+            mlp_dim=32,
+            attention=self.attention,
+            attention_at=self.attention_at,
+            recurrent_tokens=self.recurrent_tokens,
+            initial_logit_scale=4.0,
+        )
+
+    @functools.cached_property
+    def model(self) -> TinyModel:
+        return TinyModel(self.config)
+
+
+XL = XLAttention(window=LENGTH)
+
+MECHANISMS = (
+    Mechanism("full", carries_context=False),
+    Mechanism("xl", attention=XL, two_segments_equal_one=True),
+    Mechanism("knn over full", attention_at=((1, KNNAttention(memory_size=2 * LENGTH, num_neighbors=4)),)),
+    Mechanism(
+        "knn over xl",
+        attention=XL,
+        attention_at=((1, KNNAttention(memory_size=2 * LENGTH, num_neighbors=4, local=XL)),),
+    ),
+    Mechanism("transformer-xl", attention=TransformerXLAttention(window=LENGTH), two_segments_equal_one=True),
+    Mechanism("compressive", attention=CompressiveAttention(window=LENGTH, compressed_size=4, rate=4)),
+    Mechanism("rmt", recurrent_tokens=RecurrentTokens(num_tokens=2), gradient_reaches_context=True),
+    Mechanism(
+        "rmt over xl", attention=XL, recurrent_tokens=RecurrentTokens(num_tokens=2), gradient_reaches_context=True
+    ),
+    Mechanism(
+        "rmt over knn",
+        attention_at=((1, KNNAttention(memory_size=2 * LENGTH, num_neighbors=4)),),
+        recurrent_tokens=RecurrentTokens(num_tokens=2),
+        gradient_reaches_context=True,
+    ),
+)
+
+
+class TinyModel:
+    """A model with parameters, and what tests ask of it. All take a batch of ROWS rows of LENGTH tokens."""
+
+    def __init__(self, config: LMConfig) -> None:
+        self.config = config
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """Moved away from the start, so that no promise rests on a value that happens to be 0 or 1 there: the gate's bias, the norms' scales."""
+
+        @jax.jit
+        def init() -> Any:
+            params = nn.unbox(init_params(self.config, ROWS, LENGTH, jax.random.key(0)))
+            keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+            return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), params)
+
+        return init()
+
+    def fresh_context(self, length: int = LENGTH) -> Context:
+        return self.config.init_context(ROWS, length)
+
+    @functools.cached_property
+    def forward(self):
+        """`(tokens, is_real, start, context) -> (logits, context)`."""
+        forward = jax.jit(lambda *inputs: self._apply(*inputs)[:2])
+        return functools.partial(forward, self.params)
+
+    @functools.cached_property
+    def gradients(self):
+        """`(tokens, is_real, start, context) -> (gradient of the loss, gradient of what is carried on)`, each to the parameters and to the floats of the context."""
+
+        def outputs(params: Any, floats: list, context: Context, tokens: Any, is_real: Any, start: Any) -> tuple:
+            output = self._apply(params, tokens, is_real, start, _with_floats(context, floats))
+            loss = jnp.where(is_real, next_token_nats(output.logits, tokens), 0).sum()
+            loss += sum(output.report.losses.values())
+            return loss, sum((jnp.sum(jnp.sin(leaf)) for leaf in _floats(output.context)), start=jnp.zeros(()))
+
+        @jax.jit
+        def gradients(params: Any, context: Context, *inputs: Any) -> tuple:
+            _, pull_back = jax.vjp(lambda *args: outputs(*args, context, *inputs), params, _floats(context))
+            return pull_back((1.0, 0.0)), pull_back((0.0, 1.0))
+
+        return lambda tokens, is_real, start, context: gradients(self.params, context, tokens, is_real, start)
+
+    @functools.cached_property
+    def influence(self):
+        """`(tokens, is_real, start, context) -> [B, T, B, S]`: how much the logits at (b, t) change with the embedded input at (c, s), by gradient."""
+
+        params = self.params
+
+        def outputs(embedded: jax.Array, *inputs: Any) -> jax.Array:
+            def replace(next_method, args, kwargs, context):
+                if isinstance(context.module, Embedder) and context.method_name == "encode":
+                    return embedded
+                return next_method(*args, **kwargs)
+
+            with nn.intercept_methods(replace):
+                return jnp.square(self._apply(params, *inputs).logits).sum(axis=-1)
+
+        def influence(tokens: jax.Array, *inputs: Any) -> jax.Array:
+            embedded = params["embedder"]["table"][tokens]
+            return jnp.abs(jax.jacrev(outputs)(embedded, tokens, *inputs)).sum(axis=-1)
+
+        return jax.jit(influence)
+
+    def context_after(self, segments: int, seed: int = 0) -> Context:
+        """A context that has seen some segments of random tokens, the rows' documents beginning at different times."""
+        rng = np.random.default_rng(seed)
+        context = self.fresh_context()
+        for segment in range(segments):
+            start = np.arange(ROWS) == segment % (ROWS + 1)
+            _, context = self.forward(random_tokens(rng), ALL_REAL, start, context)
+        return context
+
+    def _apply(self, params: Any, *inputs: Any) -> ModelOutput:
+        return LanguageModel(self.config).apply({"params": params}, *inputs)
+
+
+def _floats(context: Context) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(context) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def _with_floats(context: Context, floats: list[jax.Array]) -> Context:
+    new = iter(floats)
+    return jax.tree.map(lambda leaf: next(new) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, context)
+
+
+ALL_REAL = np.ones((ROWS, LENGTH), bool)
+NO_START = np.zeros(ROWS, bool)
+
+
+def random_tokens(rng: np.random.Generator, length: int = LENGTH) -> np.ndarray:
+    return rng.integers(1, VOCAB, (ROWS, length), np.int32)

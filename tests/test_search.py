@@ -1,0 +1,135 @@
+"""Every search finds the true neighbours, whatever the keys look like.
+
+Approximate search is a setting of the user's; the default has recall 1.0, and the levels and blocks that make it fast must not show in the result.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.sharding import PartitionSpec as P
+
+from memorizing.attention.base import normalize
+from memorizing.search import ApproximateSearch, ExactSearch, winners
+from memorizing.sharding import MeshConfig
+
+T, H, M = 6, 16, 768
+SEARCHES = [
+    ExactSearch(),
+    ExactSearch(block_size=64, group_size=8),
+    ExactSearch(block_size=100, group_size=7),
+    ExactSearch(block_size=M, group_size=1),
+    ApproximateSearch(),
+]
+
+
+def random_keys(rng: np.random.Generator) -> np.ndarray:
+    return rng.normal(size=(M, H))
+
+
+def clustered(rng: np.random.Generator) -> np.ndarray:
+    """A few directions with little noise, cluster after cluster: all neighbours lie in one block or group."""
+    return np.repeat(rng.normal(size=(8, H)), M // 8, axis=0) + 0.05 * rng.normal(size=(M, H))
+
+
+def duplicated(rng: np.random.Generator) -> np.ndarray:
+    return rng.normal(size=(5, H))[rng.integers(0, 5, M)]
+
+
+def periodic(rng: np.random.Generator) -> np.ndarray:
+    """Equal keys at a distance of 256: searches that bucket slots by a power of two put equals into one bucket."""
+    return np.tile(rng.normal(size=(256, H)), (M // 256, 1))
+
+
+VALID = {
+    "empty": np.zeros(M, bool),
+    "three": np.isin(np.arange(M), [3, 400, M - 1]),
+    "half full": np.arange(M) < M // 2,
+    # After a reset the new document has begun to fill the ring in its middle and wrapped around its end.
+    "wrapped": (np.arange(M) < 100) | (np.arange(M) >= M - 156),
+    "full": np.ones(M, bool),
+}
+
+
+@functools.cache
+def compiled(search: ExactSearch | ApproximateSearch, k: int) -> Callable:
+    return jax.jit(functools.partial(search.top_k, k=k))
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("k", [1, 32, M + 5])
+def test_finds_the_best_scores(search: ExactSearch | ApproximateSearch, dtype: jnp.dtype, k: int):
+    for kind in (random_keys, clustered, duplicated, periodic):
+        rng = np.random.default_rng(0)
+        keys, queries = (normalize(jnp.asarray(x, dtype)) for x in (kind(rng), rng.normal(size=(T, H))))
+        reference = np.asarray(queries, np.float64) @ np.asarray(keys, np.float64).T
+        for name, valid in VALID.items():
+            scores, indices = compiled(search, k)(queries, keys, valid)
+            case = f"{kind.__name__}, {name}"
+            num_found = min(k, valid.sum())
+            assert scores.shape == indices.shape == (T, k), case
+            assert (scores[:, num_found:] == -np.inf).all(), case
+            assert ((indices >= 0) & (indices < M)).all(), case
+            found = indices[:, :num_found]
+            assert valid[found].all(), case
+            assert all(len(set(row.tolist())) == num_found for row in found), f"{case}: a slot was found twice"
+            best = -np.sort(-np.where(valid, reference, -np.inf), axis=-1)[:, :num_found]
+            # float32 sums of H = 16 products below 1.
+            np.testing.assert_allclose(scores[:, :num_found], best, rtol=0, atol=1e-6, err_msg=case)
+            np.testing.assert_allclose(np.take_along_axis(reference, found, -1), best, rtol=0, atol=1e-6, err_msg=case)
+
+
+# Whole numbers: scores are exact, and equal ones frequent.
+small_integers = hnp.arrays(np.float32, (96, 2), elements=st.integers(-2, 2).map(float))
+
+
+@pytest.mark.parametrize(
+    "search",
+    [ExactSearch(), ExactSearch(block_size=32, group_size=4), ExactSearch(block_size=20, group_size=3)],
+    ids=str,
+)
+@settings(max_examples=25)
+@given(keys=small_integers, valid=hnp.arrays(bool, 96))
+def test_of_equal_scores_the_lower_slot_wins(search: ExactSearch, keys: np.ndarray, valid: np.ndarray):
+    """Ties decide what is retrieved where text repeats itself: the result must not depend on the sizes of blocks and groups."""
+    queries = np.array([[1, 0], [1, -1], [0, 0]], np.float32)
+    reference = np.where(valid, queries @ keys.T, -np.inf)
+    expected = np.argsort(-reference, axis=-1, kind="stable")[:, :8]
+    scores, indices = compiled(search, 8)(queries, keys, valid)
+    np.testing.assert_array_equal(scores, np.take_along_axis(reference, expected, axis=-1))
+    np.testing.assert_array_equal(np.where(scores > -np.inf, indices, -1), np.where(scores > -np.inf, expected, -1))
+
+
+@pytest.fixture(scope="module")
+def sharded_winners() -> Callable:
+    """`scores [rows, M] -> bool [rows, M]`: which slots the shards of a memory agree on, each shard keeping k candidates."""
+    mesh = MeshConfig(data=1, memory=4).make_mesh(jax.devices()[:4])
+
+    def shard(scores: jax.Array) -> jax.Array:
+        best, indices = jax.lax.top_k(scores, 5)
+        chosen = winners(best, 5, "memory")
+        return jnp.zeros(scores.shape, jnp.int32).at[jnp.arange(len(scores))[:, None], indices].add(chosen) > 0
+
+    return jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=P(None, "memory"), out_specs=P(None, "memory")))
+
+
+@given(scores=hnp.arrays(np.float32, (3, 32), elements=st.sampled_from([-np.inf, -np.inf, -1.0, 0.0, 1.0, 2.0])))
+def test_shards_agree_on_the_top_k_of_the_whole_memory(sharded_winners: Callable, scores: np.ndarray):
+    """With ties, and with shards that hold nothing: exactly the k slots that a search of the unsharded memory returns."""
+    expected = np.zeros(scores.shape, bool)
+    np.put_along_axis(expected, np.argsort(-scores, axis=-1, kind="stable")[:, :5], True, axis=-1)
+    np.testing.assert_array_equal(sharded_winners(scores), expected & (scores > -np.inf))
+
+
+def test_unsharded_winners_are_the_neighbours_that_exist():
+    scores = jnp.array([[2.0, 1.0, -jnp.inf]])
+    np.testing.assert_array_equal(winners(scores, 3, None), [[True, True, False]])

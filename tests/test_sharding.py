@@ -1,0 +1,243 @@
+"""What lies where must not change what is computed: every mesh, rule and saving of memory gives the run of one device, to rounding.
+
+Eight fake devices. The model has everything that is sharded in a way of its own: a Transformer-XL cache in stacked layers, an external memory, rows that begin documents at
+different times and end them with padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from memorizing import sharding
+from memorizing.attention.knn import KNNAttention
+from memorizing.attention.xl import XLAttention
+from memorizing.batch import PADDING, Batch
+from memorizing.checkpoint import paths
+from memorizing.errors import UserError
+from memorizing.experiment import BatchConfig, Experiment
+from memorizing.model import LMConfig
+from memorizing.optimizer import Adafactor, AdamW, Cosine
+from memorizing.sharding import MeshConfig
+from memorizing.synthetic import RepeatedPassages
+from memorizing.train import Program
+from memorizing.train_state import TrainState
+
+ROWS, LENGTH, VOCAB, STEPS = 8, 4, 32, 7
+XL = XLAttention(window=LENGTH)
+MODEL = LMConfig(
+    vocab_size=VOCAB,
+    num_layers=3,
+    embed_dim=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    attention=XL,
+    # One segment a shard where the memory is sharded into 4; the steps below fill it and wrap around.
+    attention_at=((2, KNNAttention(memory_size=4 * LENGTH, num_neighbors=6, local=XL)),),
+    initial_logit_scale=4.0,
+)
+EXPERIMENT = Experiment(
+    data=RepeatedPassages(vocab_size=VOCAB),
+    model=MODEL,
+    batch=BatchConfig(tokens_per_step=ROWS * LENGTH, segment_length=LENGTH),
+    optimizer=Adafactor(learning_rate=Cosine(peak=0.01, warmup_steps=1, decay_steps=100)),
+)
+
+
+def batches() -> list[Batch]:
+    """Random documents; each row begins one at a time of its own and ends it with padding."""
+    rng = np.random.default_rng(0)
+    result = []
+    for step in range(STEPS):
+        tokens = rng.integers(1, VOCAB, (ROWS, 1, LENGTH), np.int32)
+        targets = rng.integers(1, VOCAB, (ROWS, 1, LENGTH), np.int32)
+        start = ((np.arange(ROWS) + step) % 4 == 0)[:, None]
+        targets[np.roll(start[:, 0], -1), :, LENGTH - 2 :] = PADDING
+        result.append(Batch(tokens, targets, (targets != PADDING).astype(np.float32), start))
+    return result
+
+
+@pytest.fixture(scope="module")
+def initial_state() -> TrainState:
+    """On the host: every run starts from the same bits."""
+    return jax.device_get(Program(EXPERIMENT, MeshConfig().make_mesh(jax.devices()[:1])).init())
+
+
+def run(experiment: Experiment, num_devices: int, initial_state: TrainState) -> tuple[TrainState, list[float], Program]:
+    mesh = experiment.mesh.make_mesh(jax.devices()[:num_devices])
+    with jax.set_mesh(mesh):
+        program = Program(experiment, mesh)
+        place = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+        state, losses = jax.device_put(initial_state, place), []
+        for batch in batches():
+            state, metrics = program.step(state, jax.device_put(batch, program.rows))
+            losses.append(float(metrics["loss"]))
+    return jax.device_get(state), losses, program
+
+
+@pytest.fixture(scope="module")
+def alone(initial_state: TrainState) -> tuple[TrainState, list[float], Program]:
+    return run(EXPERIMENT, 1, initial_state)
+
+
+def changed(name: str, **fields: Any) -> Experiment:
+    return dataclasses.replace(EXPERIMENT, **{name: dataclasses.replace(getattr(EXPERIMENT, name), **fields)})
+
+
+@pytest.mark.parametrize(
+    ("experiment", "num_devices"),
+    [
+        pytest.param(changed("mesh", data=8), 8, id="data 8"),
+        pytest.param(changed("mesh", data=4, model=2), 8, id="data 4 x model 2"),
+        pytest.param(changed("mesh", data=2, memory=4), 8, id="data 2 x memory 4"),
+        pytest.param(changed("mesh", data=4, model=2, parameters="fsdp"), 8, id="fsdp 4 x model 2"),
+        pytest.param(changed("batch", num_microbatches=2), 2, id="2 microbatches on data 2"),
+        pytest.param(changed("model", remat="layer"), 1, id="remat"),
+    ],
+)
+def test_equals_the_run_of_one_device(
+    experiment: Experiment, num_devices: int, initial_state: TrainState, alone: tuple
+):
+    state, losses, _ = run(experiment, num_devices, initial_state)
+    np.testing.assert_allclose(losses, alone[1], rtol=0, atol=1e-5)
+    assert min(np.abs(np.diff(losses))) > 1e-3, "nothing was trained"
+    actual, expected = paths(state), paths(alone[0])
+    assert actual.keys() == expected.keys()
+    for path, leaf in expected.items():
+        # Seven updates, each some hundred roundings of 1e-7 away.
+        np.testing.assert_allclose(actual[path], leaf, rtol=1e-4, atol=2e-5, err_msg=path)
+
+
+def test_several_segments_a_step_equal_as_many_forward_passes(initial_state: TrainState):
+    """U segments in one step carry the context from each to the next as U steps do."""
+    two = changed("batch", tokens_per_step=2 * ROWS * LENGTH, num_segments=2)
+    still = AdamW(learning_rate=Cosine(peak=0.0, final=0.0))
+    two, one = (dataclasses.replace(experiment, optimizer=still) for experiment in (two, EXPERIMENT))
+    mesh = MeshConfig().make_mesh(jax.devices()[:1])
+    pair = batches()[:2]
+    with jax.set_mesh(mesh):
+        steps, together = Program(one, mesh), Program(two, mesh)
+        state, losses, weights = steps.init(), [], []
+        for batch in pair:
+            state, metrics = steps.step(state, batch)
+            losses.append(metrics["loss"])
+            weights.append(metrics["loss_weight"])
+        joined = Batch(*(np.concatenate(fields, axis=1) for fields in zip(*pair, strict=True)))
+        other, metrics = together.step(together.init(), joined)
+    np.testing.assert_allclose(metrics["loss"], np.dot(losses, weights) / np.sum(weights), rtol=1e-5)
+    for path, leaf in paths(state.context).items():
+        np.testing.assert_allclose(paths(other.context)[path], leaf, rtol=0, atol=1e-5, err_msg=path)
+
+
+def test_the_memory_is_never_gathered(initial_state: TrainState):
+    """Shards exchange scores and sums: no collective moves as much as one device's share of the stored keys."""
+    slots = 512
+    attention = KNNAttention(memory_size=slots, num_neighbors=4, local=XL)
+    model = dataclasses.replace(MODEL, attention_at=((2, attention),))
+    experiment = dataclasses.replace(changed("mesh", data=2, memory=4), model=model)
+    mesh = experiment.make_mesh()
+    with jax.set_mesh(mesh):
+        program = Program(experiment, mesh)
+        abstract_batch = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=program.rows), batches()[0]
+        )
+        text = program.step.lower(program.abstract_state, abstract_batch).compile().as_text()
+    local_keys = (ROWS // 2) * MODEL.num_heads * (slots // 4) * MODEL.head_dim
+    collectives = re.findall(
+        r"= (.+?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text
+    )
+    moved = [
+        math.prod(int(size) for size in dims.split(",") if size)
+        for result, _ in collectives
+        for dims in re.findall(r"\w+\[([\d,]*)\]", result)
+    ]
+    assert "all-gather" in {kind for _, kind in collectives}, "the test does not see the exchange of scores"
+    assert max(moved) < local_keys
+
+
+def test_optimizer_state_lies_where_its_parameters_lie():
+    """FSDP saves nothing if the moments stay whole."""
+    mesh = MeshConfig(data=4, model=2).make_mesh()
+    experiment = dataclasses.replace(changed("mesh", data=4, model=2, parameters="fsdp"), optimizer=AdamW())
+    abstract = Program(experiment, mesh).abstract_state
+    params = paths(abstract.params)
+    assert params["layers_00_01/mlp/up/kernel"].sharding.spec == P(None, "data", "model")
+    moments = 0
+    for path, leaf in paths(abstract.opt_state).items():
+        # 1/layers_00_01/0/mu/mlp/up/kernel: in the chain, of this group, in the rule's own chain, the first moment, of this parameter.
+        if moment := re.fullmatch(r"\d+/(\w+)/\d+/(?:mu|nu)/(.+)", path):
+            moments += 1
+            assert leaf.sharding == params[f"{moment[1]}/{moment[2]}"].sharding, path
+    assert moments == 2 * len(params), "the test does not see both moments"
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=3), MeshConfig(model=16), MeshConfig(data=2, model=2), MeshConfig(data=0)]
+)
+def test_a_mesh_that_does_not_fill_the_devices_is_told(mesh: MeshConfig):
+    with pytest.raises(UserError, match=r"MeshConfig.*8 devices"):
+        mesh.make_mesh()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "message"),
+    [
+        (dataclasses.replace(changed("mesh", data=8), batch=BatchConfig(4 * LENGTH, LENGTH)), "rows"),
+        (changed("mesh", data=2, model=4), "LMConfig.num_heads"),
+        (changed("mesh", data=1, memory=8), "KNNAttention.memory_size"),
+    ],
+)
+def test_an_experiment_that_does_not_fit_its_mesh_is_told(experiment: Experiment, message: str):
+    with pytest.raises(UserError, match=message):
+        experiment.make_mesh()
+
+
+def test_two_dimensions_on_one_mesh_axis_are_a_bug():
+    mesh = MeshConfig(data=4, model=2).make_mesh()
+    with pytest.raises(ValueError, match="cannot shard two dimensions"):
+        sharding.named_sharding(mesh, ("heads", "mlp"), (4, 4), sharding.REPLICATED_PARAMETERS)
+
+
+@pytest.mark.parametrize("optimizer", [Adafactor(), AdamW()], ids=["Adafactor", "AdamW"])
+def test_a_stack_is_updated_as_its_layers_would_be(optimizer: Adafactor | AdamW):
+    """Which layers are scanned together is a matter of compile time; Adafactor's factors, clipping and parameter scale must not see it."""
+    rng = np.random.default_rng(0)
+
+    def tree() -> list[dict]:
+        # Layers of very different size, so that a scale taken over the stack would be another one.
+        return [
+            {"kernel": 10.0**layer * rng.normal(size=(130, 140)), "scale": rng.normal(size=7)} for layer in range(2)
+        ]
+
+    def stacked(layers: list[dict]) -> dict:
+        return {
+            "layers_00_01": jax.tree.map(lambda *leaves: jnp.stack([jnp.float32(leaf) for leaf in leaves]), *layers)
+        }
+
+    def single(layers: list[dict]) -> dict:
+        return {f"layer_{index:02d}": jax.tree.map(jnp.float32, layer) for index, layer in enumerate(layers)}
+
+    rule, layers, gradients = optimizer.build(), tree(), [tree() for _ in range(3)]
+    results = []
+    for arrange in (stacked, single):
+        params = arrange(layers)
+        state = rule.init(params)
+        for gradient in gradients:
+            updates, state = rule.update(arrange(gradient), state, params)
+            params = optax.apply_updates(params, updates)
+        results.append(params)
+    for index in range(2):
+        for name, leaf in results[1][f"layer_{index:02d}"].items():
+            np.testing.assert_allclose(
+                results[0]["layers_00_01"][name][index], leaf, rtol=1e-5, err_msg=f"{index} {name}"
+            )

@@ -1,0 +1,112 @@
+"""Starting from another run: into a larger memory, and from a model without one (the paper's sections on both). What a memory adds starts fresh, everything else is the other run's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from memorizing import transfer
+from memorizing.attention.knn import KNNAttention
+from memorizing.checkpoint import Checkpointer, paths
+from memorizing.errors import UserError
+from memorizing.model import LMConfig
+from memorizing.optimizer import Adafactor
+from memorizing.train_state import TrainState, init_train_state
+
+MEMORY = KNNAttention(memory_size=8, num_neighbors=2)
+PLAIN = LMConfig(vocab_size=16, num_layers=4, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=12)
+# Layers 0 and 1 are stacked, 2 and 3 stand alone; without the memory all four are one stack.
+WITH_MEMORY = dataclasses.replace(PLAIN, attention_at=((2, MEMORY),))
+
+
+@functools.cache
+def state(config: LMConfig, seed: int) -> TrainState:
+    return jax.jit(lambda: init_train_state(config, Adafactor().build(), 2, 4, seed))()
+
+
+def saved(config: LMConfig, workdir: pathlib.Path) -> tuple[str, TrainState]:
+    """A checkpoint of step 7 whose every array is recognisable."""
+    numbers = iter(range(1, 1000))
+    there = jax.tree.map(lambda leaf: leaf + jnp.asarray(next(numbers), leaf.dtype), state(config, 0))
+    there = there.replace(step=jnp.asarray(7, jnp.int32))
+    checkpointer = Checkpointer(epath.Path(workdir))
+    checkpointer.save(there, {})
+    checkpointer.close()
+    return str(workdir), there
+
+
+def by_layer(tree: Any) -> dict[str, np.ndarray]:
+    """Arrays of single layers by path."""
+    return transfer._single_layers({path: np.asarray(leaf) for path, leaf in paths(tree).items()})
+
+
+def test_into_a_larger_memory(tmp_path: pathlib.Path):
+    workdir, there = saved(WITH_MEMORY, tmp_path)
+    larger = dataclasses.replace(WITH_MEMORY, attention_at=((2, dataclasses.replace(MEMORY, memory_size=32)),))
+    started = transfer.start_from(workdir, state(larger, 1))
+    for name in ("params", "opt_state", "step"):
+        for path, leaf in paths({name: getattr(there, name)}).items():
+            np.testing.assert_array_equal(paths({name: getattr(started, name)})[path], leaf, err_msg=path)
+    assert started.context["layer_02"].memory.keys.shape[2] == 32
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(started.context)), "the context starts empty"
+
+
+def test_from_a_model_without_memory_layer_by_layer(tmp_path: pathlib.Path):
+    """The layers are stacked otherwise; the gate, and it alone, is new."""
+    workdir, there = saved(PLAIN, tmp_path)
+    started = transfer.start_from(workdir, state(WITH_MEMORY, 1))
+    ours, theirs = (by_layer({"params": tree.params, "opt_state": tree.opt_state}) for tree in (started, there))
+    new = {path for path in ours if path not in theirs}
+    assert {path for path in new if path.startswith("params")} == {"params/layer_02/attention/core/gate"}
+    assert all(path.endswith("/core/gate") for path in new)
+    np.testing.assert_array_equal(ours["params/layer_02/attention/core/gate"], 0)
+    for path in ours.keys() - new:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+    # Each layer got its own: in the stack they differ.
+    kernels = [ours[f"params/layer_{layer:02d}/mlp/up/kernel"] for layer in range(4)]
+    assert all(np.any(kernels[0] != kernel) for kernel in kernels[1:])
+
+
+def test_the_optimizer_may_start_anew(tmp_path: pathlib.Path):
+    workdir, there = saved(PLAIN, tmp_path)
+    fresh = state(PLAIN, 1)
+    started = transfer.start_from(workdir, fresh, with_optimizer=False)
+    assert started.step == 0
+    assert started.opt_state is fresh.opt_state
+    np.testing.assert_array_equal(started.params["embedder"]["table"], there.params["embedder"]["table"])
+
+
+@pytest.mark.parametrize(
+    ("change", "parameter"),
+    [
+        ({"mlp_dim": 20}, r"params/layer_00/mlp/down/kernel.*\(12, 8\).*\(20, 8\)"),
+        ({"num_layers": 5}, "params/layer_04/"),
+        ({"vocab_size": 20}, r"params/embedder/table.*\(16, 8\).*\(20, 8\)"),
+    ],
+)
+def test_a_mismatch_names_the_parameter(tmp_path: pathlib.Path, change: dict, parameter: str):
+    workdir, _ = saved(PLAIN, tmp_path)
+    with pytest.raises(UserError, match=rf"LoopConfig.start_from.*({parameter})"):
+        transfer.start_from(workdir, state(dataclasses.replace(PLAIN, **change), 1))
+
+
+def test_a_model_with_fewer_layers_does_not_take_a_part_of_another(tmp_path: pathlib.Path):
+    """A mismatch of anything but the memory is an error (issue), also one that would load."""
+    workdir, _ = saved(PLAIN, tmp_path)
+    with pytest.raises(UserError, match=r"params/layer_03/"):
+        transfer.start_from(workdir, state(dataclasses.replace(PLAIN, num_layers=3), 1))
+
+
+@pytest.mark.parametrize("folder", ["", "checkpoints"])
+def test_a_folder_without_checkpoint_is_told(tmp_path: pathlib.Path, folder: str):
+    (tmp_path / "run" / folder).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"checkpoint"):
+        transfer.start_from(str(tmp_path / "run"), state(PLAIN, 1))
