@@ -52,7 +52,7 @@ setup(
     ],
     extras_require={
         "prep": ["apache-beam>=2.77"],
-        "test": ["hypothesis", "pytest", "ruff"],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
         "tpu": ["jax[tpu]"],
     },
     entry_points={"console_scripts": ["memorizing = memorizing.main:main"]},
