@@ -48,6 +48,8 @@ class Checkpointer:
         """
         # Orbax tells of every save at level INFO and of what it could not know in warnings meant for its developers.
         logging.getLogger("absl").setLevel(logging.ERROR)
+        # ... and leaves tasks of a failed read to an event loop that is no longer there.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self._folder, self._save_context = workdir / FOLDER, save_context
         # What a killed process was writing. Orbax's own cleaning runs beside the program and fails if that ends early.
         for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
@@ -101,8 +103,10 @@ class Checkpointer:
         try:
             restored = self._read(chosen, abstract, keeps_context)
         except UserError:
+            self.close()
             raise
         except Exception as error:
+            self.close()
             raise UserError(
                 self._damaged(chosen, f"cannot be read ({str(error).strip().splitlines()[0][:120]})")
             ) from error
@@ -183,7 +187,7 @@ def _checksums(leaves: list[jax.Array]) -> list[Checksum]:
 
 
 def _checksum(array: jax.Array) -> Checksum:
-    """Sum of the array's bits as unsigned integers, each times an odd number that depends on its place: any single flipped bit changes it, and so does an exchange."""
+    """Sum of the array's elements, their bits mixed with their place one to one: any single flipped bit changes it, and an exchange of elements all but surely does."""
     if array.dtype == jnp.bool_:
         bits = array.astype(jnp.uint32)
     else:
@@ -191,4 +195,8 @@ def _checksum(array: jax.Array) -> Checksum:
     place = jnp.zeros(array.shape, jnp.uint32)
     for axis in range(array.ndim):
         place = place * jnp.uint32(1_000_003) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+    # The finalizer of MurmurHash3.
+    mixed = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B9))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

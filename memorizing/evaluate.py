@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,20 +22,25 @@ from memorizing.losses import next_token_nats
 from memorizing.metrics import Values, perplexity
 from memorizing.model import LanguageModel, LMConfig
 
-# What may be done to the context before every segment, to measure what it is worth: takes and returns context and start_of_document.
+# What may be done to the context before a segment, to measure what it is worth.
 Ablation = Literal["none", "memory_cleared", "state_reset", "state_shuffled"]
-_ABLATIONS: dict[Ablation, Callable[[Context, RowFlags], tuple[Context, RowFlags]]] = {
-    "none": lambda context, start: (context, start),
-    # External memories are empty; local attention and caches keep theirs.
-    "memory_cleared": lambda context, start: (forget_memories(context), start),
-    # Every segment begins a document.
-    "state_reset": lambda context, start: (context, jnp.ones_like(start)),
-    # Every row gets what its neighbour carried.
-    "state_shuffled": lambda context, start: (
-        jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0) if leaf.ndim else leaf, context),
-        start,
-    ),
-}
+
+
+def _ablate(ablation: Ablation, context: Context, segment: Batch) -> tuple[Context, RowFlags]:
+    """The context and start_of_document that the model gets instead of its own."""
+    start = segment.start_of_document
+    if ablation == "memory_cleared":
+        # External memories are empty; local attention and caches keep theirs.
+        return forget_memories(context), start
+    if ablation == "state_reset":
+        # Every segment begins a document.
+        return context, jnp.ones_like(start)
+    if ablation == "state_shuffled":
+        # Every row gets what its neighbour carried, before segments in which something is scored: shifted at every segment, states would come home after B of them.
+        is_scored = jnp.any(segment.loss_weights > 0)
+        shift = lambda leaf: jnp.where(is_scored, jnp.roll(leaf, 1, axis=0), leaf) if leaf.ndim else leaf  # noqa: E731
+        return jax.tree.map(shift, context), start
+    return context, start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +159,7 @@ def _evaluation_step(
     config: LMConfig, params: Tree, context: Context, batch: Batch, *, ablation: Ablation
 ) -> tuple[tuple[PerToken, jax.Array], Context]:
     segment = jax.tree.map(lambda leaf: leaf[:, 0], batch)
-    context, start = _ABLATIONS[ablation](context, segment.start_of_document)
+    context, start = _ablate(ablation, context, segment)
     is_real = segment.targets != PADDING
     output = LanguageModel(config).apply({"params": params}, segment.tokens, is_real, start, context)
     is_right = jnp.argmax(output.logits, axis=-1) == segment.targets

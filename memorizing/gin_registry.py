@@ -104,7 +104,9 @@ def load_experiment(gin_files: Sequence[str], bindings: Sequence[str]) -> tuple[
     # gin logs an error for every place where it looked for a file before it found it.
     logging.disable(logging.ERROR)
     try:
-        gin.parse_config_files_and_bindings([str(file) for file in files], quoted, finalize_config=False)
+        gin.parse_config_files_and_bindings([str(file) for file in files], [], finalize_config=False)
+        for binding in quoted:
+            _parse_binding(binding)
         experiment = gin.get_configurable("Experiment")()
     except UserError as error:
         raise UserError(_first_line(error)) from error
@@ -148,6 +150,14 @@ def _quote_bare_word(binding: str) -> str:
     except (ValueError, SyntaxError):
         return f"{name} = {value!r}"
     return binding
+
+
+def _parse_binding(binding: str) -> None:
+    try:
+        gin.parse_config(binding)
+    except Exception as error:
+        explanation = _explain(error)
+        raise UserError(explanation if binding in explanation else f"{explanation} (in: {binding})") from error
 
 
 def _explain(error: Exception) -> str:

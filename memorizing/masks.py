@@ -20,12 +20,13 @@ def visible(layout: Layout, num_cached: int = 0) -> Bool[Array, "T S"]:
     """
     query = jnp.arange(layout.size)[:, None]
     key = jnp.arange(-num_cached, layout.size)[None, :]
-    if layout.bidirectional:
-        return jnp.broadcast_to(key < layout.size, (layout.size, num_cached + layout.size))
     first_write = layout.num_read + layout.length
-    both_read = (query < layout.num_read) & (key >= 0) & (key < layout.num_read)
-    both_write = (query >= first_write) & (key >= first_write)
-    seen = (key <= query) | both_read | both_write
+    if layout.bidirectional:
+        seen = jnp.broadcast_to(key < layout.size, (layout.size, num_cached + layout.size))
+    else:
+        both_read = (query < layout.num_read) & (key >= 0) & (key < layout.num_read)
+        both_write = (query >= first_write) & (key >= first_write)
+        seen = (key <= query) | both_read | both_write
     if not layout.memory_sees_cache:
         is_token = (query >= layout.num_read) & (query < first_write)
         seen &= is_token | (key >= 0)

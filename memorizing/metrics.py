@@ -33,16 +33,21 @@ class MetricWriter:
 
         self._path = workdir / "metrics.jsonl"
         self._lines = [line for line in self._read_lines() if line["step"] <= resumed_step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+        self._written = {(line["step"], line["kind"]) for line in self._lines}
+        self._rewrite()
         self._events = SummaryWriter(logdir=str(workdir / "events"), purge_step=resumed_step + 1)
 
     def write(self, step: int, kind: str, values: Values) -> None:
         """One line `{"step": ..., "kind": ..., name: value, ...}`; `kind` ('train', 'evaluation') prefixes the names in TensorBoard."""
+        # A run that goes on from its last step evaluates it again.
+        if (step, kind) in self._written:
+            return
+        self._written.add((step, kind))
         line = {"step": step, "kind": kind, **values}
         # Appending needs a local file; other file systems get the whole file again.
         if "://" in str(self._path):
             self._lines.append(line)
-            self._path.write_text("".join(json.dumps(each) + "\n" for each in self._lines))
+            self._rewrite()
         else:
             with open(self._path, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -51,6 +56,9 @@ class MetricWriter:
 
     def close(self) -> None:
         self._events.close()
+
+    def _rewrite(self) -> None:
+        replace_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
     def _read_lines(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -62,6 +70,13 @@ class MetricWriter:
             except json.JSONDecodeError:
                 break  # The process was killed while it wrote this line.
         return lines
+
+
+def replace_text(path: epath.Path, text: str) -> None:
+    """Writes a file such that it is there as a whole, the old one or the new one, whenever the process is killed."""
+    unfinished = path.parent / f".{path.name}.unfinished"
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 class Progress:

@@ -34,7 +34,8 @@ class RecurrentTokens:
     """Memory tokens that pass through all layers with the segment; what they become is the memory of the next segment.
 
     The decoder version puts them before the segment, to be read, and after it, to be written (2207.06881, section 3); the next memory is what the write tokens became. The
-    encoder version (2304.11062, section 3) puts them once, before a segment whose positions all see each other; the next memory is what they became themselves.
+    encoder version (2304.11062, section 3) puts them once, before a segment whose positions all see each other; the next memory is what they became themselves. Since inputs are
+    targets one position later, an encoder reads every target but a segment's last off its input: it is for tasks whose answer is the last token, not for language modelling.
 
     Attributes:
       num_tokens: R.

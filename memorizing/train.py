@@ -220,7 +220,7 @@ class _Run:
         if state.context is not None:
             self.stream_seed = restored.rows["seed"]
             # The stage that the saved step belonged to; the loop enters the next one if it begins here.
-            stream = self._open_stream(int(state.step))
+            stream = self._open_stream(max(int(state.step), 1))
             stream.set_state(restored.rows["stream"])
             return state, stream
         print(

@@ -38,6 +38,12 @@ def start_from(workdir: str, state: TrainState, with_optimizer: bool = True) -> 
         raise UserError(f"LoopConfig.start_from = {workdir!r}: there is no folder {folder / FOLDER}")
     saved = read_arrays(folder)
     source = _single_layers(saved)
+    wanted = {member for path in paths(state.params) for member in _members(f"params/{path}")}
+    unused = sorted(path for path in source if path.startswith("params/") and path not in wanted)
+    if unused:
+        raise UserError(
+            f"LoopConfig.start_from = {workdir!r}: this model has no place for its {unused[0]}; is it another model?"
+        )
     names = ("params", "opt_state", "step") if with_optimizer else ("params",)
     return state.replace(**{name: _fill(name, getattr(state, name), source, workdir) for name in names})
 

@@ -11,6 +11,7 @@ from etils import epath
 from memorizing.checkpoint import FOLDER
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
+from memorizing.metrics import replace_text
 
 # What may change when a run goes on: its length, the machines it runs on, how rows are laid out.
 _MAY_CHANGE = ("batch", "mesh", "loop")
@@ -31,7 +32,7 @@ def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.P
         if record.exists() and any(child.name.isdigit() for child in (workdir / FOLDER).glob("*")):
             _check_same(json.loads(record.read_text()), identity, path)
         (workdir / "config.gin").write_text(config_text)
-        record.write_text(json.dumps(identity, indent=2) + "\n")
+        replace_text(record, json.dumps(identity, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--workdir={path}: cannot be written ({error.strerror or error})") from error
     return workdir

@@ -22,7 +22,7 @@ from hypothesis.extra import numpy as hnp
 
 from memorizing import checkpoint
 from memorizing.attention.knn import KNNAttention
-from memorizing.checkpoint import Checkpointer, paths
+from memorizing.checkpoint import Checkpointer, paths, read_arrays
 from memorizing.errors import UserError
 from memorizing.experiment import BatchConfig, Experiment, LoopConfig
 from memorizing.model import LMConfig
@@ -279,20 +279,13 @@ def test_two_exchanged_values_change_the_checksum(array: np.ndarray, first: int,
 # The loop around it.
 
 
-def final_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    checkpointer = Checkpointer(epath.Path(workdir))
-    arrays, _ = checkpointer.read_raw()
-    checkpointer.close()
-    return arrays
-
-
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture):
     """And with other rows, or without a saved context, it goes on with what it has, and says so."""
     train(EXPERIMENT, str(tmp_path / "whole"))
     train(with_loop(num_steps=4), str(tmp_path / "parts"))
     train(EXPERIMENT, str(tmp_path / "parts"))
     assert "continuing from step 4" in capsys.readouterr().out
-    whole, parts = (final_arrays(tmp_path / name) for name in ("whole", "parts"))
+    whole, parts = (read_arrays(epath.Path(tmp_path / name)) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     for path, array in whole.items():
         np.testing.assert_array_equal(array, parts[path], err_msg=path)

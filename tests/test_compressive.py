@@ -190,7 +190,6 @@ def test_most_used_keeps_what_was_attended_to_most_in_the_order_of_time():
         np.testing.assert_array_equal(new_state.compressed_valid[row, -2:], state.valid[row, kept])
 
 
-@pytest.mark.xfail(strict=True, reason="queries at padding add to the usage, which decides what is kept")
 def test_most_used_does_not_listen_to_padding():
     attention, (x, state) = config("most_used"), inputs()
     is_real = jnp.broadcast_to(jnp.arange(T) < 1, (B, T))
@@ -322,9 +321,6 @@ def test_the_loss_is_the_mean_over_rows_that_have_something_to_compress(loss: st
         assert np.isfinite(leaf).all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="queries at padding reconstruct too: the attention loss is taken over all positions"
-)
 def test_the_loss_does_not_listen_to_padding():
     attention, (x, state) = config(loss="attention"), inputs()
     variables, is_real = {"params": layer_params(attention)}, jnp.broadcast_to(jnp.arange(T) < 1, (B, T))
@@ -392,12 +388,8 @@ def test_without_the_auxiliary_loss_the_compressor_stays_worse(loss: str):
 
 # Settings.
 
-UNPLACED = pytest.mark.xfail(
-    strict=True, reason="nn.Conv gives its parameters no logical axes, which sharding asks for"
-)
 
-
-@pytest.mark.parametrize("compressor", ["conv", "most_used", pytest.param("dilated", marks=UNPLACED)])
+@pytest.mark.parametrize("compressor", ["conv", "most_used", "dilated"])
 def test_a_run_knows_where_every_parameter_lies(compressor: str):
     """Asked for before the first step: without an answer no run starts, not even on one device."""
     model = language_model(config(compressor, "attention"))

@@ -81,7 +81,7 @@ def test_every_run_traces_a_full_size_step(file: str):
 @pytest.mark.parametrize("file", [name for name in FILES if name.startswith("models/")])
 def test_every_model_traces_a_step(file: str):
     files = ["runs/base.gin", file, "tasks/repeated_passages.gin"]
-    experiment, _ = load_experiment(files, ["BatchConfig.tokens_per_step=16384", "BatchConfig.segment_length=512"])
+    experiment, _ = load_experiment(files, ["BatchConfig.tokens_per_step=4096", "BatchConfig.segment_length=128"])
     trace_step(experiment, POD)
 
 
@@ -253,6 +253,8 @@ def test_a_workdir_of_another_experiment_is_left_alone(mistake, tmp_path: pathli
 
     there, text = load_experiment(["smoke"], [])
     open_workdir(str(tmp_path / "run"), there, text)
+    # As if it had saved: before that, nothing can be mixed up.
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     error = mistake("--gin.LMConfig.embed_dim=32", workdir=tmp_path / "run")
     assert "LMConfig.embed_dim" in error and "64" in error and "32" in error
     assert (tmp_path / "run" / "config.gin").read_text() == text, "the other run's configuration was overwritten"

@@ -73,7 +73,6 @@ def test_visible_is_its_definition(layout: Layout, num_cached: int):
     np.testing.assert_array_equal(visible, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="RecurrentTokens.sees_cache is ignored where version = 'encoder'")
 def test_an_encoders_memory_does_not_see_the_cache_either_where_it_may_not():
     layout = RecurrentTokens(num_tokens=2, version="encoder", sees_cache=False).layout(3)
     seen = np.asarray(masks.visible(layout, num_cached=2))

@@ -118,22 +118,23 @@ def test_equals_the_run_of_one_device(
         np.testing.assert_allclose(actual[path], leaf, rtol=1e-4, atol=2e-5, err_msg=path)
 
 
-def test_several_segments_a_step_equal_as_many_forward_passes(initial_state: TrainState):
+def test_several_segments_a_step_equal_as_many_forward_passes():
     """U segments in one step carry the context from each to the next as U steps do."""
-    two = changed("batch", tokens_per_step=2 * ROWS * LENGTH, num_segments=2)
     still = AdamW(learning_rate=Cosine(peak=0.0, final=0.0))
-    two, one = (dataclasses.replace(experiment, optimizer=still) for experiment in (two, EXPERIMENT))
-    mesh = MeshConfig().make_mesh(jax.devices()[:1])
-    pair = batches()[:2]
+    one = dataclasses.replace(EXPERIMENT, optimizer=still)
+    two = dataclasses.replace(one, batch=BatchConfig(2 * ROWS * LENGTH, LENGTH, num_segments=2))
+    mesh, pair = MeshConfig().make_mesh(jax.devices()[:1]), batches()[:2]
     with jax.set_mesh(mesh):
         steps, together = Program(one, mesh), Program(two, mesh)
-        state, losses, weights = steps.init(), [], []
-        for batch in pair:
-            state, metrics = steps.step(state, batch)
-            losses.append(metrics["loss"])
-            weights.append(metrics["loss_weight"])
+        state = steps.init()
+        # A copy, since a step is given its state to overwrite.
         joined = Batch(*(np.concatenate(fields, axis=1) for fields in zip(*pair, strict=True)))
-        other, metrics = together.step(together.init(), joined)
+        other, metrics = together.step(jax.tree.map(jnp.copy, state), joined)
+        losses, weights = [], []
+        for batch in pair:
+            state, step_metrics = steps.step(state, batch)
+            losses.append(step_metrics["loss"])
+            weights.append(step_metrics["loss_weight"])
     np.testing.assert_allclose(metrics["loss"], np.dot(losses, weights) / np.sum(weights), rtol=1e-5)
     for path, leaf in paths(state.context).items():
         np.testing.assert_allclose(paths(other.context)[path], leaf, rtol=0, atol=1e-5, err_msg=path)

@@ -114,12 +114,13 @@ class CompressiveLayer(nn.Module):
         y, weights = relative(x, carried, mask)
 
         # Attention that each slot of the memory has received so far, this segment's included.
-        received = jax.lax.stop_gradient(weights).sum(axis=(1, 2))
+        is_query = segment.is_real[:, None, :, None]
+        received = jnp.where(is_query, jax.lax.stop_gradient(weights), 0.0).sum(axis=(1, 2))
         usage = state.usage + received[:, config.compressed_size : carried.shape[1]]
         length = segment.layout.length
         old, old_valid = hidden[:, :length], state.valid[:, :length]
         new, new_valid = Compressor(config, self.dims, name="compressor")(old, old_valid, usage[:, :length])
-        losses = self._losses(relative, own(x), old, new, old_valid)
+        losses = self._losses(relative, own(x), own(segment.is_real), old, new, old_valid)
 
         def push(slots: jax.Array, entering: jax.Array) -> jax.Array:
             return jax.lax.stop_gradient(jnp.concatenate([slots, entering], axis=1)[:, -slots.shape[1] :])
@@ -137,6 +138,7 @@ class CompressiveLayer(nn.Module):
         self,
         relative: RelativeAttention,
         x: Activations,
+        is_real: Bool[Array, "B T"],
         old: Activations,
         new: Float[Array, "B P D"],
         old_valid: Bool[Array, "B T"],
@@ -146,10 +148,12 @@ class CompressiveLayer(nn.Module):
         if config.loss == "none" or config.compressor in ("mean", "max", "most_used"):
             return {}
         if config.loss == "attention":
-            error = relative.content(x, old) - relative.content(x, new)
+            error, counts = relative.content(x, old) - relative.content(x, new), is_real
         else:
-            error = Decompressor(config, self.dims, name="decompressor")(new) - old
-        squares = jnp.mean(jnp.square(error.astype(jnp.float32)).reshape(x.shape[0], -1), axis=1)
+            error, counts = Decompressor(config, self.dims, name="decompressor")(new) - old, old_valid
+        # [B, T] by position; padding asks for nothing.
+        squares = jnp.mean(jnp.square(error.astype(jnp.float32)).reshape(*x.shape[:2], -1), axis=2)
+        squares = jnp.sum(jnp.where(counts, squares, 0.0), axis=1) / jnp.maximum(jnp.sum(counts, axis=1), 1)
         has_old = jnp.all(old_valid, axis=1)
         return {f"compression_{config.loss}": config.loss_weight * jnp.mean(jnp.where(has_old, squares, 0.0))}
 
@@ -169,9 +173,16 @@ class Compressor(nn.Module):
         if config.compressor == "most_used":
             return _most_used(old, valid, usage, old.shape[1] // config.rate)
         if config.compressor == "dilated":
+            initializer = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, "embed", None))
             for index, dilation in enumerate((1, 2)):
                 convolution = nn.Conv(
-                    self.dims.embed_dim, (3,), kernel_dilation=dilation, dtype=self.dims.dtype, name=f"dilated_{index}"
+                    self.dims.embed_dim,
+                    (3,),
+                    kernel_dilation=dilation,
+                    kernel_init=initializer,
+                    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
+                    dtype=self.dims.dtype,
+                    name=f"dilated_{index}",
                 )
                 old = old + nn.relu(convolution(old))
         batch_size, length, width = old.shape

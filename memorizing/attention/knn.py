@@ -76,9 +76,9 @@ class KNNAttention(Attention):
     def check(self, segment_length: int) -> None:
         if self.memory_size % segment_length:
             below = self.memory_size // segment_length * segment_length
+            nearest = f"the nearest are {below} and {below + segment_length}" if below else f"at least {segment_length}"
             raise UserError(
-                f"KNNAttention.memory_size = {self.memory_size} is not a multiple of the segment length {segment_length}: "
-                f"the nearest are {below or segment_length} and {below + segment_length}"
+                f"KNNAttention.memory_size = {self.memory_size} is not a multiple of the segment length {segment_length}: {nearest}"
             )
         self.local.check(segment_length)
 
