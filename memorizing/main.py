@@ -52,6 +52,8 @@ def _run(arguments: list[str]) -> int:
         options = _parser(rest).parse_args(rest)
         return options.run(options, bindings)
     except UserError as error:
+        # Threads of the checkpoint library that are still at work may complain while we leave; the user has been told.
+        sys.unraisablehook = lambda _: None
         print(f"memorizing: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
 

@@ -85,7 +85,8 @@ def winners(scores: Float[Array, "*rows K"], k: int, axis_name: str | None) -> B
     everyone = everyone.reshape(*scores.shape[:-1], 1, -1)
     mine = scores[..., :, None]
     place = jax.lax.axis_index(axis_name) * scores.shape[-1] + jnp.arange(scores.shape[-1])
-    earlier = jnp.broadcast_to(jnp.arange(everyone.shape[-1]) < place[:, None], (*scores.shape, everyone.shape[-1]))
+    earlier = jnp.arange(everyone.shape[-1])[None, :] < place[:, None]
+    earlier = jnp.broadcast_to(earlier, (*scores.shape, everyone.shape[-1]))
     rank = jnp.sum((everyone > mine) | ((everyone == mine) & earlier), axis=-1)
     return exists & (rank < k)
 
