@@ -52,8 +52,6 @@ def _run(arguments: list[str]) -> int:
         options = _parser(rest).parse_args(rest)
         return options.run(options, bindings)
     except UserError as error:
-        # Threads of the checkpoint library that are still at work may complain while we leave; the user has been told.
-        sys.unraisablehook = lambda _: None
         print(f"memorizing: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
 
@@ -106,6 +104,7 @@ def _train(options: argparse.Namespace, bindings: list[str]) -> int:
 
     gin_files = options.gin_file or [DEFAULT_RUN]
     experiment, text = load_experiment(gin_files, bindings)
+    sys.unraisablehook = _unless_loop_is_closed
     use_cpu_cores(experiment.batch.num_rows // experiment.batch.num_microbatches)
     path = options.workdir or f"runs/{find_file(gin_files[-1]).stem}"
     try:
@@ -117,3 +116,9 @@ def _train(options: argparse.Namespace, bindings: list[str]) -> int:
         print(f"memorizing: {failure}", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+def _unless_loop_is_closed(unraisable: sys.UnraisableHookArgs) -> None:
+    """Leaves out what threads of the checkpoint library say after a read that failed: the user is told of the failure itself."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
