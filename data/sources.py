@@ -35,6 +35,9 @@ class CachedCorpus:
 
     def __post_init__(self) -> None:
         """Raises DataError where a setting cannot be used."""
+        for name, value in dataclasses.asdict(self).items():
+            if not isinstance(value, str) and (value is not None or name == "task"):
+                raise DataError(f"CachedCorpus.{name}={value!r}: give a string")
         try:
             task_name.parse(self.task)
         except DataError as error:

@@ -230,6 +230,8 @@ def test_state_of_another_cache_is_refused(tmp_path, cache_path):
 def test_source_with_mistakes_names_its_binding(tmp_path, cache_path):
     with pytest.raises(DataError, match=r"CachedCorpus.task='github'"):
         CachedCorpus("github")
+    with pytest.raises(DataError, match=r"CachedCorpus.path=3"):
+        CachedCorpus(path=3)
     with pytest.raises(DataError, match=r"CachedCorpus.path='.*missing'.*CachedCorpus.source"):
         _ = CachedCorpus(path=str(tmp_path / "missing")).vocab_size
     with pytest.raises(DataError, match="github_bytes, not of github_spm2048"):
