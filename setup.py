@@ -23,6 +23,7 @@ setup(
     packages=[
         "memorizing",
         "memorizing.attention",
+        "memorizing.commands",
         "memorizing.synthetic",
         "memorizing.data",
         "memorizing.gin",

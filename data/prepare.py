@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import absl.logging
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a cache that is there")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, bindings: Sequence[str] = ()) -> int:
     """Runs the command. Returns its exit code: 2 where a setting, the source or the output cannot be used."""
     try:
         task = task_name.parse(args.task)

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memorizing import flops, plan
+from memorizing import flops, flops_report, tables
 from memorizing.attention.base import Attention
 from memorizing.attention.compressive import CompressiveAttention
 from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention
 from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
+from memorizing.commands import plan
 from memorizing.errors import UserError
 from memorizing.model import LanguageModel, LMConfig
 from memorizing.recurrent_tokens import RecurrentTokens
@@ -32,13 +33,13 @@ MECHANISMS = {
 }
 
 
-@pytest.mark.parametrize("count", plan.opt_flops(), ids=lambda count: count["model"])
+@pytest.mark.parametrize("count", flops_report.opt_flops(), ids=lambda count: count["model"])
 def test_headline_of_the_rmt_report(count: dict) -> None:
     assert count["ratio"] == pytest.approx(count["reported"], rel=0.03)
 
 
 def test_headline_covers_the_five_models_of_the_report() -> None:
-    assert {count["model"]: count["reported"] for count in plan.opt_flops()} == {
+    assert {count["model"]: count["reported"] for count in flops_report.opt_flops()} == {
         "125M": 295,
         "1.3B": 154,
         "6.7B": 82,
@@ -166,7 +167,7 @@ def test_plan_prints_the_run_of_a_gin_file(capsys: pytest.CaptureFixture) -> Non
     assert run_plan("--flops", "--gin_file=smoke", bindings=("LMConfig.num_layers=3",)) == 0
     text = capsys.readouterr().out
     full = counts["mechanisms"][0]["flops"]
-    assert plan.with_unit(full[-1]) in text and "Full attention / mechanism" in text
+    assert tables.with_unit(full[-1]) in text and "Full attention / mechanism" in text
 
 
 @pytest.mark.parametrize(
@@ -187,4 +188,4 @@ def test_plan_tells_what_is_missing(arguments: tuple[str, ...], message: str) ->
     [(1.234e15, "1.23 P"), (12.34e12, "12.3 T"), (1.5e21, "1,500 E"), (999.6e12, "1.00 P"), (2e7, "20.0 M")],
 )
 def test_units(count: float, text: str) -> None:
-    assert plan.with_unit(count) == text
+    assert tables.with_unit(count) == text

@@ -1,11 +1,8 @@
-"""The command `plan`: what a run will cost, before it runs. `--flops` counts on paper."""
+"""Forward FLOPs against the length of the input, with and without each mechanism: what `memorizing plan --flops` prints."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-from collections.abc import Sequence
 from typing import Any
 
 from memorizing import flops
@@ -13,51 +10,11 @@ from memorizing.attention.compressive import CompressiveAttention
 from memorizing.attention.knn import KNNAttention
 from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
-from memorizing.errors import UserError
-from memorizing.gin_registry import load_experiment
 from memorizing.model import LMConfig
 from memorizing.recurrent_tokens import RecurrentTokens
+from memorizing.tables import align, with_unit
 
-_UNITS = (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6))
 LENGTHS = (512, 2048, 8192, 32768, 131072, 524288, 2048000)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's flags."""
-    parser.add_argument(
-        "--flops",
-        nargs="?",
-        const="run",
-        choices=("run", "opt"),
-        help="count forward FLOPs against input length, for the run of --gin_file; --flops=opt: for the shapes of OPT, as in the RMT report",
-    )
-    parser.add_argument(
-        "--gin_file", action="append", default=[], metavar="FILE", help="experiment; repeatable, later files win"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
-    """Runs the command and returns its exit code."""
-    if options.flops is None:
-        raise UserError("plan: nothing to plan; give --flops to count the FLOPs of a run")
-    print(_plan_flops(options, bindings))
-    return 0
-
-
-def _plan_flops(options: argparse.Namespace, bindings: Sequence[str]) -> str:
-    if options.flops == "opt":
-        if options.gin_file or bindings:
-            raise UserError("--flops=opt is about the shapes of OPT: it takes no --gin_file and no --gin.NAME=VALUE")
-        counts, text = opt_flops(), opt_text
-    else:
-        if not options.gin_file:
-            raise UserError(
-                "--gin_file is not given: name the run whose FLOPs to count, such as --gin_file=runs/smoke.gin"
-            )
-        experiment, _ = load_experiment(options.gin_file, bindings)
-        counts, text = run_flops(experiment.model, experiment.batch.segment_length), run_text
-    return json.dumps(counts, indent=2) if options.json else text(counts)
 
 
 def opt_flops() -> list[dict[str, Any]]:
@@ -149,25 +106,3 @@ def run_text(counts: dict[str, Any]) -> str:
         f"Forward FLOPs of one document in segments of {counts['segment_length']} tokens (G 1e9, T 1e12, P 1e15, E 1e18)\n\n"
         f"{meanings}\n\n{align(amounts)}\n\nFull attention / mechanism\n\n{align(ratios)}"
     )
-
-
-def with_unit(count: float) -> str:
-    """FLOPs to three figures: '1.23 P'."""
-    # Rounded before the unit is chosen: 999.6 T is 1.00 P.
-    rounded = float(f"{count:.2e}")
-    unit, size = next((unit for unit in _UNITS if rounded >= unit[1]), _UNITS[-1])
-    figures = rounded / size
-    return f"{figures:,.{2 if figures < 10 else 1 if figures < 100 else 0}f} {unit}"
-
-
-def align(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of text with aligned columns, the first `left` of them to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What the command line does, one command a file: `add_arguments(parser)`, and `run(options, bindings)`, which returns the exit code."""

@@ -1,0 +1,32 @@
+"""Flags that say which experiment a command is about, the same in every command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_gin_file(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Adds `--gin_file`; bindings (`--gin.NAME=VALUE`) reach every command without being declared."""
+    suffix = f" (default: {default})" if default else ""
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"experiment: a path or the name of a shipped file; repeatable, later files win{suffix}",
+    )
+
+
+def use_devices(rows: int) -> None:
+    """Makes the CPU cores devices, as many as divide `rows`. Before anything else uses jax."""
+    from memorizing.sharding import use_cpu_cores
+
+    sys.unraisablehook = _unless_loop_is_closed
+    use_cpu_cores(rows)
+
+
+def _unless_loop_is_closed(unraisable: sys.UnraisableHookArgs) -> None:
+    """Leaves out what threads of the checkpoint library say after a read that failed: the user is told of the failure itself."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

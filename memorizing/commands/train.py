@@ -1,0 +1,58 @@
+"""The command `train`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from memorizing.commands import experiment_flags
+from memorizing.gin_registry import find_file, load_experiment, shipped_files
+from memorizing.train import NonFiniteLoss, Preempted, train
+
+DEFAULT_RUN = "runs/demo.gin"
+EXIT_FAILED = 1
+EXIT_START_AGAIN = 42
+
+DESCRIPTION = """\
+Trains a model and evaluates it on held-out documents. Run again with the same --workdir, it goes on from the newest checkpoint.
+
+Everything is configured by gin files and bindings:
+  --gin_file=FILE        a path, or the name of a shipped file (repeatable; default {default})
+  --gin.NAME=VALUE       one binding, e.g. --gin.LoopConfig.num_steps=200 --gin.KNNAttention.memory_size=4096
+                         --gin.LMConfig.dtype=bfloat16 --gin.LMConfig.attention_at='()'   (the same model without memory)
+
+shipped runs:
+{runs}
+exit codes: 0 done, 42 stopped and saved (start it again), 1 the run failed, 2 something given is wrong
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's flags."""
+    runs = "".join(f"  {name}\n" for name in shipped_files() if name.startswith("runs/"))
+    parser.description = DESCRIPTION.format(default=DEFAULT_RUN, runs=runs)
+    experiment_flags.add_gin_file(parser, DEFAULT_RUN)
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="folder of the run (default: runs/NAME of the gin file, in the current folder)"
+    )
+    parser.add_argument(
+        "--restore_step", type=int, metavar="STEP", help="go on from this checkpoint and drop the later ones"
+    )
+
+
+def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    gin_files = options.gin_file or [DEFAULT_RUN]
+    experiment, text = load_experiment(gin_files, bindings)
+    experiment_flags.use_devices(experiment.batch.num_rows // experiment.batch.num_microbatches)
+    path = options.workdir or f"runs/{find_file(gin_files[-1]).stem}"
+    try:
+        train(experiment, path, text, options.restore_step)
+    except Preempted as stopped:
+        print(f"memorizing: {stopped}", flush=True)
+        return EXIT_START_AGAIN
+    except NonFiniteLoss as failure:
+        print(f"memorizing: {failure}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
