@@ -63,7 +63,8 @@ class FactTask(SyntheticTask):
         for start, piece in zip([*starts, end, end_of_question], [*facts, question, answer], strict=True):
             ids[start : start + len(piece)] = piece
         ids[end_of_question + len(answer) :] = PADDING
-        is_answer = (np.arange(length) >= end_of_question) & (ids != PADDING)
+        is_answer = np.zeros(length, bool)
+        is_answer[end_of_question : end_of_question + len(answer)] = True
         return Text(ids, is_answer)
 
     @functools.cached_property

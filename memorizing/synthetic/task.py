@@ -98,11 +98,14 @@ class SyntheticTask(abc.ABC):
         """One sample, a pure function of its arguments."""
         rng = np.random.default_rng([_SPLIT_NUMBERS[split], seed, index])
         ids, is_answer = self.write(rng, split, num_segments, segment_length)
-        previous = np.where(ids == PADDING, PADDING, np.concatenate([[PADDING], ids[:-1]]))
+        # int32 throughout, and no copy where there is one already: a sample may have millions of tokens.
+        previous = np.roll(ids.astype(np.int32, copy=False), 1)
+        previous[0] = PADDING
+        previous[ids == PADDING] = PADDING
         shape = (num_segments, segment_length)
         return Sample(
-            tokens=previous.astype(np.int32).reshape(shape),
-            targets=ids.astype(np.int32).reshape(shape),
+            tokens=previous.reshape(shape),
+            targets=ids.astype(np.int32, copy=False).reshape(shape),
             loss_weights=is_answer.astype(np.float32).reshape(shape),
         )
 
@@ -128,10 +131,9 @@ class SyntheticTask(abc.ABC):
                 for i in index[is_present]
             ]
             samples += [_empty_sample(self.eval_segments, segment_length)] * int(np.sum(~is_present))
-            fields = [np.stack(field) for field in zip(*samples, strict=True)]
             for segment in range(self.eval_segments):
-                start_of_document = np.full((num_rows, 1), segment == 0)
-                batch = Batch(*(field[:, segment : segment + 1] for field in fields), start_of_document)
+                fields = (np.stack([rows[segment : segment + 1] for rows in field]) for field in zip(*samples, strict=True))
+                batch = Batch(*fields, start_of_document=np.full((num_rows, 1), segment == 0))
                 offset = np.full(num_rows, segment * segment_length, np.int64)
                 yield EvaluationBatch(batch, np.where(is_present, index, -1).astype(np.int32), offset)
 
