@@ -80,5 +80,10 @@ class DataSource(Protocol):
     ) -> BatchIterator:
         """The training stream. Only `rows` (this host's share of `range(num_rows)`) are filled, the state covers all of them."""
 
-    def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
-        """Every held-out document once, whole, from its start; longest first."""
+    def evaluation_batches(
+        self, num_rows: int, segment_length: int, rows: range | None = None
+    ) -> Iterator[EvaluationBatch]:
+        """Every held-out document once, whole, from its start; longest first.
+
+        A batch holds only `rows` (this host's share of `range(num_rows)`; None for all), in their order. Every host gets the same number of batches.
+        """

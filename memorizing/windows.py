@@ -53,19 +53,24 @@ class Windows:
         self._check(segment_length)
         return _Chunks(self.source.train_batches(num_rows, rows, num_segments, segment_length, seed))
 
-    def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
+    def evaluation_batches(
+        self, num_rows: int, segment_length: int, rows: range | None = None
+    ) -> Iterator[EvaluationBatch]:
         self._check(segment_length)
+        num_rows_here = num_rows if rows is None else len(rows)
         num_before = self.width - self.stride
-        before = np.full((2, num_rows, num_before), PADDING, np.int32)
-        for batch, document, offset in self.source.evaluation_batches(num_rows, self.stride):
+        before = np.full((2, num_rows_here, num_before), PADDING, np.int32)
+        for batch, document, offset in self.source.evaluation_batches(num_rows, self.stride, rows):
             before[:, batch.start_of_document[:, 0]] = PADDING
             new = np.stack([batch.tokens[:, 0], batch.targets[:, 0]])
             window = np.concatenate([before, new], axis=2)
             before = window[:, :, self.stride :].copy()
-            weights = np.concatenate([np.zeros((num_rows, num_before), np.float32), batch.loss_weights[:, 0]], axis=1)
+            weights = np.concatenate(
+                [np.zeros((num_rows_here, num_before), np.float32), batch.loss_weights[:, 0]], axis=1
+            )
             tokens, targets = window[:, :, None]
             yield EvaluationBatch(
-                Batch(tokens, targets, weights[:, None], np.ones((num_rows, 1), bool)), document, offset
+                Batch(tokens, targets, weights[:, None], np.ones((num_rows_here, 1), bool)), document, offset
             )
 
     def _check(self, segment_length: int) -> None:

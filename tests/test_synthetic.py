@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from memorizing.synthetic import (
     SyntheticTask,
     SyntheticWords,
 )
+from memorizing.synthetic.repeated_passages import RepeatedPassages
 
 TASKS = [
     Memorize(),
@@ -160,6 +162,19 @@ def test_every_held_out_sample_is_evaluated_once(eval_segments: int, num_rows: i
     for index, segments in seen.items():
         expected = task.sample("validation", 0, index, eval_segments, LENGTH).targets
         np.testing.assert_array_equal(np.stack(segments), expected)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [Memorize(num_eval_samples=7), RepeatedPassages(passage_length=5, num_documents=7)],
+    ids=["sample", "passage"],
+)
+def test_hosts_share_the_rows_of_an_evaluation(task) -> None:
+    whole = list(task.evaluation_batches(6, LENGTH))
+    shares = [list(task.evaluation_batches(6, LENGTH, range(first, first + 2))) for first in (0, 2, 4)]
+    for all_rows, *parts in zip(whole, *shares, strict=True):
+        for field, *rows in zip(jax.tree.leaves(all_rows), *map(jax.tree.leaves, parts), strict=True):
+            np.testing.assert_array_equal(field, np.concatenate(rows))
 
 
 def test_evaluation_settings_are_no_part_of_the_identity() -> None:

@@ -40,7 +40,10 @@ class Documents:
     def num_eval_documents(self) -> int:
         return len(self.documents)
 
-    def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
+    def evaluation_batches(
+        self, num_rows: int, segment_length: int, own_rows: range | None = None
+    ) -> Iterator[EvaluationBatch]:
+        assert own_rows is None, "every row is this host's"
         waiting = list(range(len(self.documents)))
         rows = [(waiting.pop(0) if waiting else -1, 0) for _ in range(num_rows)]
         while any(document >= 0 for document, _ in rows):

@@ -58,16 +58,19 @@ class RepeatedPassages:
     ) -> RepeatedPassagesStream:
         return RepeatedPassagesStream(self, num_rows, rows, num_segments, segment_length, seed)
 
-    def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
+    def evaluation_batches(
+        self, num_rows: int, segment_length: int, rows: range | None = None
+    ) -> Iterator[EvaluationBatch]:
+        own_rows = np.asarray(range(num_rows) if rows is None else rows, np.int64)
         for first in range(0, self.num_documents, num_rows):
-            index = np.arange(first, first + num_rows)
+            index = first + own_rows
             present = index < self.num_documents
             documents = [
                 self.document("validation", i) if here else None for i, here in zip(index, present, strict=True)
             ]
             for offset in range(0, self.document_length, segment_length):
-                batch = _segments(documents, np.full(num_rows, offset), segment_length)
-                yield EvaluationBatch(batch, np.where(present, index, -1), np.full(num_rows, offset, np.int64))
+                batch = _segments(documents, np.full(len(index), offset), segment_length)
+                yield EvaluationBatch(batch, np.where(present, index, -1), np.full(len(index), offset, np.int64))
 
 
 class RepeatedPassagesStream:

@@ -121,10 +121,13 @@ class SyntheticTask(abc.ABC):
         stream_identity = {"task": self.identity, "seed": seed}
         return SampleStream(load, stream_identity, sample_segments, num_rows, rows, num_segments, segment_length)
 
-    def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
+    def evaluation_batches(
+        self, num_rows: int, segment_length: int, rows: range | None = None
+    ) -> Iterator[EvaluationBatch]:
         """See `DataSource`: the held-out samples, `num_rows` at a time."""
+        own_rows = np.asarray(range(num_rows) if rows is None else rows, np.int64)
         for first in range(0, self.num_eval_samples, num_rows):
-            index = np.arange(first, first + num_rows)
+            index = first + own_rows
             is_present = index < self.num_eval_samples
             samples = [
                 self.sample("validation", _EVALUATION_SEED, i, self.eval_segments, segment_length)
@@ -132,9 +135,11 @@ class SyntheticTask(abc.ABC):
             ]
             samples += [_empty_sample(self.eval_segments, segment_length)] * int(np.sum(~is_present))
             for segment in range(self.eval_segments):
-                fields = (np.stack([rows[segment : segment + 1] for rows in field]) for field in zip(*samples, strict=True))
-                batch = Batch(*fields, start_of_document=np.full((num_rows, 1), segment == 0))
-                offset = np.full(num_rows, segment * segment_length, np.int64)
+                fields = (
+                    np.stack([rows[segment : segment + 1] for rows in field]) for field in zip(*samples, strict=True)
+                )
+                batch = Batch(*fields, start_of_document=np.full((len(index), 1), segment == 0))
+                offset = np.full(len(index), segment * segment_length, np.int64)
                 yield EvaluationBatch(batch, np.where(is_present, index, -1).astype(np.int32), offset)
 
     def expect(self, is_right: bool, field: str, expected: str) -> None:
