@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from . import documents
 from .documents import Reader
 
 TEXT = "text"
@@ -65,7 +66,7 @@ class Documents(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(keys) for split, keys in self.builder_config.splits.items()}
 
     def _generate_examples(self, keys: frozenset[str]) -> Iterator[tuple[int, Any]]:
-        for index, document in enumerate(self.builder_config.reader.documents(wanted=keys)):
+        for index, document in enumerate(documents.read(self.builder_config.reader, wanted=keys)):
             num_bytes = len(document.text.encode())
             yield index, {DOCUMENT_ID: document.key, TEXT: document.text, NUM_BYTES: num_bytes}
             self.builder_config.advance()

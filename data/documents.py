@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from .errors import DataError
@@ -16,7 +16,8 @@ class Document(NamedTuple):
     Attributes:
       key: names the document in its corpus; unique and stable.
       text: all of it.
-      metadata: what the corpus tells about it; not seen by any model.
+      metadata: what the corpus tells about it; not seen by any model. "split" is its official split, one of
+        "train", "validation" and "test", where the corpus has such.
     """
 
     key: str
@@ -25,20 +26,71 @@ class Document(NamedTuple):
 
 
 class Reader(Protocol):
-    """A corpus in its raw form. Readers are frozen dataclasses: plain Python, no TensorFlow."""
+    """A corpus in its raw form. Readers are frozen dataclasses: plain Python that can be pickled, no TensorFlow.
 
-    def documents(
-        self, wanted: Container[str] | None = None, skipped: Counter[str] | None = None
-    ) -> Iterator[Document]:
-        """Yields the documents, in an order that depends on nothing but the corpus.
+    What a reader leaves out it counts by reason in a plain Counter, so that the counts of many processes add up. What is
+    damaged is counted under a reason that names it, see `damaged`; the rest is read on.
+    """
 
-        Args:
-          wanted: keys of the documents to yield; None for all. Others are passed over unread.
-          skipped: counts what was left out, by reason.
+    def shards(self) -> Sequence[str]:
+        """Names of the parts that can be read independently: an archive, a repository.
+
+        Their order depends on nothing but the corpus.
 
         Raises:
           DataError: the source is missing or not what the reader expects.
         """
+
+    def documents(self, shard: str, skipped: Counter[str]) -> Iterator[Document]:
+        """Yields the documents of a shard as they are read, in an order that depends on nothing but the corpus.
+
+        Args:
+          shard: one of `shards()`.
+          skipped: counts what was left out, by reason.
+        """
+
+
+_DAMAGED = "damaged: "
+
+
+def damaged(name: str, why: str) -> str:
+    """The reason under which a reader counts what it cannot read.
+
+    Args:
+      name: of the archive, or of its member as "ARCHIVE: MEMBER".
+      why: what is wrong with it.
+    """
+    return f"{_DAMAGED}{name}: {why}"
+
+
+def damages(skipped: Mapping[str, int]) -> list[str]:
+    """Everything that was damaged, as "NAME: WHY"."""
+    return sorted(reason.removeprefix(_DAMAGED) for reason in skipped if reason.startswith(_DAMAGED))
+
+
+def reasons(skipped: Mapping[str, int]) -> dict[str, int]:
+    """How much was left out by reason, in the order of their names, all that was damaged under one."""
+    counts: Counter[str] = Counter()
+    for reason, count in skipped.items():
+        counts["damaged" if reason.startswith(_DAMAGED) else reason] += count
+    return dict(sorted(counts.items()))
+
+
+def read(
+    reader: Reader, skipped: Counter[str] | None = None, wanted: Container[str] | None = None
+) -> Iterator[Document]:
+    """Yields the documents of all shards of a corpus.
+
+    Args:
+      reader: the corpus.
+      skipped: counts what was left out, by reason.
+      wanted: keys of the documents to yield; None for all.
+    """
+    skipped = Counter() if skipped is None else skipped
+    for shard in reader.shards():
+        for document in reader.documents(shard, skipped):
+            if wanted is None or document.key in wanted:
+                yield document
 
 
 class Survey(NamedTuple):
@@ -68,7 +120,7 @@ def survey(reader: Reader, advance: Callable[[], None] = lambda: None) -> Survey
     num_bytes: dict[str, int] = {}
     skipped: Counter[str] = Counter()
     digest = hashlib.sha256()
-    for document in reader.documents(skipped=skipped):
+    for document in read(reader, skipped):
         if document.key in num_bytes:
             raise DataError(f"two documents have the key {document.key!r}; keys must be unique")
         text = document.text.encode()

@@ -14,7 +14,7 @@ import hashlib
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 
 from . import source_files
 from .documents import Document
@@ -45,23 +45,8 @@ class GithubReader:
     max_bytes: int = 32 << 20
     max_file_bytes: int = 1 << 20
 
-    def documents(
-        self, wanted: Container[str] | None = None, skipped: Counter[str] | None = None
-    ) -> Iterator[Document]:
-        """Yields repositories by name; see `documents.Reader`."""
-        skipped = Counter() if skipped is None else skipped
-        for entry in self._repositories(skipped):
-            key = _printable(entry.name)
-            if wanted is not None and key not in wanted:
-                continue
-            texts = list(self._texts(entry, key, skipped))
-            text = SEPARATOR.join(texts)
-            if len(text.encode()) < self.min_bytes:
-                skipped["repository too small"] += 1
-                continue
-            yield Document(key, text, {"num_files": len(texts)})
-
-    def _repositories(self, skipped: Counter[str]) -> list[os.DirEntry[str]]:
+    def shards(self) -> list[str]:
+        """Names of the repositories; see `documents.Reader`."""
         suffixes = source_files.suffixes_of(self.languages)
         try:
             entries = sorted(os.scandir(self.root), key=lambda entry: entry.name)
@@ -69,20 +54,29 @@ class GithubReader:
             raise DataError(f"no folder {self.root!r}; give a folder that holds one sub-folder a repository") from None
         except OSError as error:
             raise DataError(f"cannot read the folder {self.root!r}: {error.strerror}") from None
-        repositories = []
-        for entry in entries:
-            if entry.is_symlink():
-                skipped["symbolic link"] += 1
-            elif entry.is_dir(follow_symlinks=False):
-                if self._is_excluded(entry.name):
-                    skipped["vendored or excluded directory"] += 1
-                else:
-                    repositories.append(entry)
-            elif self.single_files and _is_source(entry, suffixes):
-                repositories.append(entry)
-        return repositories
+        return [
+            entry.name
+            for entry in entries
+            if entry.is_symlink() or entry.is_dir() or (self.single_files and _is_source(entry, suffixes))
+        ]
 
-    def _texts(self, repository: os.DirEntry[str], key: str, skipped: Counter[str]) -> Iterator[str]:
+    def documents(self, shard: str, skipped: Counter[str]) -> Iterator[Document]:
+        """Yields one repository, or none; see `documents.Reader`."""
+        path = os.path.join(self.root, shard)
+        if os.path.islink(path):
+            skipped["symbolic link"] += 1
+        elif os.path.isdir(path) and self._is_excluded(shard):
+            skipped["vendored or excluded directory"] += 1
+        else:
+            key = _printable(shard)
+            texts = list(self._texts(path, key, skipped))
+            text = SEPARATOR.join(texts)
+            if len(text.encode()) < self.min_bytes:
+                skipped["repository too small"] += 1
+            else:
+                yield Document(key, text, {"num_files": len(texts)})
+
+    def _texts(self, repository: str, key: str, skipped: Counter[str]) -> Iterator[str]:
         """Texts of a repository's source files, until the cap is reached."""
         num_bytes = 0
         for path in self._files(repository, key, skipped):
@@ -96,17 +90,17 @@ class GithubReader:
                 reason = "repository too large"
             skipped[reason] += 1
 
-    def _files(self, repository: os.DirEntry[str], key: str, skipped: Counter[str]) -> Iterator[str]:
+    def _files(self, repository: str, key: str, skipped: Counter[str]) -> Iterator[str]:
         """Paths of the files of the languages, in the order of the document; a stack, so that no depth is too deep."""
         suffixes = source_files.suffixes_of(self.languages)
-        if repository.is_file(follow_symlinks=False):
-            yield repository.path
+        if os.path.isfile(repository):
+            yield repository
             return
 
         def shuffled(paths: list[str]) -> list[str]:
-            return sorted(paths, key=lambda path: _hash(key, os.path.relpath(path, repository.path)))
+            return sorted(paths, key=lambda path: _hash(key, os.path.relpath(path, repository)))
 
-        pending = [repository.path]
+        pending = [repository]
         while pending:
             files, directories = self._list(pending.pop(), suffixes, skipped)
             yield from shuffled(files)

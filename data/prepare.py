@@ -153,7 +153,7 @@ def _make_vocabulary(
 def _sample(reader: Reader, keys: Container[str], every: int) -> Iterator[str]:
     """Every n-th line of the documents."""
     index = 0
-    for document in reader.documents(wanted=keys):
+    for document in documents.read(reader, wanted=keys):
         for line in document.text.split("\n"):
             if line and index % every == 0:
                 yield line

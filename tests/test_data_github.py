@@ -18,7 +18,7 @@ def write(root, path, text="x = 1\n"):
 
 def read(root, skipped=None, **settings):
     reader = GithubReader(str(root), **({"min_bytes": 1} | settings))
-    return {document.key: document.text for document in reader.documents(skipped=skipped)}
+    return {document.key: document.text for document in documents.read(reader, skipped)}
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_unwanted_documents_are_passed_over(tmp_path):
     for name in ("a", "b", "c"):
         write(tmp_path, f"{name}/x.py", name)
     reader = GithubReader(str(tmp_path), min_bytes=1)
-    assert [document.key for document in reader.documents(wanted={"a", "c"})] == ["a", "c"]
+    assert [document.key for document in documents.read(reader, wanted={"a", "c"})] == ["a", "c"]
 
 
 def test_missing_folder_and_unknown_corpus_are_told(tmp_path):

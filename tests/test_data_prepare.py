@@ -13,8 +13,8 @@ import time
 import numpy as np
 import pytest
 
+from memorizing.data import documents, token_cache, vocabulary
 from memorizing.data import prepare as prepare_lib
-from memorizing.data import token_cache, vocabulary
 from memorizing.data.errors import DataError
 from memorizing.data.github import SEPARATOR, GithubReader
 from memorizing.data.sources import CachedCorpus
@@ -52,7 +52,7 @@ def cache_path(request, corpus, tmp_path_factory):
 
 def test_cache_holds_every_document_byte_for_byte(corpus, cache_path):
     cache = token_cache.open_cache(cache_path)
-    texts = {document.key: document.text for document in GithubReader(str(corpus)).documents()}
+    texts = {document.key: document.text for document in documents.read(GithubReader(str(corpus)))}
     assert len(texts) == 12 and HARD_TEXT + SEPARATOR in "".join(texts.values()) + SEPARATOR
     found = {}
     for name, expected in (("train", 9), ("validation", 3)):
