@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from memorizing import sharding
 from memorizing.array_typing import PerToken, RowFlags, Tree
@@ -21,6 +21,7 @@ from memorizing.context import Context
 from memorizing.losses import next_token_nats
 from memorizing.metrics import Values, perplexity
 from memorizing.model import LanguageModel, LMConfig
+from memorizing.sharding import RowPlacement
 
 # What may be done to the context before a segment, to measure what it is worth.
 Ablation = Literal["none", "memory_cleared", "state_reset", "state_shuffled"]
@@ -96,7 +97,7 @@ class Evaluator:
         self._size = (num_rows, segment_length)
         abstract = jax.eval_shape(lambda: config.init_context(*self._size))
         shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
-        self._rows = NamedSharding(mesh, PartitionSpec("data"))
+        self._rows = RowPlacement(mesh, num_rows)
         self._init_context = jax.jit(lambda: config.init_context(*self._size), out_shardings=shardings)
         self._step = jax.jit(
             functools.partial(_evaluation_step, config),
@@ -116,12 +117,19 @@ class Evaluator:
         context = self._init_context()
         sums = _Sums(self._size[1])
         pending: tuple | None = None
-        for batch, document, offset in source.evaluation_batches(*self._size):
-            result, context = self._step(params, context, jax.device_put(batch, self._rows), ablation=ablation)
+        # Of several processes, each reads its own rows' documents.
+        rows = (self._rows.rows,) if jax.process_count() > 1 else ()
+        for batch, document, offset in source.evaluation_batches(*self._size, *rows):
+            placed = self._rows.put(batch)
+            result, context = self._step(params, context, placed, ablation=ablation)
             # One segment late, so that the device always has the next one to work on.
             if pending:
                 sums.add(*pending)
             pending = (result, batch, document, offset)
+            if rows:
+                # ... and learns what came of the others', so that all have the same sums.
+                place = self._rows.put((document, offset.astype(np.int32)))
+                pending = jax.tree.map(np.asarray, self._rows.gather((result, placed, *place)))
         if pending:
             sums.add(*pending)
         return sums.result(source.document_bytes)

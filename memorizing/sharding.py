@@ -59,13 +59,61 @@ class MeshConfig:
         shape = [len(devices) // fixed if size == -1 else size for size in shape]
         if int(np.prod(shape)) != len(devices):
             raise UserError(self._does_not_fit(len(devices)))
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        return _rows_by_process(
+            jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        )
 
     def _does_not_fit(self, num_devices: int) -> str:
         return (
             f"MeshConfig.data = {self.data}, model = {self.model}, memory = {self.memory} does not fit {num_devices} devices: "
             "their product has to be the number of devices; data = -1 takes what the others leave"
         )
+
+
+def _rows_by_process(mesh: Mesh) -> Mesh:
+    """The mesh with its `data` axis in the order of the processes, so that the rows of each process are consecutive."""
+    owners = [min(device.process_index for device in part.flat) for part in mesh.devices]
+    if owners == sorted(owners):
+        return mesh
+    return Mesh(mesh.devices[np.argsort(owners, kind="stable")], mesh.axis_names, axis_types=mesh.axis_types)
+
+
+class RowPlacement:
+    """Where the rows of batches lie: each process fills those of its own devices, and together they are one array.
+
+    Attributes:
+      sharding: of arrays with the row axis first.
+      rows: those that this process has to fill (all of them where the mesh gives it devices of every row).
+    """
+
+    def __init__(self, mesh: Mesh, num_rows: int) -> None:
+        self.sharding = NamedSharding(mesh, PartitionSpec("data"))
+        self._num_rows = num_rows
+        slices = [index[0] for index in self.sharding.addressable_devices_indices_map((num_rows,)).values()]
+        bounds = [part.indices(num_rows) for part in slices]
+        self.rows = range(min(first for first, _, _ in bounds), max(end for _, end, _ in bounds))
+        self._gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def put(self, tree: Tree) -> Tree:
+        """Global arrays [B, ...] from this process's rows of them, numpy [len(rows), ...]."""
+
+        def global_array(local: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                first, end, _ = index[0].indices(self._num_rows)
+                return local[(slice(first - self.rows.start, end - self.rows.start), *index[1:])]
+
+            return jax.make_array_from_callback((self._num_rows, *local.shape[1:]), self.sharding, part)
+
+        return jax.tree.map(global_array, tree)
+
+    def gather(self, tree: Tree) -> Tree:
+        """The same arrays such that every process can read all rows. They may be numpy if there is one process."""
+        return self._gather(tree) if jax.process_count() > 1 else tree
+
+
+def from_host(array: np.ndarray, place: NamedSharding) -> jax.Array:
+    """An array of which every process has all, laid out over the devices of all processes."""
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
 
 def use_cpu_cores(num_rows: int) -> None:
