@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from memorizing import sharding
 from memorizing.array_typing import PerToken, RowFlags, Tree
-from memorizing.attention.knn import forget_memories
+from memorizing.attention.knn import forget_memories, permute_memories
 from memorizing.batch import PADDING, Batch, DataSource
 from memorizing.context import Context
 from memorizing.losses import next_token_nats
@@ -24,7 +24,7 @@ from memorizing.model import LanguageModel, LMConfig
 from memorizing.sharding import RowPlacement
 
 # What may be done to the context before a segment, to measure what it is worth.
-Ablation = Literal["none", "memory_cleared", "state_reset", "state_shuffled"]
+Ablation = Literal["none", "memory_cleared", "memory_permuted", "state_reset", "state_shuffled"]
 
 
 def _ablate(ablation: Ablation, context: Context, segment: Batch) -> tuple[Context, RowFlags]:
@@ -33,6 +33,9 @@ def _ablate(ablation: Ablation, context: Context, segment: Batch) -> tuple[Conte
     if ablation == "memory_cleared":
         # External memories are empty; local attention and caches keep theirs.
         return forget_memories(context), start
+    if ablation == "memory_permuted":
+        # What is found is no longer what belongs to it.
+        return permute_memories(context), start
     if ablation == "state_reset":
         # Every segment begins a document.
         return context, jnp.ones_like(start)
@@ -51,6 +54,7 @@ class Evaluation:
     Attributes:
       nats, tokens: float64 and int64 [documents], total -log p and number of scored tokens of each.
       answers, right_answers: runs of scored tokens within a segment, and how many of them are predicted without a mistake.
+      right_tokens: scored tokens that are predicted rightly.
       num_bytes: UTF-8 bytes of all documents, or None where text has no bytes.
       nats_by_position, tokens_by_position: the same sums by position in the document; bin i covers the tokens from `bin_starts[i]` up to the next bin's start.
       bin_starts: int64 [bins], in tokens.
@@ -60,6 +64,7 @@ class Evaluation:
     tokens: np.ndarray
     answers: int
     right_answers: int
+    right_tokens: int
     num_bytes: int | None
     nats_by_position: np.ndarray
     tokens_by_position: np.ndarray
@@ -74,6 +79,11 @@ class Evaluation:
     def accuracy(self) -> float:
         """Share of the answers that are right in all their tokens."""
         return self.right_answers / max(self.answers, 1)
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of the scored tokens that are predicted rightly."""
+        return self.right_tokens / max(int(self.tokens.sum()), 1)
 
     def values(self) -> Values:
         """The figures to log: loss, perplexity per token, tokens, and bits per byte where there are bytes."""
@@ -94,7 +104,7 @@ class Evaluator:
           segment_length: T.
           mesh: where the parameters lie.
         """
-        self._size = (num_rows, segment_length)
+        self._size, self._mesh = (num_rows, segment_length), mesh
         abstract = jax.eval_shape(lambda: config.init_context(*self._size))
         shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
         self._rows = RowPlacement(mesh, num_rows)
@@ -105,6 +115,10 @@ class Evaluator:
             donate_argnums=1,
             out_shardings=(None, shardings),
         )
+
+    def with_model(self, config: LMConfig) -> Evaluator:
+        """The same for another model."""
+        return Evaluator(config, *self._size, self._mesh)
 
     def run(self, params: Tree, source: DataSource, ablation: Ablation = "none") -> Evaluation:
         """Reads all held-out documents of a source.
@@ -135,32 +149,26 @@ class Evaluator:
         return sums.result(source.document_bytes)
 
 
-def accuracy_by_length(
-    evaluator: Evaluator, params: Tree, task: Any, lengths: Sequence[int]
-) -> dict[str, dict[int, float]]:
-    """Accuracy on held-out samples of several lengths, also with what is carried between segments reset, or shuffled over the rows.
+def accuracy_by_reach(
+    controls: Mapping[str, tuple[Evaluator, Ablation]], params: Tree, task: Any, reaches: Sequence[int]
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Accuracy on held-out samples whose answers lie several numbers of segments back.
 
     Args:
-      evaluator: of the model.
-      params: its parameters.
-      task: a data source of samples with the fields `eval_segments` and `num_eval_samples`.
-      lengths: of samples, in segments.
+      controls: by name, what evaluates and what it does to the context.
+      params: of the model.
+      task: a data source of samples, with a method `reaching`.
+      reaches: in segments.
 
     Returns:
-      `{"as trained": {length: accuracy}, "state reset": ..., "state shuffled": ...}`
+      `{name: {reach: {"answers": share of answers right in all their tokens, "tokens": share of right tokens}}}`
     """
-    ablations: tuple[tuple[str, Ablation], ...] = (
-        ("as trained", "none"),
-        ("state reset", "state_reset"),
-        ("state shuffled", "state_shuffled"),
-    )
-    return {
-        name: {
-            length: evaluator.run(params, dataclasses.replace(task, eval_segments=length), ablation).accuracy
-            for length in lengths
-        }
-        for name, ablation in ablations
-    }
+
+    def accuracy(evaluator: Evaluator, ablation: Ablation, reach: int) -> dict[str, float]:
+        evaluation = evaluator.run(params, task.reaching(reach), ablation)
+        return {"answers": evaluation.accuracy, "tokens": evaluation.token_accuracy}
+
+    return {name: {reach: accuracy(*control, reach) for reach in reaches} for name, control in controls.items()}
 
 
 def _evaluation_step(
@@ -181,7 +189,7 @@ class _Sums:
         self._segment_length = segment_length
         self._by_document: dict[int, list[float]] = {}
         self._by_bin: dict[int, list[float]] = {}
-        self._answers = self._right_answers = 0
+        self._answers = self._right_answers = self._right_tokens = 0
 
     def add(self, result: tuple[Any, Any], batch: Batch, document: np.ndarray, offset: np.ndarray) -> None:
         nats, is_right = (np.asarray(array) for array in result)
@@ -207,6 +215,7 @@ class _Sums:
             tokens=documents[:, 1].astype(np.int64),
             answers=self._answers,
             right_answers=self._right_answers,
+            right_tokens=self._right_tokens,
             num_bytes=None if document_bytes is None else int(np.sum(document_bytes)),
             nats_by_position=bins[:, 0],
             tokens_by_position=bins[:, 1].astype(np.int64),
@@ -220,5 +229,6 @@ class _Sums:
         starts = np.flatnonzero(counts[1:] & ~counts[:-1]) + 1
         ends = np.flatnonzero(counts[:-1] & ~counts[1:]) + 1
         mistakes = np.concatenate([[0], np.cumsum(wrong)])
+        self._right_tokens += int(np.sum(counts & ~wrong))
         self._answers += len(starts)
         self._right_answers += int(np.sum(mistakes[ends] == mistakes[starts]))

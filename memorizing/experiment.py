@@ -79,7 +79,7 @@ class LoopConfig:
       seed: of initialisation, dropout and the order of documents.
       profile_steps: first and last step of a profiler trace, written to `workdir/profile`; empty for none.
       start_from: workdir of another run whose newest checkpoint this run starts from; empty for none.
-      evaluate_segments: lengths of held-out samples, in segments, for a final table of accuracies; for data made of samples.
+      evaluate_segments: how many segments back the answers of held-out samples lie, for a final table of accuracies; for data made of samples.
       start_optimizer: whether `start_from` also takes over the optimizer state and the step.
     """
 
@@ -123,7 +123,7 @@ class Experiment:
     def make_mesh(self) -> Mesh:
         """The mesh over all devices. Raises UserError where experiment, data and devices do not fit each other."""
         mesh = self.mesh.make_mesh()
-        if self.loop.evaluate_segments and not hasattr(self.data, "eval_segments"):
+        if self.loop.evaluate_segments and not hasattr(self.data, "reaching"):
             raise UserError(
                 "LoopConfig.evaluate_segments is for data made of samples, which this data is not: set it to ()"
             )

@@ -15,7 +15,7 @@ from memorizing.array_typing import Activations, AxesTree, Logits, RealPositions
 from memorizing.attention.base import Attention, LayerDims
 from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention
-from memorizing.context import Context, Layout, Report, Segment
+from memorizing.context import Context, Layout, Report, Segment, Slice
 from memorizing.errors import UserError
 from memorizing.external_memory import NEIGHBOURS
 from memorizing.layers import MLP, Embedder, RMSNorm, rows_over_data
@@ -117,6 +117,16 @@ class LMConfig:
         """Whether any layer has an external memory."""
         return any(isinstance(group.attention, KNNAttention) for group in self.groups)
 
+    def with_memory_size(self, memory_size: int) -> LMConfig:
+        """The same model, which has the same parameters, with external memories of another size."""
+
+        def resize(attention: Attention) -> Attention:
+            is_memory = isinstance(attention, KNNAttention)
+            return dataclasses.replace(attention, memory_size=memory_size) if is_memory else attention
+
+        layers = tuple((index, resize(attention)) for index, attention in self.attention_at)
+        return dataclasses.replace(self, attention=resize(self.attention), attention_at=layers)
+
     def check(self, segment_length: int) -> None:
         """Raises UserError if a mechanism cannot work with segments of this length."""
         for group in self.groups:
@@ -149,12 +159,33 @@ class LMConfig:
             )
         return axes
 
+    def begin(self, context: Context, start_of_document: RowFlags) -> Context:
+        """The context as a segment reads it: what the segment before left is put in its place, and the flagged rows are fresh. Done twice it is as done once.
+
+        Args:
+          context: as the segment before left it.
+          start_of_document: bool [B].
+        """
+        begun = dict(context)
+        for group in self.groups:
+            state = group.attention.settle(context[group.name], context["clock"])
+            begun[group.name] = context_lib.reset_rows(state, group.attention.fresh_state(), start_of_document)
+        if self.recurrent_tokens:
+            begun[RECURRENT] = self.recurrent_tokens.reset(context[RECURRENT], start_of_document)
+        return begun
+
 
 class ModelOutput(NamedTuple):
-    """What one segment gives: logits in float32 [B, T, V], the context for the next segment, and what the layers report."""
+    """What one segment, or a slice of one, gives.
+
+    Attributes:
+      logits: float32 [B, T, V].
+      context: for the next segment; None after a slice.
+      report: what the layers report; the entries of `kept` by layer group.
+    """
 
     logits: Logits
-    context: Context
+    context: Context | None
     report: Report
 
 
@@ -165,38 +196,48 @@ class LanguageModel(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Tokens, is_real: RealPositions, start_of_document: RowFlags, context: Context
+        self,
+        tokens: Tokens,
+        is_real: RealPositions,
+        start_of_document: RowFlags,
+        context: Context,
+        slice: Slice | None = None,
     ) -> ModelOutput:
-        """Reads one segment of every row.
+        """Reads one segment of every row, or a slice of one.
 
         Args:
-          tokens: int32 [B, T].
+          tokens: int32 [B, T]; of a slice after the first only its own, [B, positions].
           is_real: bool [B, T], false at padding.
           start_of_document: bool [B], rows whose context is forgotten before the segment.
-          context: from `LMConfig.init_context` or from the segment before.
+          context: from `LMConfig.init_context` or from the segment before; for a slice as `LMConfig.begin` gives it.
+          slice: None for a whole segment; `kept` by layer group.
         """
-        config, layout = self.config, Layout(tokens.shape[1])
+        config, layout = self.config, Layout(is_real.shape[1])
+        if slice is None:
+            context = config.begin(context, start_of_document)
+        continues = slice is not None and slice.kept is not None
         new_context: Context = {"clock": context["clock"] + 1}
-        losses, metrics = {}, {}
+        losses, metrics, kept = {}, {}, {}
         embedder = Embedder(config.vocab_size, config.embed_dim, config.dims.dtype, name="embedder")
         x = Dropout(config.dropout, name="dropout")(embedder.encode(tokens))
         if config.recurrent_tokens:
             layout = config.recurrent_tokens.layout(layout.length)
-            memory = config.recurrent_tokens.reset(context[RECURRENT], start_of_document)
-            x = MemoryTokens(config.recurrent_tokens, name=RECURRENT)(x, memory)
-        segment = Segment(layout.widen(is_real), layout)
+            if not continues:
+                x = MemoryTokens(config.recurrent_tokens, name=RECURRENT)(x, context[RECURRENT], slice is None)
         for group in config.groups:
             x = rows_over_data(x)
-            state = group.attention.settle(context[group.name], context["clock"])
-            state = context_lib.reset_rows(state, group.attention.fresh_state(), start_of_document)
-            x, (new_context[group.name], report) = _layers(config, group)(x, segment, state)
+            own_slice = slice.replace(kept=slice.kept[group.name]) if continues else slice
+            segment = Segment(layout.widen(is_real), layout, own_slice)
+            x, (new_context[group.name], report) = _layers(config, group, segment)(x, segment, context[group.name])
             losses |= {f"{group.name}/{name}": value.sum() for name, value in report.losses.items()}
             metrics |= {f"{group.name}/{name}": value for name, value in report.metrics.items()}
+            kept[group.name] = report.kept
         x = RMSNorm(name="final_norm")(x)
+        if slice is not None:
+            return ModelOutput(embedder.decode(x if continues else layout.own(x)), None, Report(kept=kept))
         if config.recurrent_tokens:
             new_context[RECURRENT] = written(layout, x)
-        logits = embedder.decode(layout.own(x))
-        return ModelOutput(logits, new_context, Report(losses, metrics))
+        return ModelOutput(embedder.decode(layout.own(x)), new_context, Report(losses, metrics))
 
 
 class Layer(nn.Module):
@@ -226,18 +267,22 @@ class Dropout(nn.Module):
         return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
 
 
-def _layers(config: LMConfig, group: LayerGroup) -> nn.Module:
+def _layers(config: LMConfig, group: LayerGroup, segment: Segment) -> nn.Module:
     layer = Layer
     if config.remat == "layer":
         policy = jax.checkpoint_policies.save_only_these_names(NEIGHBOURS)
         # prevent_cse is not needed inside a scan, and would only slow it down.
         layer = nn.remat(Layer, policy=policy, prevent_cse=not group.is_stacked)
     if group.is_stacked:
+        # All layers are told the same of a segment, but each has kept its own.
+        scanned = nn.broadcast
+        if segment.continues:
+            scanned = Segment(nn.broadcast, segment.layout, Slice(nn.broadcast, kept=0))
         layer = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 1),
+            in_axes=(scanned, 1),
             out_axes=(1, 0),
             length=group.length,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from memorizing import plots, transfer
 from memorizing.batch import BatchIterator
 from memorizing.checkpoint import Checkpointer
-from memorizing.evaluate import Ablation, Evaluation, Evaluator, accuracy_by_length
+from memorizing.evaluate import Ablation, Evaluation, Evaluator, accuracy_by_reach
 from memorizing.experiment import Experiment
 from memorizing.metrics import MetricWriter, Progress, flatten, perplexity
 from memorizing.train_state import TrainState, abstract_train_state, init_train_state
@@ -142,13 +142,26 @@ class _Run:
         summary: dict[str, Any] = {name: evaluation.values() for name, evaluation in evaluations.items()}
         self.progress.say(_table(evaluations))
         if self.experiment.loop.evaluate_segments:
-            summary["accuracy"] = accuracy_by_length(
-                self.evaluator, self.state.params, data, self.experiment.loop.evaluate_segments
-            )
+            reaches = self.experiment.loop.evaluate_segments
+            summary["accuracy"] = accuracy_by_reach(self._controls(max(reaches)), self.state.params, data, reaches)
             self.progress.say(_accuracy_table(summary["accuracy"], data.chance))
         (self.workdir / "evaluation.json").write_text(json.dumps({"step": step} | summary, indent=2) + "\n")
         self.progress.say(f"written to {self.workdir}: checkpoints, metrics.jsonl, events, loss_by_position.png")
         return evaluations
+
+    def _controls(self, reach: int) -> dict[str, tuple[Evaluator, Ablation]]:
+        """The model as it is, and in every way that should keep it from an answer `reach` segments back."""
+        model, evaluator = self.experiment.model, self.evaluator
+        controls: dict[str, tuple[Evaluator, Ablation]] = {"as trained": (evaluator, "none")}
+        if model.has_memory:
+            num_segments = max(reach // 2, 1)
+            smaller = evaluator.with_model(model.with_memory_size(num_segments * self.experiment.batch.segment_length))
+            controls[f"memory of {num_segments} segments"] = (smaller, "none")
+            controls["memory permuted"] = (evaluator, "memory_permuted")
+            controls["memory cleared"] = (evaluator, "memory_cleared")
+        controls["state reset"] = (evaluator, "state_reset")
+        controls["state shuffled"] = (evaluator, "state_shuffled")
+        return controls
 
     def close(self) -> None:
         self._stop_profiling()
@@ -294,10 +307,14 @@ def _table(evaluations: dict[str, Evaluation]) -> str:
     return "\n".join(lines)
 
 
-def _accuracy_table(accuracies: dict[str, dict[int, float]], chance: float) -> str:
-    lengths = next(iter(accuracies.values()))
-    lines = [f"share of right answers by length of the sample in segments (chance {chance:.3f}):"]
-    lines.append(f"  {'':<16}" + "".join(f"{length:>8}" for length in lengths))
-    for name, by_length in accuracies.items():
-        lines.append(f"  {name:<16}" + "".join(f"{accuracy:>8.3f}" for accuracy in by_length.values()))
+def _accuracy_table(accuracies: dict[str, dict[int, dict[str, float]]], chance: float) -> str:
+    reaches = next(iter(accuracies.values()))
+    width = max(map(len, accuracies)) + 2
+    lines = []
+    for measure, what in (("answers", "answers, whole"), ("tokens", f"words of answers (chance {chance:.3f})")):
+        lines.append(f"share of right {what}, by the number of segments to reach over:")
+        lines.append(f"  {'':<{width}}" + "".join(f"{reach:>8}" for reach in reaches))
+        for name, by_reach in accuracies.items():
+            cells = "".join(f"{accuracy[measure]:>8.3f}" for accuracy in by_reach.values())
+            lines.append(f"  {name:<{width}}{cells}")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch, EvaluationBatch
 from memorizing.checkpoint import read_arrays
 from memorizing.errors import UserError
-from memorizing.evaluate import Evaluation, Evaluator, accuracy_by_length
+from memorizing.evaluate import Evaluation, Evaluator, accuracy_by_reach
 from memorizing.experiment import BatchConfig, Experiment, LoopConfig
 from memorizing.model import LanguageModel, LMConfig
 from memorizing.recurrent_tokens import RecurrentTokens
@@ -223,6 +223,8 @@ def test_an_answer_is_a_run_of_weights_and_right_in_all_its_tokens(
                     runs[-1] = False
     assert (evaluation.answers, evaluation.right_answers) == (len(runs), sum(runs))
     assert evaluation.accuracy == (sum(runs) / len(runs) if runs else 0)
+    real = slice(3 - num_empty)
+    assert evaluation.right_tokens == int(((targets == right) & (weights > 0))[real].sum())
 
 
 # What the state is worth.
@@ -275,17 +277,16 @@ def test_ablations_change_nothing_where_nothing_is_carried():
         np.testing.assert_array_equal(evaluate(STATELESS, samples, ablation).nats, evaluate(STATELESS, samples).nats)
 
 
-def test_accuracy_by_length_evaluates_samples_of_each_length():
+def test_accuracy_by_reach_evaluates_samples_of_each_length():
     model = EXPERIMENT.model
     params = jax.jit(lambda: nn.unbox(init_params(model, 4, LENGTH, jax.random.key(0))))()
     each = Evaluator(model, 4, LENGTH, MESH())
     task = dataclasses.replace(TASK, num_eval_samples=16)
-    table = accuracy_by_length(each, params, task, (1, 3))
-    assert {name: list(row) for name, row in table.items()} == {
-        name: [1, 3] for name in ("as trained", "state reset", "state shuffled")
-    }
+    controls = {"as trained": (each, "none"), "state reset": (each, "state_reset")}
+    table = accuracy_by_reach(controls, params, task, (1, 3))
+    assert {name: list(row) for name, row in table.items()} == {name: [1, 3] for name in controls}
     expected = each.run(params, dataclasses.replace(task, eval_segments=3))
     assert expected.answers == 16
-    assert table["as trained"][3] == expected.accuracy
+    assert table["as trained"][3] == {"answers": expected.accuracy, "tokens": expected.token_accuracy}
     # Of one segment nothing is carried.
-    assert table["as trained"][1] == table["state reset"][1] == table["state shuffled"][1]
+    assert table["as trained"][1] == table["state reset"][1]

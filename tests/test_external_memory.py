@@ -22,7 +22,7 @@ from memorizing import context as context_lib
 from memorizing import external_memory
 from memorizing.attention.base import LayerDims, normalize
 from memorizing.attention.full import FullAttention
-from memorizing.attention.knn import KNNAttention, KNNState, forget_memories
+from memorizing.attention.knn import KNNAttention, KNNState, forget_memories, permute_memories
 from memorizing.attention.xl import XLAttention
 from memorizing.context import Layout, Segment
 from memorizing.external_memory import Memory
@@ -318,3 +318,17 @@ def test_forgetting_empties_the_memory_and_keeps_the_cache():
     settled = core.config.settle(forgotten, jnp.asarray(3))
     assert not settled.memory.valid.any()
     assert forgotten.local is state.local
+
+
+def test_permuted_memories_hold_the_same_values_under_other_keys():
+    valid = np.arange(12) % 3 > 0
+    values = np.where(valid[:, None], np.arange(12.0)[:, None], np.nan)
+    memory = Memory(*(jnp.asarray(np.broadcast_to(values, (2, 3, 12, 1))) for _ in range(2)), jnp.asarray([valid] * 2))
+    state = KNNState(local=(), memory=memory, last_segment=memory)
+    permuted = permute_memories({"layer_01": state})["layer_01"]
+    for part in (permuted.memory, permuted.last_segment):
+        np.testing.assert_array_equal(part.keys, memory.keys)
+        found = np.asarray(part.values)[:, :, valid]
+        # No value of an empty slot, none lost, and most of them elsewhere.
+        np.testing.assert_array_equal(np.sort(found, axis=2), np.asarray(memory.values)[:, :, valid])
+        assert (found != np.asarray(memory.values)[:, :, valid]).mean() > 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -122,22 +123,22 @@ class KNNCore(nn.Module):
 
     def __call__(
         self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: KNNState
-    ) -> tuple[Queries, KNNState, Report]:
+    ) -> tuple[Queries, KNNState | None, Report]:
         config = self.attention
         y_local, local_state, local_report = self.local(queries, keys, values, scale, segment, state.local)
         with jax.named_scope("external_memory"):
             y_memory, found = external_memory.read(queries, scale, state.memory, config.num_neighbors, config.search)
         gate = nn.sigmoid(self.gate)
         memory_share = jnp.where(found[:, :, None, None], gate[None, None, :, None], 0.0).astype(y_local.dtype)
-        report = Report(
-            losses=local_report.losses,
-            metrics={
-                **local_report.metrics,
-                "gate": jax.lax.stop_gradient(gate),
-                "memory_fill": jnp.mean(state.memory.valid, dtype=jnp.float32),
-            },
-        )
+        metrics = {
+            **local_report.metrics,
+            "gate": jax.lax.stop_gradient(gate),
+            "memory_fill": jnp.mean(state.memory.valid, dtype=jnp.float32),
+        }
+        report = local_report.replace(metrics=metrics)
         y = memory_share * y_memory + (1 - memory_share) * y_local
+        if segment.slice:
+            return y, None, report
         own = segment.layout.own
         last_segment = external_memory.of_segment(own(keys), own(values), own(segment.is_real))
         return y, KNNState(local_state, state.memory, last_segment), report
@@ -145,14 +146,26 @@ class KNNCore(nn.Module):
 
 def forget_memories(context: Any) -> Any:
     """The same context with every external memory empty: local attention and caches keep theirs. For measuring what the memory is worth."""
+    return _map_memories(context, lambda memory: memory.replace(valid=jnp.zeros_like(memory.valid)))
 
-    def forget(state: Any) -> Any:
+
+def permute_memories(context: Any) -> Any:
+    """The same context with the values of every external memory in random places: keys are found as before, and lead to what stood elsewhere."""
+
+    def permute(memory: Memory) -> Memory:
+        noise = jax.random.uniform(jax.random.key(0), memory.valid.shape)
+        # Valid slots in random order first, and then the r-th valid slot gets the value of the r-th of those: nothing comes from an empty slot.
+        shuffled = jnp.argsort(jnp.where(memory.valid, noise, jnp.inf), axis=-1)
+        source = jnp.take_along_axis(shuffled, jnp.maximum(jnp.cumsum(memory.valid, axis=-1) - 1, 0), axis=-1)
+        return memory.replace(values=jnp.take_along_axis(memory.values, source[:, None, :, None], axis=2))
+
+    return _map_memories(context, permute)
+
+
+def _map_memories(context: Any, change: Callable[[Memory], Memory]) -> Any:
+    def change_state(state: Any) -> Any:
         if not isinstance(state, KNNState):
             return state
+        return state.replace(memory=change(state.memory), last_segment=change(state.last_segment))
 
-        def empty(memory: Memory) -> Memory:
-            return memory.replace(valid=jnp.zeros_like(memory.valid))
-
-        return state.replace(memory=empty(state.memory), last_segment=empty(state.last_segment))
-
-    return jax.tree.map(forget, context, is_leaf=lambda state: isinstance(state, KNNState))
+    return jax.tree.map(change_state, context, is_leaf=lambda state: isinstance(state, KNNState))

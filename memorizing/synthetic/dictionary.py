@@ -7,7 +7,7 @@ the training because stored keys and values get no gradient: what makes them use
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -82,6 +82,11 @@ class DictionaryLookup(SyntheticTask):
     def record_length(self) -> int:
         """Tokens of a definition or a query with its value."""
         return 2 + self.key_length + self.value_length
+
+    def reaching(self, num_segments: int) -> Self:
+        """See `SyntheticTask`: definitions lie exactly so far back; as many segments are scored as before."""
+        num_scored = self.eval_segments - self.eval_distance
+        return dataclasses.replace(self, eval_distance=num_segments, eval_segments=num_segments + num_scored)
 
     def write(self, rng: np.random.Generator, split: Split, num_segments: int, segment_length: int) -> Text:
         num_definitions, num_queries = self._records_of_a_segment(segment_length)

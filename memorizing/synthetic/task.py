@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -82,6 +82,10 @@ class SyntheticTask(abc.ABC):
         Raises:
           UserError: the task does not fit into segments of this length.
         """
+
+    def reaching(self, num_segments: int) -> Self:
+        """The same task with held-out samples that are made of so many segments: their answers lie up to so far back."""
+        return dataclasses.replace(self, eval_segments=num_segments)
 
     @property
     def num_eval_documents(self) -> int:
