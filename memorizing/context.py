@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool
 
-from memorizing.array_typing import RealPositions, RowFlags, Tree
+from memorizing.array_typing import Clock, RealPositions, RowFlags, Tree
 
 # A model's context: {"clock": int32 scalar, layer group name: state of that group's mechanism}.
 Context = dict[str, Any]
@@ -57,16 +57,58 @@ class Layout:
 
 
 @struct.dataclass
+class Slice:
+    """Consecutive positions of an open segment: one whose later tokens are not known yet, because they are being written.
+
+    The first slice of a segment holds all its positions but the write tokens, those whose tokens are not known yet included: no earlier position sees them. Each of the
+    slices after it replaces some of them.
+
+    Attributes:
+      position: int32 scalar, the first of the positions, read tokens counted.
+      kept: what the layer reported of the slices before (`Report.kept`); None for the first slice.
+    """
+
+    position: Clock
+    kept: Mapping[str, jax.Array] | None = None
+
+
+@struct.dataclass
 class Segment:
     """What a layer knows of the segment besides its activations.
 
     Attributes:
       is_real: bool [B, T], false at padding after the end of a document.
       layout: what the T positions are.
+      slice: which of the positions the activations are; None for all. A layer carries nothing on from a slice: its new state is None.
     """
 
     is_real: RealPositions
     layout: Layout = struct.field(pytree_node=False)
+    slice: Slice | None = None
+
+    @property
+    def continues(self) -> bool:
+        """Whether the layer finds what it needs of its state and of earlier positions in what it has kept."""
+        return self.slice is not None and self.slice.kept is not None
+
+    def cut(self, table: jax.Array, size: int, axis: int = 0) -> jax.Array:
+        """The `size` entries that belong to the activations' positions, of a table in which each position's begin one after those of the position before it."""
+        return table if self.slice is None else jax.lax.dynamic_slice_in_dim(table, self.slice.position, size, axis)
+
+    def extend(self, name: str, new: jax.Array) -> jax.Array:
+        """Keys, or what else there is one of a key, of everything that is seen: [carried; segment], [B, S, ...]. What is not known yet is arbitrary.
+
+        Args:
+          name: under which the layer keeps them while the segment is open.
+          new: [carried; activations' positions], or only the latter if the segment continues.
+        """
+        if self.slice is None:
+            return new
+        if self.slice.kept is None:
+            return jnp.pad(new, [(0, 0), (0, self.layout.num_write)] + [(0, 0)] * (new.ndim - 2))
+        kept = self.slice.kept[name]
+        first = kept.shape[1] - self.layout.size + self.slice.position
+        return jax.lax.dynamic_update_slice_in_dim(kept, new, first, axis=1)
 
     def with_cached(self, valid: Bool[Array, "B W"]) -> Bool[Array, "B S"]:
         """Which of the keys [cached; segment] hold something."""
@@ -80,10 +122,12 @@ class Report:
     Attributes:
       losses: auxiliary losses, scalars that are added to the training loss.
       metrics: float arrays of any shape for the log; no gradient flows through them.
+      kept: of a slice, what the next slice of the segment needs of this and the earlier ones: keys and values.
     """
 
     losses: Mapping[str, jax.Array] = struct.field(default_factory=dict)
     metrics: Mapping[str, jax.Array] = struct.field(default_factory=dict)
+    kept: Mapping[str, jax.Array] = struct.field(default_factory=dict)
 
 
 def reset_rows(state: Tree, fresh: Tree, start_of_document: RowFlags) -> Tree:

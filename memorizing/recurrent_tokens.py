@@ -96,12 +96,13 @@ class MemoryTokens(nn.Module):
     config: RecurrentTokens
 
     @nn.compact
-    def __call__(self, x: Activations, state: RecurrentTokensState) -> Activations:
+    def __call__(self, x: Activations, state: RecurrentTokensState, with_write_tokens: bool = True) -> Activations:
         # Independent vectors, of the scale of word embeddings: equal ones would only be told apart by their position.
         initializer = nn.with_logical_partitioning(nn.initializers.normal(stddev=1.0), (None, "embed"))
         initial = self.param("initial", initializer, (self.config.num_tokens, x.shape[-1]), jnp.float32)
         memory = jnp.where(state.started[:, None, None], state.tokens, initial[None].astype(x.dtype))
-        return jnp.concatenate([memory, x, memory][: 3 if self.config.version == "decoder" else 2], axis=1)
+        writes = with_write_tokens and self.config.version == "decoder"
+        return jnp.concatenate([memory, x, memory] if writes else [memory, x], axis=1)
 
 
 def written(layout: Layout, x: Activations) -> RecurrentTokensState:

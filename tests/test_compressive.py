@@ -155,7 +155,7 @@ def received(params: dict, x: jax.Array, state: CompressiveState) -> np.ndarray:
     """Attention that each position of the memory gets from a segment, all heads and queries together. [B, W]"""
     carried = jnp.concatenate([state.compressed, state.hidden], axis=1)
     mask = jnp.broadcast_to(jnp.tri(T, C + W + T, C + W, dtype=bool), (B, T, C + W + T))
-    _, weights = RelativeAttention(DIMS).apply({"params": params["relative"]}, x, carried, mask)
+    _, weights, _ = RelativeAttention(DIMS).apply({"params": params["relative"]}, x, carried, mask, SEGMENT)
     return np.asarray(weights.sum(axis=(1, 2))[:, C : C + W])
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from memorizing import masks, positions
 from memorizing.array_typing import Activations, AxesTree, Clock, HeadScale, Keys, Queries, Tree, Values
-from memorizing.context import Layout, Report, Segment
+from memorizing.context import Report, Segment
 from memorizing.layers import Einsum
 
 
@@ -61,7 +61,7 @@ class Attention:
         return ()
 
     def settle(self, state: Tree, clock: Clock) -> Tree:
-        """What is to be done with the state before a segment reads it, outside of everything that is recomputed for the gradient.
+        """What is to be done with the state before a segment reads it, outside of everything that is recomputed for the gradient. Done twice it is as done once.
 
         Args:
           state: as the segment before left it; rows that begin a document are reset afterwards.
@@ -118,7 +118,8 @@ class T5Bias(nn.Module):
     max_distance: int
 
     @nn.compact
-    def __call__(self, layout: Layout, num_keys: int) -> Float[Array, "N T S"]:
+    def __call__(self, segment: Segment, num_queries: int, num_keys: int) -> Float[Array, "N T S"]:
+        layout = segment.layout
         initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         table = self.param(
             "table",
@@ -128,7 +129,8 @@ class T5Bias(nn.Module):
         )
         distances = positions.distances(layout.size, num_keys)
         buckets = positions.t5_buckets(distances, self.num_buckets, self.max_distance, layout.bidirectional)
-        by_distance = jnp.broadcast_to(table[:, None, buckets], (self.num_heads, layout.size, len(buckets)))
+        by_distance = segment.cut(table[:, buckets], num_queries + num_keys - 1, axis=1)
+        by_distance = jnp.broadcast_to(by_distance[:, None], (self.num_heads, num_queries, by_distance.shape[1]))
         return positions.by_key(by_distance, num_keys)
 
 
@@ -143,14 +145,28 @@ def hide(cached: jax.Array, valid: Bool[Array, "B W"]) -> jax.Array:
     return jnp.where(valid.reshape(valid.shape + (1,) * (cached.ndim - 2)), jax.lax.stop_gradient(cached), 0)
 
 
-def attention_weights(logits: Float[Array, "B N T S"], mask: Bool[Array, "B T S"]) -> Float[Array, "B N T S"]:
-    """softmax over the visible keys, float32. Every position sees at least itself, so that no row is empty.
+def visible_keys(segment: Segment, num_queries: int, valid: Bool[Array, "B W"] | None = None) -> Bool[Array, "B T S"]:
+    """Which of the keys [carried; segment] each query sees: those that the layout shows and that hold something. Every position sees at least itself, so that no row is empty.
 
     Args:
-      logits: float32; the last T keys are the queries' own positions.
-      mask: true where a key is visible.
+      segment: whose positions, or a slice of them, the queries are.
+      num_queries: T.
+      valid: which of the carried keys hold something; None where nothing is carried.
     """
-    mask = mask | masks.itself(*mask.shape[1:])[None]
+    is_key = segment.is_real if valid is None else segment.with_cached(valid)
+    size, num_keys = segment.layout.size, is_key.shape[1]
+    seen = segment.cut(masks.visible(segment.layout, num_keys - size), num_queries)
+    itself = segment.cut(masks.itself(size, num_keys), num_queries)
+    return seen[None] & is_key[:, None, :] | itself[None]
+
+
+def attention_weights(logits: Float[Array, "B N T S"], mask: Bool[Array, "B T S"]) -> Float[Array, "B N T S"]:
+    """softmax over the visible keys, float32.
+
+    Args:
+      logits: float32.
+      mask: true where a key is visible, as it is somewhere for every query.
+    """
     return jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min), axis=-1)
 
 
@@ -162,7 +178,7 @@ def local_attention(
     bias: Float[Array, "N T S"],
     mask: Bool[Array, "B T S"],
 ) -> Queries:
-    """softmax(scale * (q . k + bias)) v over the visible keys; the last T keys are the queries' own positions."""
+    """softmax(scale * (q . k + bias)) v over the visible keys."""
     with jax.named_scope("local_attention"):
         logits = jnp.einsum("BTNH,BSNH->BNTS", queries, keys, preferred_element_type=jnp.float32)
         weights = attention_weights((logits + bias[None]) * scale[None, :, None, None], mask)

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from memorizing import masks
 from memorizing.array_typing import Activations, AxesTree, Scalar
-from memorizing.attention.base import Attention, LayerDims, hide
+from memorizing.attention.base import Attention, LayerDims, hide, visible_keys
 from memorizing.attention.transformer_xl import RelativeAttention
 from memorizing.context import Report, Segment
 from memorizing.errors import UserError
@@ -104,14 +103,15 @@ class CompressiveLayer(nn.Module):
     @nn.compact
     def __call__(
         self, x: Activations, segment: Segment, state: CompressiveState
-    ) -> tuple[Activations, CompressiveState, Report]:
+    ) -> tuple[Activations, CompressiveState | None, Report]:
         config, own = self.attention, segment.layout.own
         hidden, compressed = hide(state.hidden, state.valid), hide(state.compressed, state.compressed_valid)
         carried = jnp.concatenate([compressed, hidden], axis=1)
-        is_key = segment.with_cached(jnp.concatenate([state.compressed_valid, state.valid], axis=1))
-        mask = masks.visible(segment.layout, carried.shape[1])[None] & is_key[:, None, :]
+        mask = visible_keys(segment, x.shape[1], jnp.concatenate([state.compressed_valid, state.valid], axis=1))
         relative = RelativeAttention(self.dims, name="relative")
-        y, weights = relative(x, carried, mask)
+        y, weights, kept = relative(x, carried, mask, segment)
+        if segment.slice:
+            return y, None, Report(kept=kept)
 
         # Attention that each slot of the memory has received so far, this segment's included.
         is_query = segment.is_real[:, None, :, None]

@@ -6,9 +6,8 @@ import dataclasses
 
 import flax.linen as nn
 
-from memorizing import masks
 from memorizing.array_typing import HeadScale, Keys, Queries, Values
-from memorizing.attention.base import Attention, LayerDims, T5Bias, local_attention
+from memorizing.attention.base import Attention, LayerDims, T5Bias, local_attention, visible_keys
 from memorizing.context import Report, Segment
 
 
@@ -34,8 +33,12 @@ class FullCore(nn.Module):
     @nn.compact
     def __call__(
         self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: tuple
-    ) -> tuple[Queries, tuple, Report]:
-        config, layout = self.attention, segment.layout
-        bias = T5Bias(self.dims.num_heads, config.num_buckets, config.max_distance, name="bias")(layout, layout.size)
-        mask = masks.visible(layout)[None] & segment.is_real[:, None, :]
-        return local_attention(queries, keys, values, scale, bias, mask), state, Report()
+    ) -> tuple[Queries, tuple | None, Report]:
+        config, length = self.attention, queries.shape[1]
+        keys, values = segment.extend("keys", keys), segment.extend("values", values)
+        bias = T5Bias(self.dims.num_heads, config.num_buckets, config.max_distance, name="bias")
+        bias, mask = bias(segment, length, keys.shape[1]), visible_keys(segment, length)
+        y = local_attention(queries, keys, values, scale, bias, mask)
+        if segment.slice:
+            return y, None, Report(kept={"keys": keys, "values": values})
+        return y, state, Report()

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from memorizing import masks, positions
 from memorizing.array_typing import Activations, AxesTree
-from memorizing.attention.base import Attention, LayerDims, attention_weights, hide
+from memorizing.attention.base import Attention, LayerDims, attention_weights, hide, visible_keys
 from memorizing.context import Report, Segment
 from memorizing.errors import UserError
 from memorizing.layers import Einsum
@@ -70,14 +70,16 @@ class TransformerXLLayer(nn.Module):
     @nn.compact
     def __call__(
         self, x: Activations, segment: Segment, state: TransformerXLState
-    ) -> tuple[Activations, TransformerXLState, Report]:
-        config, own = self.attention, segment.layout.own
+    ) -> tuple[Activations, TransformerXLState | None, Report]:
+        config, own, length = self.attention, segment.layout.own, x.shape[1]
         hidden = hide(state.hidden, state.valid)
         relative = RelativeAttention(self.dims, config.clamp_distance, name="relative")
-        mask = masks.visible(segment.layout, config.window)[None] & segment.with_cached(state.valid)[:, None, :]
+        mask = visible_keys(segment, length, state.valid)
         if config.same_length:
-            mask &= masks.within(config.window, *mask.shape[1:])[None]
-        y, _ = relative(x, hidden, mask)
+            mask &= segment.cut(masks.within(config.window, segment.layout.size, mask.shape[2]), length)[None]
+        y, _, kept = relative(x, hidden, mask, segment)
+        if segment.slice:
+            return y, None, Report(kept=kept)
         new_state = TransformerXLState(
             hidden=jax.lax.stop_gradient(jnp.concatenate([hidden, own(x)], axis=1)[:, -config.window :]),
             valid=jnp.concatenate([state.valid, own(segment.is_real)], axis=1)[:, -config.window :],
@@ -101,26 +103,36 @@ class RelativeAttention(nn.Module):
         self.u, self.v = (self.param(name, initializer, size[1:], jnp.float32) for name in ("u", "v"))
 
     def __call__(
-        self, x: Activations, hidden: Float[Array, "B W D"], mask: Bool[Array, "B T S"]
-    ) -> tuple[Activations, Float[Array, "B N T S"]]:
+        self, x: Activations, hidden: Float[Array, "B W D"], mask: Bool[Array, "B T S"], segment: Segment
+    ) -> tuple[Activations, Float[Array, "B N T S"], dict[str, jax.Array]]:
         """Attends from x to [hidden; x].
 
         Args:
           x: [B, T, D].
           hidden: carried states, S = W + T; zeros where the mask hides them.
           mask: true where visible.
+          segment: whose positions, or a slice of them, x is.
 
         Returns:
-          The output [B, T, D] and the weights.
+          The output [B, T, D], the weights, and what to keep while the segment is open.
         """
-        keys_and_values = jnp.concatenate([hidden, x], axis=1)
-        queries, keys, values = self.query(x), self.key(keys_and_values), self.value(keys_and_values)
+        keys_and_values = x if segment.continues else jnp.concatenate([hidden, x], axis=1)
+        keys = segment.extend("keys", self.key(keys_and_values))
+        values = segment.extend("values", self.value(keys_and_values))
+        queries, num_keys = self.query(x), keys.shape[1]
+        distances = segment.slice.kept["distances"] if segment.continues else self._distances(segment, num_keys)
         with jax.named_scope("local_attention"):
             logits = _dot(queries + self.u[None, None].astype(x.dtype), keys)
-            logits = logits + self._position_logits(queries + self.v[None, None].astype(x.dtype), keys.shape[1])
+            by_distance = jnp.einsum(
+                "BTNH,RNH->BNTR",
+                queries + self.v[None, None].astype(x.dtype),
+                segment.cut(distances, x.shape[1] + num_keys - 1),
+                preferred_element_type=jnp.float32,
+            )
+            logits = logits + positions.by_key(by_distance, num_keys)
             weights = attention_weights(logits * self.dims.head_dim**-0.5, mask)
             y = jnp.einsum("BNTS,BSNH->BTNH", weights.astype(values.dtype), values)
-        return self.output(y), weights
+        return self.output(y), weights, {"keys": keys, "values": values, "distances": distances}
 
     def content(self, x: Activations, hidden: Float[Array, "B W D"]) -> Float[Array, "B T N H"]:
         """Attention from x to hidden by content alone, everything visible. Gradients reach `hidden` only: not x, and no parameter (Rae et al. 2020, algorithm 2)."""
@@ -129,13 +141,12 @@ class RelativeAttention(nn.Module):
         weights = jax.nn.softmax(_dot(queries, keys) * self.dims.head_dim**-0.5, axis=-1).astype(values.dtype)
         return jnp.einsum("BNTS,BSNH->BTNH", weights, values)
 
-    def _position_logits(self, queries: Float[Array, "B T N H"], num_keys: int) -> Float[Array, "B N T S"]:
-        distances = positions.distances(queries.shape[1], num_keys)
+    def _distances(self, segment: Segment, num_keys: int) -> Float[Array, "R N H"]:
+        """Every distance in the segment, encoded and projected: r of the equation."""
+        distances = positions.distances(segment.layout.size, num_keys)
         if self.clamp_distance:
             distances = distances.clip(max=self.clamp_distance)
-        encoded = self.position(positions.sinusoids(distances, self.dims.embed_dim).astype(self.dims.dtype))
-        by_distance = jnp.einsum("BTNH,RNH->BNTR", queries, encoded, preferred_element_type=jnp.float32)
-        return positions.by_key(by_distance, num_keys)
+        return self.position(positions.sinusoids(distances, self.dims.embed_dim).astype(self.dims.dtype))
 
 
 def _dot(queries: Float[Array, "B T N H"], keys: Float[Array, "B S N H"]) -> Float[Array, "B N T S"]:

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from memorizing import masks
 from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
-from memorizing.attention.base import Attention, LayerDims, T5Bias, hide, local_attention
+from memorizing.attention.base import Attention, LayerDims, T5Bias, hide, local_attention, visible_keys
 from memorizing.context import Report, Segment
 from memorizing.errors import UserError
 
@@ -73,20 +72,26 @@ class XLCore(nn.Module):
     @nn.compact
     def __call__(
         self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: XLState
-    ) -> tuple[Queries, XLState, Report]:
-        config, layout = self.attention, segment.layout
+    ) -> tuple[Queries, XLState | None, Report]:
+        config, length = self.attention, queries.shape[1]
+        cached_keys, cached_values = hide(state.keys, state.valid), hide(state.values, state.valid)
+
+        def seen(name: str, cached: jax.Array, own: jax.Array) -> jax.Array:
+            return segment.extend(name, own if segment.continues else jnp.concatenate([cached, own], axis=1))
 
         def recent(own: jax.Array, cached: jax.Array) -> jax.Array:
-            return jax.lax.stop_gradient(jnp.concatenate([cached, layout.own(own)], axis=1)[:, -config.window :])
+            own = segment.layout.own(own)
+            return jax.lax.stop_gradient(jnp.concatenate([cached, own], axis=1)[:, -config.window :])
 
-        cached_keys, cached_values = hide(state.keys, state.valid), hide(state.values, state.valid)
+        all_keys, all_values = seen("keys", cached_keys, keys), seen("values", cached_values, values)
+        bias = T5Bias(self.dims.num_heads, config.num_buckets, config.max_distance, name="bias")
+        bias, mask = bias(segment, length, all_keys.shape[1]), visible_keys(segment, length, state.valid)
+        y = local_attention(queries, all_keys, all_values, scale, bias, mask)
+        if segment.slice:
+            return y, None, Report(kept={"keys": all_keys, "values": all_values})
         new_state = XLState(
             keys=recent(keys, cached_keys),
             values=recent(values, cached_values),
             valid=recent(segment.is_real, state.valid),
         )
-        keys = jnp.concatenate([cached_keys, keys], axis=1)
-        values = jnp.concatenate([cached_values, values], axis=1)
-        bias = T5Bias(self.dims.num_heads, config.num_buckets, config.max_distance, name="bias")(layout, keys.shape[1])
-        mask = masks.visible(layout, config.window)[None] & segment.with_cached(state.valid)[:, None, :]
-        return local_attention(queries, keys, values, scale, bias, mask), new_state, Report()
+        return y, new_state, Report()
