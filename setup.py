@@ -27,9 +27,10 @@ setup(
         "memorizing.synthetic",
         "memorizing.data",
         "memorizing.gin",
+        "memorizing.launch",
     ],
     package_dir=FOLDERS | {"memorizing.gin": "gin"},
-    package_data={"memorizing.gin": GIN_FILES},
+    package_data={"memorizing.gin": GIN_FILES, "memorizing.launch": ["Dockerfile", "sky.yaml"]},
     install_requires=[
         "absl-py",
         "array_record",
@@ -44,6 +45,7 @@ setup(
         "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "pyyaml",
         "rich",
         "seqio",
         # 0.2.3 needs a protobuf that Apache Beam does not accept yet.
@@ -53,7 +55,8 @@ setup(
     ],
     extras_require={
         "prep": ["apache-beam>=2.77"],
-        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+        # The two of Kubernetes check what `launch gke` emits.
+        "test": ["hypothesis", "kubeflow-trainer-api", "kubernetes-validate", "pytest", "pytest-xdist", "ruff"],
         "tpu": ["jax[tpu]"],
     },
     entry_points={"console_scripts": ["memorizing = memorizing.main:main"]},

@@ -26,6 +26,7 @@ COMMANDS = {
     "train": ("memorizing.commands.train", "train a model and evaluate it"),
     "plan": ("memorizing.commands.plan", "what a run will cost"),
     "prepare": ("memorizing.data.prepare", "make a token cache from a corpus"),
+    "launch": ("memorizing.launch.command", "start a run on a pod, or on several processes here"),
 }
 
 

@@ -1,0 +1,5 @@
+"""The exception of the launcher that is the user's to mend."""
+
+
+class LaunchError(ValueError):
+    """A job cannot be launched as it was described. The command line prints the message without a traceback and exits with 2."""
