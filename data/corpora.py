@@ -30,6 +30,7 @@ class Corpus:
       archives: how to get it as it is distributed.
       min_tokens: documents of fewer tokens are left out, once they are tokenised.
       official_splits: whether its documents tell their split, in their metadata.
+      is_prose: whether its texts are made of words between white space, so that perplexity per word means something.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Corpus:
     archives: str
     min_tokens: int = 0
     official_splits: bool = False
+    is_prose: bool = False
 
 
 def _github(source: str) -> Reader:

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from memorizing.batch import EvaluationBatch
+from memorizing.batch import EvaluationBatch, Vocabulary
 
 from . import paths, splits, streams, task_name, token_cache
-from .corpora import STANDARD_LIBRARY
+from .corpora import CORPORA, STANDARD_LIBRARY
 from .errors import DataError
 from .token_cache import Split, TokenCache
 
@@ -101,6 +101,31 @@ class CachedCorpus:
     def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
         """See `DataSource`."""
         return streams.evaluation_batches(self._validation, num_rows, segment_length)
+
+    @property
+    def text(self) -> CachedCorpus:
+        """See `memorizing.batch.TextSource`."""
+        return self
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._cache.vocabulary
+
+    @functools.cached_property
+    def document_words(self) -> np.ndarray | None:
+        """Words of each held-out document of a corpus of prose, int64: as in the PG-19 statistics, what stands between white space; None for other corpora."""
+        if not CORPORA[task_name.parse(self.task).corpus].is_prose:
+            return None
+        documents = (self.decode(self._validation.tokens(index)) for index in range(self.num_eval_documents))
+        return np.fromiter((len(document.split()) for document in documents), np.int64)
+
+    def document_keys(self) -> list[str]:
+        """Names of the held-out documents in their corpus."""
+        return [self.document_key(index) for index in range(self.num_eval_documents)]
+
+    def document_tokens(self, index: int) -> np.ndarray:
+        """All tokens of a held-out document, int32 [length]."""
+        return self._validation.tokens(index).astype(np.int32)
 
     def document_key(self, index: int) -> str:
         """Name of a held-out document in its corpus."""

@@ -12,10 +12,11 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable
-from typing import Protocol
 
 import numpy as np
 import sentencepiece
+
+from memorizing.batch import Vocabulary as Vocabulary
 
 from .errors import DataError
 
@@ -27,26 +28,6 @@ _NUM_SPECIAL = 3
 
 # SentencePiece's model in a folder that is described by a vocabulary's name.
 MODEL_FILE = "vocabulary.model"
-
-
-class Vocabulary(Protocol):
-    """What the ids of a cache mean.
-
-    Attributes:
-      name: "bytes", or "spm" and the number of ids.
-      size: number of ids, special ones included.
-      digest: equal digests mean equal ids.
-    """
-
-    name: str
-    size: int
-    digest: str
-
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [length], without an end."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text; padding and ends are left out, bytes that are no UTF-8 become U+FFFD."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +49,9 @@ class ByteVocabulary:
             .tobytes()
             .decode("utf-8", "replace")
         )
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        return [bytes([i - _NUM_SPECIAL]) if _NUM_SPECIAL <= i < self.size else b"" for i in map(int, ids)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +86,43 @@ class SentencePieceVocabulary:
     def decode(self, ids: Iterable[int]) -> str:
         return unescape(self._processor.decode(np.asarray(ids, np.int64).tolist()))
 
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        pieces, is_escaped = [], False
+        for index in map(int, ids):
+            piece = b""
+            for character in self._raw_pieces[index]:
+                if is_escaped:
+                    piece, is_escaped = piece + _UNESCAPED[character], False
+                elif character == ord(_ESCAPE):
+                    is_escaped = True
+                else:
+                    piece += bytes([character])
+            pieces.append(piece)
+        return pieces
+
+    @functools.cached_property
+    def _raw_pieces(self) -> list[bytes]:
+        """The escaped text of each id in UTF-8."""
+        processor = self._processor
+
+        def raw(index: int) -> bytes:
+            if index < _NUM_SPECIAL:
+                return b""
+            piece = processor.id_to_piece(index)
+            return (
+                bytes([int(piece[3:5], 16)]) if processor.is_byte(index) else piece.replace(_SPACE_MARK, " ").encode()
+            )
+
+        return list(map(raw, range(self.size)))
+
 
 # SentencePiece writes a space as U+2581 and so reads U+2581 back as a space. Texts that hold it are escaped; `tasks`
 # does the same in TensorFlow.
 _SPACE_MARK = "\u2581"
 _ESCAPE = "\x01"
 ESCAPES = ((_ESCAPE, _ESCAPE + "0"), (_SPACE_MARK, _ESCAPE + "1"))
+# What the byte after an escape stands for, in UTF-8.
+_UNESCAPED = {ord(escaped[-1]): character.encode() for character, escaped in ESCAPES}
 
 
 def escape(text: str) -> str:

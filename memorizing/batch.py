@@ -9,7 +9,7 @@ therefore the last target of the row's previous segment (`PADDING` at the start 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -60,8 +60,54 @@ class BatchIterator(Protocol):
         """Moves to a position that `get_state` returned. Raises ValueError if it belongs to another stream."""
 
 
+class Vocabulary(Protocol):
+    """What ids mean.
+
+    Attributes:
+      name: "bytes", or "spm" and the number of ids.
+      size: number of ids, special ones included.
+      digest: equal digests mean equal ids.
+    """
+
+    name: str
+    size: int
+    digest: str
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int32 [length], without an end."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; padding and ends are left out, bytes that are no UTF-8 become U+FFFD."""
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        """What each id adds to the text, in UTF-8: joined they are its bytes. Empty for padding, ends, and where a character waits for the next id."""
+
+
+class TextSource(Protocol):
+    """What a data source whose tokens are text tells about it.
+
+    Attributes:
+      vocabulary: turns text into tokens and back.
+      document_words: int64 [number of held-out documents], words of each between white space, or None where texts are not made of words.
+    """
+
+    vocabulary: Vocabulary
+    document_words: np.ndarray | None
+
+    def document_keys(self) -> Sequence[str]:
+        """Names of the held-out documents in their corpus."""
+
+    def document_tokens(self, index: int) -> np.ndarray:
+        """All tokens of a held-out document, int32 [length]."""
+
+
+def text_of(source: DataSource) -> TextSource | None:
+    """The texts behind a data source, or None where its tokens are no text: what it has as `text`, if it has that."""
+    return getattr(source, "text", None)
+
+
 class DataSource(Protocol):
-    """A corpus ready for training: a frozen dataclass that gin builds.
+    """A corpus ready for training: a frozen dataclass that gin builds. One whose tokens are text also has a property `text`, see `text_of`.
 
     Attributes:
       vocab_size: number of token ids, `PADDING` included.

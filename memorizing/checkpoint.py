@@ -46,10 +46,7 @@ class Checkpointer:
           save_context: whether the context is saved. It can be far larger than the parameters (a memory of 262144 for 256 rows: 256 GiB); without it a run continues with
             empty memories at document starts.
         """
-        # Orbax tells of every save at level INFO and of what it could not know in warnings meant for its developers.
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        # ... and leaves tasks of a failed read to an event loop that is no longer there.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        _quiet_orbax()
         self._folder, self._save_context = workdir / FOLDER, save_context
         # What a killed process was writing. Orbax's own cleaning runs beside the program and fails if that ends early.
         for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
@@ -142,23 +139,60 @@ class Checkpointer:
         return f"checkpoint {self._folder / str(step)} {what}; {advice}"
 
 
-def read_arrays(workdir: epath.Path) -> dict[str, np.ndarray]:
-    """Everything but the context of a run's newest checkpoint as host arrays by path, whatever model they belong to; changes nothing there.
+def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
+    """Everything but the context of a checkpoint as host arrays by path (`params/embedder/table`, `step`), whatever model they belong to; changes nothing there.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; None for the newest.
+      only: beginnings of the paths that are wanted, such as `params/`; the rest is not read.
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: there is no such checkpoint, or it is damaged.
     """
     folder = workdir / FOLDER
     options = ocp.CheckpointManagerOptions(read_only=True)
-    handlers = {"state": ocp.PyTreeCheckpointHandler()}
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+    _quiet_orbax()
+    if not folder.exists():
+        raise UserError(f"{workdir} has no checkpoint: there is no folder {folder}")
     with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
-        step = manager.latest_step()
-        if step is None:
+        steps = sorted(manager.all_steps())
+        if not steps:
             raise UserError(f"{folder} has no checkpoint")
-        structure = manager.item_metadata(step)["state"]
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
-        restore = ocp.args.PyTreeRestore(restore_args=as_numpy)
-        return paths(manager.restore(step, args=ocp.args.Composite(state=restore))["state"])
+        if step is not None and step not in steps:
+            raise UserError(f"{folder} has no step {step}, but {', '.join(map(str, steps))}")
+        step = steps[-1] if step is None else step
+        try:
+            arrays, checksums = _read_wanted(manager, step, only)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:120]
+            raise UserError(f"checkpoint {folder / str(step)} cannot be read ({reason})") from error
+    for path, checksum in _named_checksums(arrays).items():
+        if checksum != checksums[path]:
+            raise UserError(f"checkpoint {folder / str(step)} does not have the checksum it was saved with ({path})")
+    return arrays
+
+
+def _read_wanted(
+    manager: ocp.CheckpointManager, step: int, only: tuple[str, ...]
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    structure = manager.item_metadata(step)["state"].tree
+    wanted = [path.startswith(only) for path in paths(structure)]
+    leaves, treedef = jax.tree.flatten(structure)
+    item = treedef.unflatten([leaf if want else ocp.PLACEHOLDER for leaf, want in zip(leaves, wanted, strict=True)])
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+    restore = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy)
+    found = manager.restore(step, args=ocp.args.Composite(state=restore, data=ocp.args.JsonRestore()))
+    arrays = {path: leaf for path, leaf in paths(found["state"]).items() if path.startswith(only)}
+    return arrays, found["data"]["checksums"]["state"]
+
+
+def _quiet_orbax() -> None:
+    """Orbax tells of every save at level INFO and of what it could not know in warnings meant for its developers ..."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    # ... and leaves tasks of a failed read to an event loop that is no longer there.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def paths(tree: Tree) -> dict[str, Any]:

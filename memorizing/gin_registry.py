@@ -85,12 +85,13 @@ def shipped_files() -> list[str]:
     return sorted(str(path.relative_to(GIN_FOLDER)) for path in GIN_FOLDER.rglob("*.gin"))
 
 
-def load_experiment(gin_files: Sequence[str], bindings: Sequence[str]) -> tuple[Experiment, str]:
+def load_experiment(gin_files: Sequence[str], bindings: Sequence[str], base: str = "") -> tuple[Experiment, str]:
     """Builds the experiment that gin files and bindings describe.
 
     Args:
       gin_files: paths, or names of shipped files with or without folder and suffix.
       bindings: `NAME=VALUE`; a value that is no Python literal and no gin reference is taken as a string.
+      base: the resolved configuration of a run, which files and bindings change; what it binds may become unused.
 
     Returns:
       The experiment, and the resolved configuration as gin text.
@@ -104,6 +105,7 @@ def load_experiment(gin_files: Sequence[str], bindings: Sequence[str]) -> tuple[
     # gin logs an error for every place where it looked for a file before it found it.
     logging.disable(logging.ERROR)
     try:
+        gin.parse_config(base)
         gin.parse_config_files_and_bindings([str(file) for file in files], [], finalize_config=False)
         for binding in quoted:
             _parse_binding(binding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,42 +34,57 @@ def start_from(workdir: str, state: TrainState, with_optimizer: bool = True) -> 
     Raises:
       UserError: there is no checkpoint, or a parameter that is not the memory's is missing or has another shape; the message names it.
     """
+    given = f"LoopConfig.start_from = {workdir!r}"
     folder = resolve(workdir)
     if not (folder / FOLDER).exists():
-        raise UserError(f"LoopConfig.start_from = {workdir!r}: there is no folder {folder / FOLDER}")
+        raise UserError(f"{given}: there is no folder {folder / FOLDER}")
     saved = read_arrays(folder)
-    source = _single_layers(saved)
-    wanted = {member for path in paths(state.params) for member in _members(f"params/{path}")}
-    unused = sorted(path for path in source if path.startswith("params/") and path not in wanted)
-    if unused:
-        raise UserError(
-            f"LoopConfig.start_from = {workdir!r}: this model has no place for its {unused[0]}; is it another model?"
-        )
     names = ("params", "opt_state", "step") if with_optimizer else ("params",)
-    return state.replace(**{name: _fill(name, getattr(state, name), source, workdir) for name in names})
+    fresh = {name: getattr(state, name) for name in names}
+    filled = fit(fresh, saved, given, fresh_memory=True)
+    return state.replace(**jax.tree.map(lambda array, fresh: jax.device_put(array, fresh.sharding), filled, fresh))
 
 
-def _fill(name: str, wanted: Tree, source: Mapping[str, np.ndarray], workdir: str) -> Tree:
-    def value(path: str, fresh: jax.Array) -> jax.Array:
+def fit(wanted: Tree, saved: Mapping[str, np.ndarray], given: str, fresh_memory: bool = False) -> Tree:
+    """Saved arrays in the structure of a model, layers matched one by one, however either side stacks them.
+
+    Args:
+      wanted: `{"params": ..., ...}`, leaves with shape and dtype.
+      saved: arrays by path, such as `params/embedder/table`.
+      given: what the user gave, for the message.
+      fresh_memory: whether what a memory adds may be missing; it is then left as it is in `wanted`.
+
+    Raises:
+      UserError: a parameter is missing, has another shape, or has no place in the model.
+    """
+    source = _single_layers(saved)
+    known = {member for path in paths(wanted) for member in _members(path)}
+    unused = sorted(path for path in source if path.startswith("params/") and path not in known)
+    if unused:
+        raise UserError(f"{given}: this model has no place for its {unused[0]}; is it another model?")
+
+    def value(path: str, leaf: Any) -> Any:
         members = _members(path)
         arrays = [source.get(member) for member in members]
         if any(array is None for array in arrays):
-            if MEMORY_PARAMETER.search(path):
-                return fresh
+            if fresh_memory and MEMORY_PARAMETER.search(path):
+                return leaf
             missing = members[next(i for i, array in enumerate(arrays) if array is None)]
-            raise UserError(
-                f"LoopConfig.start_from = {workdir!r}: its checkpoint has no {missing}; is it another model?"
-            )
+            raise UserError(f"{given}: its checkpoint has no {missing}; is it another model?")
         array = np.stack(arrays) if _STACK.search(path) else arrays[0]
-        if array.shape != fresh.shape:
+        if array.shape != leaf.shape:
             raise UserError(
-                f"LoopConfig.start_from = {workdir!r}: {members[0]} has shape {arrays[0].shape} there, "
-                f"but {fresh.shape[array.ndim - arrays[0].ndim :]} in this model"
+                f"{given}: {members[0]} has shape {arrays[0].shape} there, "
+                f"but {leaf.shape[array.ndim - arrays[0].ndim :]} in this model"
             )
-        return jax.device_put(array.astype(fresh.dtype), fresh.sharding)
+        return array.astype(leaf.dtype)
 
-    filled = [value(f"{name}/{path}".rstrip("/"), fresh) for path, fresh in paths(wanted).items()]
-    return jax.tree.unflatten(jax.tree.structure(wanted), filled)
+    leaves = paths(wanted)
+    # Parameters first: their names say more to a user than the optimizer's.
+    values = {
+        path: value(path, leaves[path]) for path in sorted(leaves, key=lambda path: not path.startswith("params/"))
+    }
+    return jax.tree.unflatten(jax.tree.structure(wanted), [values[path] for path in leaves])
 
 
 def _members(path: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from memorizing.batch import PADDING, Batch, BatchIterator, DataSource, EvaluationBatch
+from memorizing.batch import PADDING, Batch, BatchIterator, DataSource, EvaluationBatch, TextSource, text_of
 from memorizing.errors import UserError
 
 
@@ -48,6 +48,10 @@ class Windows:
     @property
     def document_bytes(self) -> np.ndarray | None:
         return self.source.document_bytes
+
+    @property
+    def text(self) -> TextSource | None:
+        return text_of(self.source)
 
     def train_batches(self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int) -> _Chunks:
         self._check(segment_length)

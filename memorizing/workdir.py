@@ -8,17 +8,21 @@ from typing import Any
 
 from etils import epath
 
+from memorizing.batch import text_of
 from memorizing.checkpoint import FOLDER
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
 from memorizing.metrics import replace_text
+
+# The files that `memorizing.finished_run` opens a run by.
+CONFIG, VOCABULARY = "config.gin", "vocabulary.json"
 
 # What may change when a run goes on: its length, the machines it runs on, how rows are laid out.
 _MAY_CHANGE = ("batch", "mesh", "loop")
 
 
 def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.Path:
-    """Creates the folder or checks that it holds this experiment, and writes `config.gin` and `experiment.json` there.
+    """Creates the folder or checks that it holds this experiment, and writes `config.gin` and `experiment.json` there, with `vocabulary.json` where the data is text.
 
     Raises:
       UserError: the folder cannot be written, or holds another experiment.
@@ -31,8 +35,11 @@ def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.P
         # Without a checkpoint there is nothing yet that could be mixed up.
         if record.exists() and any(child.name.isdigit() for child in (workdir / FOLDER).glob("*")):
             _check_same(json.loads(record.read_text()), identity, path)
-        (workdir / "config.gin").write_text(config_text)
+        (workdir / CONFIG).write_text(config_text)
         replace_text(record, json.dumps(identity, indent=2) + "\n")
+        if text := text_of(experiment.data):
+            described = {name: getattr(text.vocabulary, name) for name in ("name", "size", "digest")}
+            replace_text(workdir / VOCABULARY, json.dumps(described, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--workdir={path}: cannot be written ({error.strerror or error})") from error
     return workdir

@@ -38,6 +38,7 @@ LAYERS = (
     ("train",),
     ("gin_types",),
     ("gin_registry",),
+    ("finished_run",),
     ("flops", "tables"),
     ("flops_report",),
     ("commands.experiment_flags",),

@@ -1,0 +1,99 @@
+"""A finished run, opened from its workdir: its experiment, and the parameters of a checkpoint. What evaluation, inspection and generation begin with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from memorizing import sharding
+from memorizing.array_typing import Tree
+from memorizing.batch import Vocabulary
+from memorizing.checkpoint import read_arrays
+from memorizing.errors import UserError
+from memorizing.experiment import Experiment
+from memorizing.gin_registry import load_experiment
+from memorizing.train_state import init_params
+from memorizing.transfer import fit
+from memorizing.workdir import CONFIG, VOCABULARY, resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """A run and the weights of one of its checkpoints.
+
+    Attributes:
+      workdir: the run's folder.
+      experiment: what was run, with the bindings that were given on opening it.
+      params: float32 host arrays in the structure of `experiment.model`.
+      step: of the checkpoint.
+      config_text: the resolved configuration as gin text.
+    """
+
+    workdir: epath.Path
+    experiment: Experiment
+    params: Tree
+    step: int
+    config_text: str
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """Text to ids and back, or None where the data is not text.
+
+        Raises:
+          UserError: the data has another vocabulary than the run was trained with.
+        """
+        vocabulary = self.experiment.data.vocabulary
+        record = self.workdir / VOCABULARY
+        if vocabulary and record.exists():
+            trained = json.loads(record.read_text())
+            if trained["digest"] != vocabulary.digest:
+                raise UserError(
+                    f"--workdir={self.workdir} was trained with the vocabulary {trained['name']} ({trained['digest'][:12]}), but its data now has "
+                    f"{vocabulary.name} ({vocabulary.digest[:12]}): name the token cache that it was trained on, --gin.CachedCorpus.path=..."
+                )
+        return vocabulary
+
+    def params_on(self, mesh: Mesh) -> Tree:
+        """The parameters on the devices of a mesh, sharded as in training."""
+        boxed = _boxed_params(self.experiment)
+        return jax.device_put(
+            self.params, sharding.parameter_shardings(mesh, boxed, self.experiment.mesh.parameter_rules)
+        )
+
+
+def open_run(workdir: str, step: int | None = None, bindings: Sequence[str] = ()) -> FinishedRun:
+    """Opens a run; nothing in its folder changes.
+
+    Args:
+      workdir: folder that `train` has written.
+      step: of the checkpoint; None for the newest.
+      bindings: gin bindings `NAME=VALUE` over the run's own configuration.
+
+    Raises:
+      UserError: there is no run, no such checkpoint, or its parameters do not fit the configuration.
+    """
+    folder = resolve(workdir)
+    config = folder / CONFIG
+    if not config.exists():
+        raise UserError(
+            f"--workdir={workdir} holds no run: there is no {config}; train one with memorizing train --workdir={workdir}"
+        )
+    experiment, text = load_experiment([], bindings, base=config.read_text())
+    saved = read_arrays(folder, step, only=("params/", "step"))
+    wanted = {"params": nn.unbox(_boxed_params(experiment))}
+    params = fit(wanted, saved, f"--workdir={workdir}")["params"]
+    return FinishedRun(folder, experiment, params, int(saved["step"]), text)
+
+
+def _boxed_params(experiment: Experiment) -> Tree:
+    """Shapes and logical axes of the parameters."""
+    batch = experiment.batch
+    return jax.eval_shape(
+        lambda: init_params(experiment.model, batch.num_rows, batch.segment_length, jax.random.key(0))
+    )
