@@ -22,7 +22,7 @@ MODULES = sorted(
 # design.md section 2, from the ground up: a module may import what stands on a lower line. `None` is everything.
 LAYERS = (
     ("array_typing", "batch", "errors"),
-    ("positions", "context", "sharding", "optimizer", "losses", "search", "windows"),
+    ("positions", "context", "sharding", "optimizer", "losses", "search", "windows", "sampling"),
     ("masks", "layers"),
     ("external_memory",),
     ("attention.base",),
@@ -30,7 +30,7 @@ LAYERS = (
     ("attention.compressive", "attention.knn"),
     ("recurrent_tokens",),
     ("model",),
-    ("train_state",),
+    ("train_state", "decoding"),
     ("checkpoint", "train_step", "metrics"),
     ("evaluate", "experiment"),
     ("plots", "workdir"),
