@@ -41,9 +41,9 @@ def look_ups(
     sample = task.sample(split, 0, index, num_segments, length)
     defined, found, scored_tokens = {}, [], 0
     for segment, (targets, weights) in enumerate(zip(sample.targets, sample.loss_weights, strict=True)):
-        records = targets[: (length - 1) // 10 * 10].reshape(-1, 10)
-        assert set(targets[records.size :]) == {FILLER}
-        for record, weight in zip(records, weights[: records.size].reshape(-1, 10), strict=True):
+        is_record = targets != FILLER
+        assert is_record.sum() == (length - 1) // 10 * 10 and not is_record[-1]
+        for record, weight in zip(targets[is_record].reshape(-1, 10), weights[is_record].reshape(-1, 10), strict=True):
             key, value = tuple(record[1:5]), tuple(record[6:])
             assert record[5] == VALUE and max(key + value) <= 64 and min(key + value) >= 1
             if record[0] == KEY:
@@ -90,11 +90,25 @@ def test_held_out_look_ups_are_scored_at_the_exact_distance(distance: int) -> No
 def test_the_value_is_not_seen_between_definition_and_held_out_query() -> None:
     """Where a short look-up repeats a value, it does so in the segment of the definition."""
     sample = DictionaryLookup(eval_distance=7).sample("validation", 0, 0, 20, 64)
+
+    def records_of(targets: np.ndarray) -> np.ndarray:
+        return targets[targets != FILLER].reshape(-1, 10)
+
     for segment in range(7, 20):
-        records = sample.targets[segment, :60].reshape(-1, 10)
+        records = records_of(sample.targets[segment])
         for record in records[records[:, 0] == QUERY]:
-            between = sample.targets[segment - 6 : segment, :60].reshape(-1, 10)
+            between = records_of(sample.targets[segment - 6 : segment])
             assert not np.any(np.all(between[:, 1:5] == record[1:5], axis=1))
+
+
+def test_the_place_of_a_definition_does_not_follow_from_that_of_its_query() -> None:
+    distances = []
+    for index in range(20):
+        for targets in DictionaryLookup(short_fraction=1.0).sample("train", 0, index, 10, 128).targets:
+            starts = {tuple(targets[i + 1 : i + 5]): i for i in np.flatnonzero(targets == KEY)}
+            queries = np.flatnonzero(targets == QUERY)
+            distances += [i - starts[tuple(targets[i + 1 : i + 5])] for i in queries]
+    assert collections.Counter(distances).most_common(1)[0][1] < 0.25 * len(distances)
 
 
 def test_values_are_equally_likely() -> None:

@@ -1,7 +1,8 @@
 """Dictionary look-up (Tworkowski et al. 2023, "Focused Transformer", appendix): definitions `<k> k1..k4 <v> v1..v4`, and later queries `<q> k1..k4 <v> v1..v4`.
 
-Every segment begins with definitions and goes on with queries about its own definitions (short look-ups) or those of an earlier segment (long look-ups). Short ones are part of
-the training because stored keys and values get no gradient: what makes them useful far away is that they are useful nearby.
+Every segment mixes definitions with queries about its own definitions (short look-ups) or those of an earlier segment (long look-ups). Short ones are part of the training because
+stored keys and values get no gradient: what makes them useful far away is that they are useful nearby. For the same reason records stand in random order with random gaps: where the
+place of a definition could be guessed from that of the query, nothing would have to be looked up by its key.
 """
 
 from __future__ import annotations
@@ -91,21 +92,33 @@ class DictionaryLookup(SyntheticTask):
     def write(self, rng: np.random.Generator, split: Split, num_segments: int, segment_length: int) -> Text:
         num_definitions, num_queries = self._records_of_a_segment(segment_length)
         keys, values = self._entries(rng, num_segments * num_definitions)
-        entry, is_scored = self._queries(rng, split, num_segments, num_definitions, num_queries)
+        asked, is_scored = self._queries(rng, split, num_segments, num_definitions, num_queries)
+        defined = np.arange(len(keys)).reshape(num_segments, num_definitions)
+        # [U, records a segment], definitions first; then in the order of the text.
+        order = np.argsort(_times(rng, asked, defined), axis=1)
+        entry = np.take_along_axis(np.concatenate([defined, asked], axis=1), order, axis=1)
+        is_query = order >= num_definitions
+        is_scored = np.take_along_axis(np.pad(is_scored, ((0, 0), (num_definitions, 0))), order, axis=1)
         key_mark, value_mark, query_mark, filler = range(self.num_words + 1, self.num_words + 5)
-
-        def records(mark: int, entries: np.ndarray) -> np.ndarray:
-            marks = [np.full((len(entries), 1), m) for m in (mark, value_mark)]
-            return np.concatenate([marks[0], keys[entries], marks[1], values[entries]], axis=1)
-
-        definitions = records(key_mark, np.arange(len(keys))).reshape(num_segments, -1)
-        queries = records(query_mark, entry.ravel()).reshape(num_segments, -1)
-        rest = np.full((num_segments, segment_length - definitions.shape[1] - queries.shape[1]), filler)
-        ids = np.concatenate([definitions, queries, rest], axis=1)
-        is_value = np.arange(self.record_length) >= 2 + self.key_length
+        marks = np.where(is_query, query_mark, key_mark)[..., None]
+        records = np.concatenate([marks, keys[entry], np.full_like(marks, value_mark), values[entry]], axis=2)
+        place = self._places(rng, *entry.shape, segment_length)
+        ids = np.full((num_segments, segment_length), filler)
         is_answer = np.zeros(ids.shape, bool)
-        is_answer[:, definitions.shape[1] : -rest.shape[1]] = (is_scored[..., None] & is_value).reshape(queries.shape)
+        rows = np.arange(num_segments)[:, None, None]
+        ids[rows, place] = records
+        is_value = np.arange(self.record_length) >= 2 + self.key_length
+        is_answer[rows, place] = is_scored[..., None] & is_value
         return Text(ids.ravel(), is_answer.ravel())
+
+    def _places(
+        self, rng: np.random.Generator, num_segments: int, num_records: int, segment_length: int
+    ) -> np.ndarray:
+        """Position of every token of every record, int [U, records, record length]: one after the other, the filler of the segment spread over the gaps, one at the end."""
+        num_filler = segment_length - num_records * self.record_length - 1
+        gaps = rng.multinomial(num_filler, np.full(num_records + 1, 1 / (num_records + 1)), num_segments)[:, :-1]
+        starts = np.cumsum(gaps, axis=1) + np.arange(num_records) * self.record_length
+        return starts[..., None] + np.arange(self.record_length)
 
     def _records_of_a_segment(self, segment_length: int) -> tuple[int, int]:
         """Number of definitions and of queries.
@@ -157,3 +170,15 @@ class DictionaryLookup(SyntheticTask):
         drawn = rng.integers(least, np.maximum(reach, least) + 1, shape)
         is_long = (rng.random(shape) >= self.short_fraction) & (reach >= least)
         return np.where(is_long, drawn, 0)
+
+
+def _times(rng: np.random.Generator, asked: np.ndarray, defined: np.ndarray) -> np.ndarray:
+    """When each definition and each query of a segment comes, float [U, definitions + queries]: at random, but no query before its definition.
+
+    Args:
+      asked, defined: int [U, records], indices of definitions.
+    """
+    times = rng.random(defined.shape)
+    is_own = asked >= defined[:, :1]
+    not_before = np.where(is_own, times.ravel()[asked], 0.0)
+    return np.concatenate([times, not_before + (1 - not_before) * rng.random(asked.shape)], axis=1)
