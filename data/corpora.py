@@ -65,6 +65,11 @@ CORPORA: dict[str, Corpus] = {
 }
 
 
+def find(name: str) -> Corpus:
+    """The corpus of a name. Raises DataError where there is none."""
+    return _chosen(CORPORA, name, "corpus")
+
+
 def reader(corpus: str, source: str, settings: Mapping[str, str] = types.MappingProxyType({})) -> Reader:
     """The reader of a corpus.
 
@@ -77,7 +82,7 @@ def reader(corpus: str, source: str, settings: Mapping[str, str] = types.Mapping
     Raises:
       DataError: there is no such corpus, or no such setting, or a value is not of its type.
     """
-    made = _chosen(CORPORA, corpus, "corpus").open(source)
+    made = find(corpus).open(source)
     types_by_name = settings_of(made)
     values = {
         name: _converted(name, text, _chosen(types_by_name, name, "reader setting")) for name, text in settings.items()
