@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from memorizing import search as search_lib
 from memorizing.array_typing import (
@@ -53,9 +53,34 @@ class Memory:
     valid: MemoryValidity
 
 
+@struct.dataclass
+class Neighbours:
+    """What queries attended to: the softmax of `scale * scores` over K are its weights.
+
+    Attributes:
+      slots: int32 [B, T, N, K]; see `positions_back`.
+      scores: float32 [B, T, N, K], query . key; -inf where there is no neighbour. Where slots are sharded, K is a multiple of the number of neighbours, most of them none.
+    """
+
+    slots: Int[Array, "B T N K"]
+    scores: Float[Array, "B T N K"]
+
+
+def positions_back(slots: Any, clock: Any, num_slots: int, segment_length: int) -> Any:
+    """How many positions before the first one of the segment that reads it a slot was written; at least 1, at most M. Integer arrays of NumPy or JAX.
+
+    Args:
+      slots: valid slots of a memory.
+      clock: segments processed before the one that reads, by all rows alike.
+      num_slots, segment_length: M, T.
+    """
+    segments_back = 1 + (clock - 1 - slots // segment_length) % (num_slots // segment_length)
+    return segments_back * segment_length - slots % segment_length
+
+
 def read(
     queries: Queries, scale: HeadScale, memory: Memory, num_neighbors: int, search: Search
-) -> tuple[Queries, Bool[Array, "B T"]]:
+) -> tuple[Queries, Bool[Array, "B T"], Neighbours]:
     """Attends to the k nearest slots of each query: softmax over `scale * query . key` over the retrieved only.
 
     No gradient reaches the memory or the choice of the neighbours; queries and scale get theirs through the retrieved keys and values.
@@ -68,13 +93,13 @@ def read(
       search: how the k nearest are found.
 
     Returns:
-      What was read, [B, T, N, H], zero where nothing was found, and whether the row had anything to find, bool [B, T].
+      What was read, [B, T, N, H], zero where nothing was found; whether the row had anything to find, bool [B, T]; and what was found, which costs nothing unless it is used.
     """
     memory = jax.lax.stop_gradient(memory)
     return _sharded(
         functools.partial(_read_shard, num_neighbors=num_neighbors, search=search),
         in_specs=(_QUERIES, P("model"), _MEMORY),
-        out_specs=(_QUERIES, P("data", None)),
+        out_specs=(_QUERIES, P("data", None), Neighbours(_NEIGHBOURS, _NEIGHBOURS)),
     )(queries, scale, memory)
 
 
@@ -104,11 +129,13 @@ def empty(batch_size: int, num_heads: int, num_slots: int, head_dim: int, dtype:
 
 def _read_shard(
     queries: Queries, scale: HeadScale, memory: Memory, axis_name: str | None, *, num_neighbors: int, search: Search
-) -> tuple[Queries, Bool[Array, "B T"]]:
+) -> tuple[Queries, Bool[Array, "B T"], Neighbours]:
     by_head = queries.swapaxes(1, 2)
     with jax.named_scope("search"):
         scores, indices = _search_heads(jax.lax.stop_gradient(by_head), memory, num_neighbors, search)
         chosen = search_lib.winners(scores, num_neighbors, axis_name)
+        first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * memory.valid.shape[-1]
+        neighbours = Neighbours((first + indices).swapaxes(1, 2), jnp.where(chosen, scores, -jnp.inf).swapaxes(1, 2))
     with jax.named_scope("attend"):
         weighted, weights, shift = _attend_heads(by_head, scale, memory, indices, chosen)
     found = jnp.any(memory.valid, axis=-1)
@@ -119,7 +146,7 @@ def _read_shard(
         found = jax.lax.pmax(found.astype(jnp.int32), axis_name) > 0
     output = weighted / jnp.where(weights > 0, weights, 1.0)[..., None]
     found = jnp.broadcast_to(found[:, None], queries.shape[:2])
-    return output.swapaxes(1, 2).astype(queries.dtype), found
+    return output.swapaxes(1, 2).astype(queries.dtype), found, neighbours
 
 
 def _search_heads(
@@ -186,6 +213,7 @@ def _write_shard(memory: Memory, segment: Memory, clock: Clock, axis_name: str |
 # Logit of a neighbour that was not chosen: finite, so that a query without neighbours has a finite shift.
 _NOT_CHOSEN = -1e30
 _QUERIES = P("data", None, "model", None)
+_NEIGHBOURS = P("data", None, "model", "memory")
 _MEMORY = Memory(
     keys=P("data", "model", "memory", None), values=P("data", "model", "memory", None), valid=P("data", "memory")
 )

@@ -17,7 +17,7 @@ from memorizing.attention.base import Attention, LayerDims
 from memorizing.attention.full import FullAttention
 from memorizing.context import Report, Segment
 from memorizing.errors import UserError
-from memorizing.external_memory import Memory, Search
+from memorizing.external_memory import NEIGHBOURS, Memory, Search
 from memorizing.search import ExactSearch
 
 
@@ -127,7 +127,11 @@ class KNNCore(nn.Module):
         config = self.attention
         y_local, local_state, local_report = self.local(queries, keys, values, scale, segment, state.local)
         with jax.named_scope("external_memory"):
-            y_memory, found = external_memory.read(queries, scale, state.memory, config.num_neighbors, config.search)
+            y_memory, found, neighbours = external_memory.read(
+                queries, scale, state.memory, config.num_neighbors, config.search
+            )
+        # For those who look on (memorizing.inspection); nothing where the collection is not asked for.
+        self.sow("intermediates", NEIGHBOURS, jax.tree.map(segment.layout.own, neighbours))
         gate = nn.sigmoid(self.gate)
         memory_share = jnp.where(found[:, :, None, None], gate[None, None, :, None], 0.0).astype(y_local.dtype)
         metrics = {
