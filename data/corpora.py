@@ -9,9 +9,13 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import github
+from . import c4, github
+from .arxiv import ArxivReader
+from .c4 import C4Reader
 from .documents import Reader
 from .errors import DataError
+from .isabelle import IsabelleReader
+from .pg19 import PG19Reader
 
 # The source that every user has.
 STANDARD_LIBRARY = "stdlib"
@@ -48,26 +52,68 @@ def _github(source: str) -> Reader:
     return github.standard_library() if source == STANDARD_LIBRARY else github.GithubReader(source)
 
 
-_MEMORIZING_TRANSFORMERS = "Wu et al., Memorizing Transformers, ICLR 2022"
+_MEMORIZING_TRANSFORMERS = "Wu, Rabe, Hutchins, Szegedy: Memorizing Transformers. ICLR 2022"
 
 CORPORA: dict[str, Corpus] = {
     corpus.name: corpus
     for corpus in (
+        Corpus(
+            name="arxiv",
+            title="arXiv Math",
+            open=ArxivReader,
+            licence="mostly arXiv's non-exclusive licence to distribute: not to be passed on; each paper's is in the metadata",
+            citation=_MEMORIZING_TRANSFORMERS,
+            archives=(
+                "the bulk source s3://arxiv/src/arXiv_src_*.tar (requester pays, see info.arxiv.org/help/bulk_data_s3.html) "
+                "and arxiv-metadata-oai-snapshot.json (kaggle.com/datasets/Cornell-University/arxiv) in one folder"
+            ),
+        ),
         Corpus(
             name="github",
             title="GitHub",
             open=_github,
             licence="each repository has its own, which asks at least that its notice is kept",
             citation=_MEMORIZING_TRANSFORMERS,
-            archives="a folder of checkouts or of unpacked source distributions, one sub-folder each",
+            archives=(
+                "a folder of checkouts or of unpacked source distributions, one sub-folder each; or the tables licenses, files "
+                "and contents of bigquery-public-data.github_repos, exported as JSON lines into one folder"
+            ),
+        ),
+        Corpus(
+            name="isabelle",
+            title="Isabelle",
+            open=IsabelleReader,
+            licence="entries of the AFP: BSD, a few LGPL, as the metadata says; Isabelle: BSD",
+            citation=_MEMORIZING_TRANSFORMERS,
+            archives=(
+                "releases of the AFP (isa-afp.org/download) and of Isabelle (isabelle.in.tum.de), packed or unpacked, in one "
+                "folder; the paper's is of October 2021"
+            ),
+        ),
+        Corpus(
+            name="c4",
+            title="C4(4K+)",
+            open=C4Reader,
+            licence="ODC-BY, and the terms of use of Common Crawl",
+            citation=(
+                "Raffel, Shazeer, Roberts et al.: Exploring the Limits of Transfer Learning with a Unified Text-to-Text "
+                "Transformer. JMLR 2020"
+            ),
+            archives="en/c4-train.*.json.gz and en/c4-validation.*.json.gz of huggingface.co/datasets/allenai/c4 (305 GB)",
+            min_tokens=c4.MIN_TOKENS,
+            official_splits=True,
+        ),
+        Corpus(
+            name="pg19",
+            title="PG-19",
+            open=PG19Reader,
+            licence="texts in the public domain in the United States; metadata: Apache 2.0",
+            citation="Rae, Potapenko, Jayakumar, Lillicrap: Compressive Transformers for Long-Range Sequence Modelling. ICLR 2020",
+            archives="a copy of the bucket gs://deepmind-gutenberg (11 GB): train, validation, test and metadata.csv",
+            official_splits=True,
         ),
     )
 }
-
-
-def find(name: str) -> Corpus:
-    """The corpus of a name. Raises DataError where there is none."""
-    return _chosen(CORPORA, name, "corpus")
 
 
 def reader(corpus: str, source: str, settings: Mapping[str, str] = types.MappingProxyType({})) -> Reader:

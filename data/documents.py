@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 from .errors import DataError
 
+# Stands between the files that a document is joined from, and nothing else does: no names, no marks.
+SEPARATOR = "\n"
+
 
 class Document(NamedTuple):
     """One whole document.
@@ -47,6 +50,9 @@ class Reader(Protocol):
         Args:
           shard: one of `shards()`.
           skipped: counts what was left out, by reason.
+
+        Raises:
+          DataError: what every document needs is missing or damaged.
         """
 
 
