@@ -12,9 +12,11 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 import sentencepiece
+from etils import epath
 
 from memorizing.batch import Vocabulary as Vocabulary
 
@@ -37,6 +39,8 @@ class ByteVocabulary:
     name: str = "bytes"
     size: int = _NUM_SPECIAL + 256
     digest: str = "bytes"
+    end_id: ClassVar[int] = EOS_ID
+    unused_ids: ClassVar[tuple[int, ...]] = (PAD_ID, UNK_ID)
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _NUM_SPECIAL
@@ -63,6 +67,8 @@ class SentencePieceVocabulary:
     """
 
     model: bytes = dataclasses.field(repr=False)
+    end_id: ClassVar[int] = EOS_ID
+    unused_ids: ClassVar[tuple[int, ...]] = (PAD_ID, UNK_ID)
 
     @functools.cached_property
     def _processor(self) -> sentencepiece.SentencePieceProcessor:
@@ -71,6 +77,10 @@ class SentencePieceVocabulary:
     @functools.cached_property
     def size(self) -> int:
         return self._processor.vocab_size()
+
+    def piece_ids(self, *pieces: str) -> tuple[int, ...]:
+        """Ids of pieces, as the model writes them."""
+        return tuple(map(self._processor.piece_to_id, pieces))
 
     @property
     def name(self) -> str:
@@ -92,7 +102,7 @@ class SentencePieceVocabulary:
             piece = b""
             for character in self._raw_pieces[index]:
                 if is_escaped:
-                    piece, is_escaped = piece + _UNESCAPED[character], False
+                    piece, is_escaped = piece + _UNESCAPED.get(character, bytes([ord(_ESCAPE), character])), False
                 elif character == ord(_ESCAPE):
                     is_escaped = True
                 else:
@@ -136,6 +146,34 @@ def unescape(text: str) -> str:
     for character, escaped in reversed(ESCAPES):
         text = text.replace(escaped, character)
     return text
+
+
+# What a model that normalises, collapses spaces or knows no bytes does not give back.
+_HARD_TEXT = "\tx  =\n\n  \ufb01 e\u0301 \u6f22\U0001f600 </s> "
+
+
+def load(path: str) -> SentencePieceVocabulary:
+    """Reads a SentencePiece model.
+
+    Args:
+      path: of its file, local or gs://.
+
+    Raises:
+      DataError: there is none, or it would lose something of a text, or its ids of padding and end are other ones.
+    """
+    try:
+        loaded = SentencePieceVocabulary(epath.Path(path).read_bytes())
+        special, ids = loaded.piece_ids("<pad>", "</s>", "<unk>"), loaded.encode(_HARD_TEXT).tolist()
+        by_line = [id for line in _HARD_TEXT.splitlines(keepends=True) for id in loaded.encode(line).tolist()]
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"--vocabulary={path}: cannot be read as a SentencePiece model ({error})") from None
+    # Lines are tokenised one by one, see `tasks`.
+    if special != (PAD_ID, EOS_ID, UNK_ID) or loaded.decode(ids) != _HARD_TEXT or ids != by_line:
+        raise DataError(
+            f"--vocabulary={path} does not give back every text as it was, joins lines, or has other ids than {PAD_ID}, "
+            f"{EOS_ID} and {UNK_ID} for padding, end and unknown; train one with: memorizing prepare --vocab"
+        )
+    return loaded
 
 
 def train(lines: Iterable[str], size: int, num_threads: int = 2) -> SentencePieceVocabulary:

@@ -67,11 +67,15 @@ class Vocabulary(Protocol):
       name: "bytes", or "spm" and the number of ids.
       size: number of ids, special ones included.
       digest: equal digests mean equal ids.
+      end_id: the id that ends a document.
+      unused_ids: ids that stand for nothing, `PADDING` among them.
     """
 
     name: str
     size: int
     digest: str
+    end_id: int
+    unused_ids: tuple[int, ...]
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 [length], without an end."""
