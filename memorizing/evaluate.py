@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from memorizing import sharding
 from memorizing.array_typing import PerToken, RowFlags, Tree
 from memorizing.attention.knn import forget_memories, permute_memories
-from memorizing.batch import PADDING, Batch, DataSource
+from memorizing.batch import PADDING, Batch, DataSource, text_of
 from memorizing.context import Context
 from memorizing.losses import next_token_nats
 from memorizing.metrics import Values, perplexity
@@ -52,23 +52,42 @@ class Evaluation:
     """Sums over held-out documents. What counts are the positions with a loss weight.
 
     Attributes:
-      nats, tokens: float64 and int64 [documents], total -log p and number of scored tokens of each.
+      cell_nats, cell_tokens: float64 and int64 [documents, bins], total -log p and number of scored tokens by document and position in it; bin i covers the tokens from
+        `bin_starts[i]` up to the next bin's start.
+      bin_starts: int64 [bins], in tokens.
       answers, right_answers: runs of scored tokens within a segment, and how many of them are predicted without a mistake.
       right_tokens: scored tokens that are predicted rightly.
-      num_bytes: UTF-8 bytes of all documents, or None where text has no bytes.
-      nats_by_position, tokens_by_position: the same sums by position in the document; bin i covers the tokens from `bin_starts[i]` up to the next bin's start.
-      bin_starts: int64 [bins], in tokens.
+      documents: int64 [documents], their indices among the held-out documents, ascending.
+      document_bytes, document_words: int64 [documents], UTF-8 bytes and words of each, or None where there are none.
     """
 
-    nats: np.ndarray
-    tokens: np.ndarray
+    cell_nats: np.ndarray
+    cell_tokens: np.ndarray
+    bin_starts: np.ndarray
     answers: int
     right_answers: int
     right_tokens: int
-    num_bytes: int | None
-    nats_by_position: np.ndarray
-    tokens_by_position: np.ndarray
-    bin_starts: np.ndarray
+    documents: np.ndarray
+    document_bytes: np.ndarray | None
+    document_words: np.ndarray | None
+
+    @property
+    def nats(self) -> np.ndarray:
+        """By document."""
+        return self.cell_nats.sum(axis=1)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """By document."""
+        return self.cell_tokens.sum(axis=1)
+
+    @property
+    def nats_by_position(self) -> np.ndarray:
+        return self.cell_nats.sum(axis=0)
+
+    @property
+    def tokens_by_position(self) -> np.ndarray:
+        return self.cell_tokens.sum(axis=0)
 
     @property
     def loss(self) -> float:
@@ -86,10 +105,12 @@ class Evaluation:
         return self.right_tokens / max(int(self.tokens.sum()), 1)
 
     def values(self) -> Values:
-        """The figures to log: loss, perplexity per token, tokens, and bits per byte where there are bytes."""
+        """The figures to log: loss, perplexity per token, tokens, and bits per byte and perplexity per word where there are bytes and words."""
         values = {"loss": self.loss, "perplexity": perplexity(self.loss), "tokens": float(self.tokens.sum())}
-        if self.num_bytes:
-            values["bits_per_byte"] = float(self.nats.sum()) / math.log(2) / self.num_bytes
+        if self.document_bytes is not None:
+            values["bits_per_byte"] = float(self.nats.sum()) / math.log(2) / max(self.document_bytes.sum(), 1)
+        if self.document_words is not None:
+            values["word_perplexity"] = perplexity(float(self.nats.sum()) / max(self.document_words.sum(), 1))
         return values
 
 
@@ -146,7 +167,7 @@ class Evaluator:
                 pending = jax.tree.map(np.asarray, self._rows.gather((result, placed, *place)))
         if pending:
             sums.add(*pending)
-        return sums.result(source.document_bytes)
+        return sums.result(source)
 
 
 def accuracy_by_reach(
@@ -187,8 +208,8 @@ class _Sums:
 
     def __init__(self, segment_length: int) -> None:
         self._segment_length = segment_length
-        self._by_document: dict[int, list[float]] = {}
-        self._by_bin: dict[int, list[float]] = {}
+        # By document and bin: nats, tokens.
+        self._cells: dict[tuple[int, int], np.ndarray] = {}
         self._answers = self._right_answers = self._right_tokens = 0
 
     def add(self, result: tuple[Any, Any], batch: Batch, document: np.ndarray, offset: np.ndarray) -> None:
@@ -196,30 +217,35 @@ class _Sums:
         weights = np.asarray(batch.loss_weights[:, 0], np.float64) * (document >= 0)[:, None]
         # where(): a position that does not count may be anything.
         nats = np.where(weights > 0, nats * weights, 0.0).sum(axis=1, dtype=np.float64)
+        sums = np.stack([nats, weights.sum(axis=1)], axis=1)
         for row in np.flatnonzero(document >= 0):
             # Bins double: segment 0, segment 1, segments 2-3, 4-7, ...; a segment lies in one bin.
             position_bin = int(offset[row] // self._segment_length).bit_length()
-            for sums, key in ((self._by_document, int(document[row])), (self._by_bin, position_bin)):
-                entry = sums.setdefault(key, [0.0, 0.0])
-                entry[0] += nats[row]
-                entry[1] += weights[row].sum()
+            cell = self._cells.setdefault((int(document[row]), position_bin), np.zeros(2))
+            cell += sums[row]
         self._add_answers(weights > 0, is_right)
 
-    def result(self, document_bytes: np.ndarray | None) -> Evaluation:
-        documents, bins = (
-            np.array([sums[key] for key in sorted(sums)]).reshape(-1, 2) for sums in (self._by_document, self._by_bin)
-        )
-        starts = [0 if index == 0 else self._segment_length << (index - 1) for index in sorted(self._by_bin)]
+    def result(self, source: DataSource) -> Evaluation:
+        documents, bins = (sorted(set(keys)) for keys in zip(*self._cells, strict=True)) if self._cells else ([], [])
+        cells = np.zeros((len(documents), len(bins), 2))
+        for (document, position_bin), sums in self._cells.items():
+            cells[documents.index(document), bins.index(position_bin)] = sums
+        documents = np.array(documents, np.int64)
+        text = text_of(source)
+
+        def of_documents(sizes: Sequence[int] | None) -> np.ndarray | None:
+            return None if sizes is None else np.asarray(sizes, np.int64)[documents]
+
         return Evaluation(
-            nats=documents[:, 0],
-            tokens=documents[:, 1].astype(np.int64),
+            cell_nats=cells[..., 0],
+            cell_tokens=cells[..., 1].astype(np.int64),
+            bin_starts=np.array([0 if i == 0 else self._segment_length << (i - 1) for i in bins], np.int64),
             answers=self._answers,
             right_answers=self._right_answers,
             right_tokens=self._right_tokens,
-            num_bytes=None if document_bytes is None else int(np.sum(document_bytes)),
-            nats_by_position=bins[:, 0],
-            tokens_by_position=bins[:, 1].astype(np.int64),
-            bin_starts=np.array(starts, np.int64),
+            documents=documents,
+            document_bytes=of_documents(source.document_bytes),
+            document_words=of_documents(text.document_words if text else None),
         )
 
     def _add_answers(self, counts: np.ndarray, is_right: np.ndarray) -> None:
