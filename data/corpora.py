@@ -116,6 +116,11 @@ CORPORA: dict[str, Corpus] = {
 }
 
 
+def find(name: str) -> Corpus:
+    """The corpus of a name. Raises DataError where there is none."""
+    return _chosen(CORPORA, name, "corpus")
+
+
 def reader(corpus: str, source: str, settings: Mapping[str, str] = types.MappingProxyType({})) -> Reader:
     """The reader of a corpus.
 
