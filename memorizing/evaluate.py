@@ -226,11 +226,11 @@ class _Sums:
         self._add_answers(weights > 0, is_right)
 
     def result(self, source: DataSource) -> Evaluation:
-        documents, bins = (sorted(set(keys)) for keys in zip(*self._cells, strict=True)) if self._cells else ([], [])
+        keys = np.array(list(self._cells), np.int64).reshape(-1, 2)
+        (documents, document), (bins, position_bin) = (np.unique(column, return_inverse=True) for column in keys.T)
         cells = np.zeros((len(documents), len(bins), 2))
-        for (document, position_bin), sums in self._cells.items():
-            cells[documents.index(document), bins.index(position_bin)] = sums
-        documents = np.array(documents, np.int64)
+        for key, sums in zip(zip(document, position_bin, strict=True), self._cells.values(), strict=True):
+            cells[key] = sums
         text = text_of(source)
 
         def of_documents(sizes: Sequence[int] | None) -> np.ndarray | None:
@@ -239,7 +239,7 @@ class _Sums:
         return Evaluation(
             cell_nats=cells[..., 0],
             cell_tokens=cells[..., 1].astype(np.int64),
-            bin_starts=np.array([0 if i == 0 else self._segment_length << (i - 1) for i in bins], np.int64),
+            bin_starts=np.array([self._segment_length << (i - 1) if i else 0 for i in bins.tolist()], np.int64),
             answers=self._answers,
             right_answers=self._right_answers,
             right_tokens=self._right_tokens,
