@@ -1,49 +1,39 @@
-"""The GitHub corpus of Wu et al. 2022 (section 4.1): one document a repository, read from a folder of checkouts.
+"""The GitHub corpus of Wu et al. 2022 (section 4.1) from a folder of checkouts, or of unpacked source distributions.
 
-The files of a repository are joined depth-first: files and sub-directories of each directory in random order, the files
-of a directory before its sub-directories, and each directory in one piece, so that code that belongs together is near.
-The random order is the order of hashes of the paths, salted with the repository's name: it is the same on every
-machine, and a file that is added leaves the others in their order. Files are separated by one newline and nothing else:
-no names, no marks.
+A repository is a document; see `repositories` for the order of its files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
+import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 
-from . import source_files
+from . import archives, licences, source_files
+from .documents import SEPARATOR as SEPARATOR
 from .documents import Document
 from .errors import DataError
+from .repositories import NO_LICENCE, VENDORED, Repositories
 
-SEPARATOR = "\n"
+_GIT = ".git"
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
+_EXPECTED = "a folder that holds one sub-folder a repository, or an owner's repositories in a sub-folder of their own"
 
 
 @dataclasses.dataclass(frozen=True)
-class GithubReader:
-    """A folder of repositories.
+class GithubReader(Repositories):
+    """A folder of repositories; a shard is a repository.
+
+    Every sub-folder is one, unless it only holds checkouts: then it is their owner.
 
     Attributes:
-      root: every sub-folder is one repository.
-      languages: which source files are read, out of `source_files.SUFFIXES`.
       single_files: whether a source file that lies in `root` is a repository too.
-      exclude: names of further directories to leave out, at any depth.
-      min_bytes: repositories with less source than this are left out.
-      max_bytes: no further file of a repository is read when it would exceed this many bytes.
-      max_file_bytes: larger files are left out.
     """
 
-    root: str
-    languages: tuple[str, ...] = tuple(source_files.SUFFIXES)
     single_files: bool = False
-    exclude: tuple[str, ...] = ()
-    min_bytes: int = 1 << 10
-    max_bytes: int = 32 << 20
-    max_file_bytes: int = 1 << 20
 
     def shards(self) -> list[str]:
         """Names of the repositories; see `documents.Reader`."""
@@ -51,86 +41,68 @@ class GithubReader:
         try:
             entries = sorted(os.scandir(self.root), key=lambda entry: entry.name)
         except FileNotFoundError:
-            raise DataError(f"no folder {self.root!r}; give a folder that holds one sub-folder a repository") from None
+            raise DataError(f"no folder {self.root!r}; give {_EXPECTED}") from None
         except OSError as error:
-            raise DataError(f"cannot read the folder {self.root!r}: {error.strerror}") from None
-        return [
-            entry.name
-            for entry in entries
-            if entry.is_symlink() or entry.is_dir() or (self.single_files and _is_source(entry, suffixes))
-        ]
+            raise DataError(f"cannot read the folder {self.root!r}: {error.strerror}; give {_EXPECTED}") from None
+        shards = []
+        for entry in entries:
+            if entry.is_symlink() or entry.is_dir():
+                shards += _checkouts(entry) or [entry.name]
+            elif archives.is_archive(entry.name) or (self.single_files and _is_source(entry, suffixes)):
+                shards.append(entry.name)
+        return shards
 
     def documents(self, shard: str, skipped: Counter[str]) -> Iterator[Document]:
         """Yields one repository, or none; see `documents.Reader`."""
         path = os.path.join(self.root, shard)
         if os.path.islink(path):
-            skipped["symbolic link"] += 1
-        elif os.path.isdir(path) and self._is_excluded(shard):
-            skipped["vendored or excluded directory"] += 1
-        else:
-            key = _printable(shard)
-            texts = list(self._texts(path, key, skipped))
-            text = SEPARATOR.join(texts)
-            if len(text.encode()) < self.min_bytes:
-                skipped["repository too small"] += 1
+            skipped[archives.SYMBOLIC_LINK] += 1
+        elif os.path.isfile(path):
+            if self.single_files and not archives.is_archive(shard):
+                yield from self.document(
+                    _printable(shard), [shard], self._reader(self.root), {"license": None}, skipped
+                )
             else:
-                yield Document(key, text, {"num_files": len(texts)})
+                skipped["packed archive, to be unpacked first"] += 1
+        elif any(map(self.is_excluded, shard.split("/"))):
+            skipped[VENDORED] += 1
+        else:
+            licence = _licence(path)
+            if self.is_allowed(licence):
+                metadata = {"license": licence, "commit": _commit(path)}
+                files = list(self._files(path, skipped))
+                yield from self.document(_printable(shard), files, self._reader(path), metadata, skipped)
+            else:
+                skipped[NO_LICENCE] += 1
 
-    def _texts(self, repository: str, key: str, skipped: Counter[str]) -> Iterator[str]:
-        """Texts of a repository's source files, until the cap is reached."""
-        num_bytes = 0
-        for path in self._files(repository, key, skipped):
-            text, reason = source_files.read_text(path, self.max_file_bytes)
-            if reason is None:
-                size = len(text.encode()) + len(SEPARATOR)
-                if num_bytes + size <= self.max_bytes:
-                    num_bytes += size
-                    yield text
-                    continue
-                reason = "repository too large"
-            skipped[reason] += 1
+    def _reader(self, folder: str):
+        return lambda path: source_files.read_text(os.path.join(folder, path), self.max_file_bytes)
 
-    def _files(self, repository: str, key: str, skipped: Counter[str]) -> Iterator[str]:
-        """Paths of the files of the languages, in the order of the document; a stack, so that no depth is too deep."""
-        suffixes = source_files.suffixes_of(self.languages)
-        if os.path.isfile(repository):
-            yield repository
-            return
-
-        def shuffled(paths: list[str]) -> list[str]:
-            return sorted(paths, key=lambda path: _hash(key, os.path.relpath(path, repository)))
-
-        pending = [repository]
-        while pending:
-            files, directories = self._list(pending.pop(), suffixes, skipped)
-            yield from shuffled(files)
-            pending.extend(reversed(shuffled(directories)))
-
-    def _list(self, directory: str, suffixes: frozenset[str], skipped: Counter[str]) -> tuple[list[str], list[str]]:
-        """Source files and sub-directories of a directory.
+    def _files(self, repository: str, skipped: Counter[str]) -> Iterator[str]:
+        """Paths of the source files of a repository, in no particular order.
 
         Symbolic links are not followed: they may lead outside, or in a circle.
         """
-        files, directories = [], []
-        try:
-            entries = list(os.scandir(directory))
-        except OSError:
-            skipped["unreadable"] += 1
-            return [], []
-        for entry in entries:
-            if entry.is_symlink():
-                skipped["symbolic link"] += 1
-            elif entry.is_dir(follow_symlinks=False):
-                if self._is_excluded(entry.name):
-                    skipped["vendored or excluded directory"] += 1
-                else:
-                    directories.append(entry.path)
-            elif _is_source(entry, suffixes):
-                files.append(entry.path)
-        return files, directories
-
-    def _is_excluded(self, directory_name: str) -> bool:
-        return source_files.is_vendored(directory_name) or directory_name in self.exclude
+        suffixes = source_files.suffixes_of(self.languages)
+        pending = [""]
+        while pending:
+            directory = pending.pop()
+            try:
+                entries = list(os.scandir(os.path.join(repository, directory)))
+            except OSError:
+                skipped["unreadable"] += 1
+                continue
+            for entry in entries:
+                path = os.path.join(directory, entry.name)
+                if entry.is_symlink():
+                    skipped[archives.SYMBOLIC_LINK] += 1
+                elif entry.is_dir(follow_symlinks=False):
+                    if self.is_excluded(entry.name):
+                        skipped[VENDORED] += 1
+                    else:
+                        pending.append(path)
+                elif _is_source(entry, suffixes):
+                    yield path
 
 
 def standard_library() -> GithubReader:
@@ -141,6 +113,8 @@ def standard_library() -> GithubReader:
     return GithubReader(
         root=sysconfig.get_paths()["stdlib"],
         languages=("python",),
+        # All of it is under Python's own, which no package repeats.
+        licences=(licences.ANY,),
         single_files=True,
         # Their presence depends on how Python was installed.
         exclude=("test", "tests", "idle_test", "lib-dynload", "ensurepip"),
@@ -148,14 +122,50 @@ def standard_library() -> GithubReader:
     )
 
 
+def _checkouts(folder: os.DirEntry[str]) -> list[str]:
+    """Names of the checkouts in a folder that is none itself, as "OWNER/NAME"."""
+    if folder.is_symlink() or os.path.exists(os.path.join(folder.path, _GIT)):
+        return []
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder.path) if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return []
+    return [f"{folder.name}/{name}" for name in names if os.path.isdir(os.path.join(folder.path, name, _GIT))]
+
+
+def _licence(repository: str) -> str | None:
+    """What the files at the top of a repository tell of its licence."""
+    texts = {}
+    for entry in os.scandir(repository):
+        if licences.is_licence_file(entry.name) and entry.is_file(follow_symlinks=False):
+            texts[entry.name] = _start_of(entry.path)
+    return licences.of_files(texts)
+
+
+def _commit(repository: str) -> str | None:
+    """The commit that is checked out, or None."""
+    head = _start_of(os.path.join(repository, _GIT, "HEAD")).strip()
+    if head.startswith("ref: "):
+        reference = head.removeprefix("ref: ")
+        head = _start_of(os.path.join(repository, _GIT, reference)).strip()
+        packed = _start_of(os.path.join(repository, _GIT, "packed-refs"))
+        lines = (line.split(" ") for line in packed.splitlines())
+        head = head or next((words[0] for words in lines if words[1:] == [reference]), "")
+    return head if _COMMIT.fullmatch(head) else None
+
+
+def _start_of(path: str) -> str:
+    """The first megabyte of a small text file, "" where there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(1 << 20)
+    except OSError:
+        return ""
+
+
 def _is_source(entry: os.DirEntry[str], suffixes: frozenset[str]) -> bool:
     # Only regular files: to read a pipe could take for ever.
-    return os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file(follow_symlinks=False)
-
-
-def _hash(key: str, path: str) -> bytes:
-    # A file name need not be UTF-8, hence surrogateescape; the separator makes the salt unambiguous.
-    return hashlib.sha256(f"{key}\0{path}".encode("utf-8", "surrogateescape")).digest()
+    return source_files.is_source(entry.name, suffixes) and entry.is_file(follow_symlinks=False)
 
 
 def _printable(name: str) -> str:

@@ -55,6 +55,11 @@ def is_vendored(directory_name: str) -> bool:
     return directory_name.startswith(".") or directory_name.lower() in VENDORED
 
 
+def is_source(name: str, suffixes: frozenset[str]) -> bool:
+    """Whether a file's name is that of source code, by one of `suffixes_of`."""
+    return os.path.splitext(name)[1].lower() in suffixes
+
+
 def read_text(path: str | os.PathLike[str], max_bytes: int) -> tuple[str, str | None]:
     """Reads a source file.
 
@@ -79,9 +84,15 @@ def read_text(path: str | os.PathLike[str], max_bytes: int) -> tuple[str, str | 
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return "", "not UTF-8"
+    reason = reason_against(text)
+    return ("", reason) if reason else (text, None)
+
+
+def reason_against(text: str) -> str | None:
+    """Why a file of this text is not what somebody wrote, or None."""
     if not text.strip():
-        return "", "empty"
+        return "empty"
     lines = text.split("\n")
     if max(map(len, lines)) > _MAX_LINE_LENGTH or _GENERATED.search("\n".join(lines[:_LINES_OF_HEADER])):
-        return "", "generated"
-    return text, None
+        return "generated"
+    return None

@@ -17,7 +17,7 @@ def write(root, path, text="x = 1\n"):
 
 
 def read(root, skipped=None, **settings):
-    reader = GithubReader(str(root), **({"min_bytes": 1} | settings))
+    reader = GithubReader(str(root), **({"min_bytes": 1, "licences": ("any",)} | settings))
     return {document.key: document.text for document in documents.read(reader, skipped)}
 
 
@@ -147,7 +147,7 @@ def test_single_files_are_repositories_only_on_request(tmp_path):
 def test_unwanted_documents_are_passed_over(tmp_path):
     for name in ("a", "b", "c"):
         write(tmp_path, f"{name}/x.py", name)
-    reader = GithubReader(str(tmp_path), min_bytes=1)
+    reader = GithubReader(str(tmp_path), min_bytes=1, licences=("any",))
     assert [document.key for document in documents.read(reader, wanted={"a", "c"})] == ["a", "c"]
 
 
@@ -168,7 +168,7 @@ def test_standard_library_is_a_corpus_of_long_documents():
 
 def test_survey_tells_texts_apart(tmp_path):
     write(tmp_path, "repo/a.py", "one")
-    reader = GithubReader(str(tmp_path), min_bytes=1)
+    reader = GithubReader(str(tmp_path), min_bytes=1, licences=("any",))
     first = documents.survey(reader)
     assert first.num_bytes == {"repo": 3}
     assert documents.survey(reader) == first

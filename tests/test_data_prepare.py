@@ -37,6 +37,7 @@ def corpus(tmp_path_factory):
         folder = root / f"répository {index}"
         (folder / "node_modules").mkdir(parents=True)
         (folder / "node_modules" / "vendored.ts").write_text("left out")
+        (folder / "LICENSE").write_text("SPDX-License-Identifier: MIT\n")
         (folder / "hard.py").write_bytes(HARD_TEXT.encode())
         body = "".join(f"def function_{index}_{n}(self):\n    return {n}\n\n" for n in range(200 * (index + 1)))
         (folder / "long.py").write_text(body)
@@ -164,6 +165,7 @@ def test_mistakes_are_told_in_a_line_and_leave_nothing(corpus, tmp_path, monkeyp
     for folder, name in (("empty", "notes.txt"), ("full", "thesis.tex"), ("single/repo", "a.py")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / name).write_text("x = 1\n" * 1000)
+    (tmp_path / "single/repo/LICENSE").write_text("SPDX-License-Identifier: MIT\n")
     before = sorted(tmp_path.rglob("*"))
     assert run("--task=github_bytes", f"--source={corpus}", "--output=cache", *flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
