@@ -24,6 +24,8 @@ Language models that remember: training with external memories in JAX.
 # Name of a command: its module, and what it does.
 COMMANDS = {
     "train": ("memorizing.commands.train", "train a model and evaluate it"),
+    "evaluate": ("memorizing.commands.evaluate", "a finished run on held-out documents, with several memories"),
+    "inspect": ("memorizing.commands.inspect", "see what the memory of a run looks up"),
     "plan": ("memorizing.commands.plan", "what a run will cost"),
     "prepare": ("memorizing.data.prepare", "make a token cache from a corpus"),
     "launch": ("memorizing.launch.command", "start a run on a pod, or on several processes here"),

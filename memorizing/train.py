@@ -138,7 +138,7 @@ class _Run:
         evaluations = {"as trained": self._evaluate(step)}
         if self.experiment.model.has_memory:
             evaluations["memory cleared"] = self._evaluate(step, "memory_cleared")
-        plots.loss_by_position(evaluations, self.workdir / "loss_by_position.png")
+        (self.workdir / "loss_by_position.png").write_bytes(plots.loss_by_position(evaluations))
         summary: dict[str, Any] = {name: evaluation.values() for name, evaluation in evaluations.items()}
         self.progress.say(_table(evaluations))
         if self.experiment.loop.evaluate_segments:

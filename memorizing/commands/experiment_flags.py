@@ -18,6 +18,15 @@ def add_gin_file(parser: argparse.ArgumentParser, default: str | None = None) ->
     )
 
 
+DEFAULT_WORKDIR = "runs/demo"
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds `--workdir` and `--step`, which name a checkpoint of a finished run; without `--workdir` it is that of the demo (`DEFAULT_WORKDIR`)."""
+    parser.add_argument("--workdir", metavar="DIR", help=f"folder of the run (default: {DEFAULT_WORKDIR})")
+    parser.add_argument("--step", type=int, metavar="STEP", help="checkpoint to use (default: the newest)")
+
+
 def use_devices(rows: int) -> None:
     """Makes the CPU cores devices, as many as divide `rows`. Before anything else uses jax."""
     from memorizing.sharding import use_cpu_cores
