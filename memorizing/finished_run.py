@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from memorizing import sharding
 from memorizing.array_typing import Tree
-from memorizing.batch import Vocabulary
+from memorizing.batch import Vocabulary, text_of
 from memorizing.checkpoint import read_arrays
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
@@ -48,9 +48,12 @@ class FinishedRun:
         Raises:
           UserError: the data has another vocabulary than the run was trained with.
         """
-        vocabulary = self.experiment.data.vocabulary
+        text = text_of(self.experiment.data)
+        if text is None:
+            return None
+        vocabulary = text.vocabulary
         record = self.workdir / VOCABULARY
-        if vocabulary and record.exists():
+        if record.exists():
             trained = json.loads(record.read_text())
             if trained["digest"] != vocabulary.digest:
                 raise UserError(
@@ -58,6 +61,15 @@ class FinishedRun:
                     f"{vocabulary.name} ({vocabulary.digest[:12]}): name the token cache that it was trained on, --gin.CachedCorpus.path=..."
                 )
         return vocabulary
+
+    def check_data(self) -> None:
+        """Raises UserError where the data is not what the model reads: another vocabulary, or more ids than it knows."""
+        num_ids, known = self.experiment.data.vocab_size, self.experiment.model.vocab_size
+        if num_ids > known:
+            raise UserError(
+                f"--workdir={self.workdir}: its model knows {known} token ids, but its data now has {num_ids}"
+            )
+        _ = self.vocabulary
 
     def params_on(self, mesh: Mesh) -> Tree:
         """The parameters on the devices of a mesh, sharded as in training."""
