@@ -9,8 +9,9 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import c4, github
+from . import bigquery, c4, github
 from .arxiv import ArxivReader
+from .bigquery import BigQueryReader
 from .c4 import C4Reader
 from .documents import Reader
 from .errors import DataError
@@ -49,7 +50,9 @@ class Corpus:
 
 
 def _github(source: str) -> Reader:
-    return github.standard_library() if source == STANDARD_LIBRARY else github.GithubReader(source)
+    if source == STANDARD_LIBRARY:
+        return github.standard_library()
+    return BigQueryReader(source) if bigquery.is_export(source) else github.GithubReader(source)
 
 
 _MEMORIZING_TRANSFORMERS = "Wu, Rabe, Hutchins, Szegedy: Memorizing Transformers. ICLR 2022"
