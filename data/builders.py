@@ -1,55 +1,51 @@
-"""A TFDS builder around any corpus reader: it writes whole documents, which the seqio Tasks read."""
+"""TFDS builders of the corpora: they write whole documents, which the seqio Tasks read.
+
+    builder = tfds.builder("memorizing_arxiv")          # after: import memorizing.data.builders
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=ARCHIVES))
+
+`memorizing prepare` reads the corpora without them; they are for whoever wants the documents in TFDS or seqio.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from . import documents
+from . import corpora, splits
 from .documents import Reader
+from .splits import Splits
 
 TEXT = "text"
 DOCUMENT_ID = "doc_id"
 NUM_BYTES = "num_bytes"
 
 
-@dataclasses.dataclass(kw_only=True)
-class CorpusConfig(tfds.core.BuilderConfig):
-    """What a builder reads.
+class CorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Documents of a corpus, each as its key, its text and its size.
 
-    Attributes:
-      name: of the corpus.
-      reader: of its documents.
-      splits: keys of the documents of each split.
-      advance: called after each document.
+    A corpus without official splits is divided by the hash of the keys, as `memorizing prepare` does.
     """
 
-    # TFDS logs its configurations: without all the keys.
-    reader: Reader = dataclasses.field(repr=False)
-    splits: Mapping[str, frozenset[str]] = dataclasses.field(repr=False)
-    advance: Callable[[], None] = dataclasses.field(default=lambda: None, repr=False)
-
-
-class Documents(tfds.core.GeneratorBasedBuilder):
-    """Documents of a corpus, `documents/CORPUS:VERSION`, each as its key, its text and its size."""
-
     VERSION = tfds.core.Version("1.0.0")
+    CORPUS: ClassVar[corpora.Corpus]
+    VALIDATION_FRACTION: ClassVar[float] = 0.05
 
     @property
-    def seqio_name(self) -> str:
-        """How seqio wants a dataset to be named: with its version."""
-        return f"{self.name}/{self.builder_config.name}:{self.version}"
+    def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:
+        return f"The manual folder is the source of the corpus: {self.CORPUS.archives}."
 
     def _info(self) -> tfds.core.DatasetInfo:
         # Not `dataset_info_from_configs`: it looks for files beside a builder and fails where there are none.
         return tfds.core.DatasetInfo(
             builder=self,
+            description=f"{self.CORPUS.title}: whole documents. {self.CORPUS.archives}",
+            license=self.CORPUS.licence,
+            citation=self.CORPUS.citation,
             features=tfds.features.FeaturesDict(
                 {
                     DOCUMENT_ID: tfds.features.Text(),
@@ -62,37 +58,44 @@ class Documents(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Any]]]:
-        del dl_manager  # Nothing is downloaded; the reader knows where the corpus is.
-        return {split: self._generate_examples(keys) for split, keys in self.builder_config.splits.items()}
+        reader = corpora.reader(self.CORPUS.name, os.fspath(dl_manager.manual_dir))
+        rule, numbers = self._divide(reader)
+        return {splits.NAMES[number]: self._generate_examples(reader, rule, number) for number in sorted(numbers)}
 
-    def _generate_examples(self, keys: frozenset[str]) -> Iterator[tuple[int, Any]]:
-        for index, document in enumerate(documents.read(self.builder_config.reader, wanted=keys)):
-            num_bytes = len(document.text.encode())
-            yield index, {DOCUMENT_ID: document.key, TEXT: document.text, NUM_BYTES: num_bytes}
-            self.builder_config.advance()
+    def _divide(self, reader: Reader) -> tuple[Splits, set[int]]:
+        """The rule of the splits, and the numbers of those that have documents."""
+        hashes, official = [], []
+        for shard in reader.shards():
+            for document in reader.documents(shard, Counter()):
+                hashes.append(splits.key_hash(document.key))
+                official.append(splits.number(document.metadata.get("split"), document.key))
+        by_hash = np.asarray(hashes, np.uint64)
+        if self.CORPUS.official_splits:
+            rule: Splits = splits.OfficialSplits()
+        else:
+            rule = splits.by_rank(by_hash, self.VALIDATION_FRACTION)
+        numbers = rule.numbers((), by_hash, np.asarray(official, np.int8))
+        return rule, set(numbers.tolist())
+
+    def _generate_examples(self, reader: Reader, rule: Splits, number: int) -> Iterator[tuple[int, Any]]:
+        index = 0
+        for shard in reader.shards():
+            for document in reader.documents(shard, Counter()):
+                if _number(rule, document.key, document.metadata.get("split")) == number:
+                    num_bytes = len(document.text.encode())
+                    yield index, {DOCUMENT_ID: document.key, TEXT: document.text, NUM_BYTES: num_bytes}
+                    index += 1
 
 
-def build(
-    corpus: str,
-    reader: Reader,
-    splits: Mapping[str, frozenset[str]],
-    directory: str,
-    advance: Callable[[], None] = lambda: None,
-) -> Documents:
-    """Writes the documents of a corpus.
+def _number(rule: Splits, key: str, official: str | None) -> int:
+    hashes, given = np.asarray([splits.key_hash(key)], np.uint64), np.asarray([splits.number(official, key)], np.int8)
+    return int(rule.numbers([key], hashes, given)[0])
 
-    Args:
-      corpus: its name.
-      reader: of its documents.
-      splits: keys of the documents of each split.
-      directory: to write into.
-      advance: called after each document.
-    """
-    tfds.disable_progress_bar()
-    builder = Documents(
-        data_dir=directory, config=CorpusConfig(name=corpus, reader=reader, splits=splits, advance=advance)
-    )
-    # It prints that it downloads, which it does not.
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
-    return builder
+
+def _builder(corpus: corpora.Corpus) -> type[CorpusBuilder]:
+    # TFDS names a builder after its class, and has a c4 and a pg19 of its own.
+    name = f"Memorizing{corpus.name.capitalize()}"
+    return type(name, (CorpusBuilder,), {"CORPUS": corpus, "__doc__": corpus.title, "__module__": __name__})
+
+
+BUILDERS: dict[str, type[CorpusBuilder]] = {corpus.name: _builder(corpus) for corpus in corpora.CORPORA.values()}

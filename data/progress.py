@@ -23,7 +23,7 @@ class Progress:
         self._console.print(line)
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """A stage, while it runs.
 
         Args:
@@ -31,18 +31,18 @@ class Progress:
           total: documents that it will go through, where that is known.
 
         Yields:
-          A function to call after each document.
+          A function to call with the number of documents that were done since the last call.
         """
         start, count = time.monotonic(), 0
         with self._live(name, total) as show:
 
-            def advance() -> None:
+            def advance(more: int) -> None:
                 nonlocal count
-                count += 1
+                count += more
                 show(count)
 
             yield advance
-        done = f"{count} documents, " if count else ""
+        done = f"{count:,} documents, " if count else ""
         self.print(f"{name}: {done}{time.monotonic() - start:.1f} s")
 
     @contextlib.contextmanager
@@ -67,6 +67,6 @@ class Progress:
             nonlocal last
             if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                self.print(f"{name}: {count}{f' of {total}' if total else ''} documents")
+                self.print(f"{name}: {count:,}{f' of {total:,}' if total else ''} documents")
 
         return show

@@ -15,6 +15,9 @@ from memorizing.batch import EvaluationBatch, Vocabulary
 from . import paths, splits, streams, task_name, token_cache
 from .corpora import CORPORA, STANDARD_LIBRARY
 from .errors import DataError
+from .order import Line
+from .read_ahead import ReadAhead
+from .streams import DocumentStream
 from .token_cache import Split, TokenCache
 
 
@@ -90,17 +93,18 @@ class CachedCorpus:
                 f"the corpus of {self.task} could not be prepared: {last_line.removeprefix('memorizing: ')}"
             )
 
-    def train_batches(
-        self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int
-    ) -> streams.DocumentStream:
+    def train_batches(self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int) -> ReadAhead:
         """See `DataSource`."""
-        return streams.DocumentStream(
-            self._cache.split(splits.TRAIN), self._cache.fingerprint, num_rows, rows, num_segments, segment_length, seed
-        )
+        documents = self._cache.split(splits.TRAIN)
+        line = Line([len(documents)], seed)
+        fingerprint = self._cache.fingerprint
+        return ReadAhead(DocumentStream(documents, fingerprint, line, num_rows, rows, num_segments, segment_length))
 
-    def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
+    def evaluation_batches(
+        self, num_rows: int, segment_length: int, rows: range | None = None
+    ) -> Iterator[EvaluationBatch]:
         """See `DataSource`."""
-        return streams.evaluation_batches(self._validation, num_rows, segment_length)
+        return streams.evaluation_batches(self._validation, num_rows, segment_length, rows)
 
     @property
     def text(self) -> CachedCorpus:

@@ -1,21 +1,39 @@
 """Documents as segments: the training stream, whose position is saved exactly, and the pass over held-out documents.
 
-Training documents stand in an endless line: a permutation of all of them, then another one, an epoch each. Of R rows,
-row r takes the documents at the positions r, r + R, r + 2R, ... of that line and cuts each into segments. So the
-position of a row is two integers, rows do not wait for each other, and no number of hosts is part of it.
+Training documents stand in an endless line (`order`). Of R rows, row r takes the documents at the positions r, r + R,
+r + 2R, ... of that line and cuts each into segments. So the position of a row is two integers, rows do not wait for each
+other, and no number of hosts is part of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from memorizing.batch import PADDING, Batch, EvaluationBatch
 
 from .errors import DataError
-from .token_cache import Split
+from .order import Line
+
+# Tokens that a row reads at a time; the token cache keeps documents in pieces of as many.
+WINDOW = 1 << 16
+
+
+class Documents(Protocol):
+    """Tokenised documents by number.
+
+    Attributes:
+      num_tokens: int64 [documents].
+    """
+
+    num_tokens: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens of a document from `start` to below `stop`, or to its end, integers [length]."""
 
 
 class DocumentStream:
@@ -27,38 +45,36 @@ class DocumentStream:
 
     def __init__(
         self,
-        documents: Split,
+        documents: Documents,
         fingerprint: str,
+        line: Line,
         num_rows: int,
         rows: range,
         num_segments: int,
         segment_length: int,
-        seed: int,
     ) -> None:
         """Starts every row at its first document.
 
         Args:
           documents: to read, over and over.
-          fingerprint: of the cache they are in; a state of another cache is refused.
+          fingerprint: of the caches they are in; a state of others is refused.
+          line: their order.
           num_rows: R, rows of all hosts.
           rows: this host's share of `range(num_rows)`.
           num_segments: U, segments of a row in a batch.
           segment_length: T.
-          seed: of the permutations.
 
         Raises:
-          DataError: there are no documents, or a number is not positive, or `rows` lie outside.
+          DataError: a number is not positive, or `rows` lie outside.
         """
-        if not len(documents):
-            raise DataError("the split has no documents: there is nothing to stream")
         if min(num_rows, num_segments, segment_length) < 1 or not set(rows) <= set(range(num_rows)):
             raise DataError(
                 f"cannot stream {rows} of {num_rows} rows in {num_segments} segments of {segment_length} tokens"
             )
-        self._documents = documents
-        self._permutations = _Permutations(len(documents), seed)
-        self._identity = {"cache": fingerprint, "seed": seed, "num_rows": num_rows}
+        self._documents, self._line = documents, line
+        self._identity = {"cache": fingerprint, **line.identity, "num_rows": num_rows}
         self._rows = np.asarray(rows, np.int64)
+        self._readers = [_Reader(documents) for _ in rows]
         self._num_segments, self._segment_length = num_segments, segment_length
         self._move_to(np.arange(num_rows, dtype=np.int64), np.zeros(num_rows, np.int64))
 
@@ -72,8 +88,10 @@ class DocumentStream:
         start_of_document = np.zeros(shape[:2], bool)
         for segment in range(self._num_segments):
             start_of_document[:, segment] = self._offset[self._rows] == 0
-            for index, row in enumerate(self._rows):
-                previous[index, segment] = _fill(targets[index, segment], self._tokens(index), int(self._offset[row]))
+            for index, row in enumerate(self._rows.tolist()):
+                previous[index, segment] = self._readers[index].segment(
+                    int(self._document[row]), int(self._offset[row]), targets[index, segment]
+                )
             self._advance()
         return _make_batch(targets, previous, start_of_document)
 
@@ -85,7 +103,7 @@ class DocumentStream:
         """See `BatchIterator`.
 
         Raises:
-          DataError: the state is of another cache, seed or number of rows, or no state of a stream at all.
+          DataError: the state is of another cache, order, seed or number of rows, or no state of a stream at all.
         """
         for name, value in self._identity.items():
             if state.get(name) != value:
@@ -98,19 +116,17 @@ class DocumentStream:
             raise DataError(
                 f"this is no position of {num_rows} rows: it has {position.shape} positions and {offset.shape} offsets"
             )
-        lengths = self._lengths_at(position) if np.all(position >= 0) else 0
-        if np.any(position % num_rows != np.arange(num_rows)) or np.any(offset < 0) or np.any(offset >= lengths):
-            raise DataError(
-                "this is no position of this stream: a row is on another row's document, or past the end of one"
-            )
+        if np.any(position < 0) or np.any(position % num_rows != np.arange(num_rows)):
+            raise DataError("this is no position of this stream: a row is on another row's document")
+        if np.any(offset < 0) or np.any(offset >= self._documents.num_tokens[self._line.documents_at(position)]):
+            raise DataError("this is no position of this stream: a row is past the end of its document")
         self._move_to(position, offset)
 
     def _move_to(self, position: np.ndarray, offset: np.ndarray) -> None:
-        # int64 [R]: of all hosts' rows, the document in the line, its next token, its length.
+        # int64 [R]: of all hosts' rows, the place of its document in the line, its next token; the document, its length.
         self._position, self._offset = position.copy(), offset.copy()
-        self._length = self._lengths_at(position)
-        # This host's rows: the current document's position and tokens.
-        self._loaded: list[tuple[int, np.ndarray] | None] = [None] * len(self._rows)
+        self._document = self._line.documents_at(position)
+        self._length = self._documents.num_tokens[self._document]
 
     def _advance(self) -> None:
         """Moves every row by one segment; a row at the end of its document goes to its next one."""
@@ -119,86 +135,73 @@ class DocumentStream:
         if len(finished):
             self._position[finished] += len(self._position)
             self._offset[finished] = 0
-            self._length[finished] = self._lengths_at(self._position[finished])
-            self._permutations.forget_before(int(self._position.min()))
-
-    def _lengths_at(self, positions: np.ndarray) -> np.ndarray:
-        documents = np.fromiter(map(self._permutations.document_at, positions.tolist()), np.int64, len(positions))
-        return self._documents.num_tokens[documents]
-
-    def _tokens(self, index: int) -> np.ndarray:
-        """The current document of one of this host's rows, read when the row comes to it."""
-        position = int(self._position[self._rows[index]])
-        loaded = self._loaded[index]
-        if loaded is None or loaded[0] != position:
-            loaded = position, self._documents.tokens(self._permutations.document_at(position))
-            self._loaded[index] = loaded
-        return loaded[1]
+            self._document[finished] = self._line.documents_at(self._position[finished])
+            self._length[finished] = self._documents.num_tokens[self._document[finished]]
 
 
-class _Permutations:
-    """The endless line of documents: which one is at a position."""
-
-    def __init__(self, num_documents: int, seed: int) -> None:
-        self._num_documents, self._seed = num_documents, seed
-        self._by_epoch: dict[int, np.ndarray] = {}
-
-    def document_at(self, position: int) -> int:
-        epoch, index = divmod(position, self._num_documents)
-        if epoch not in self._by_epoch:
-            # RandomState and SeedSequence promise the same numbers from every future NumPy; Generator does not, and a
-            # resumed run would go astray.
-            bits = np.random.MT19937(np.random.SeedSequence([self._seed, epoch]))
-            self._by_epoch[epoch] = np.random.RandomState(bits).permutation(self._num_documents)
-        return int(self._by_epoch[epoch][index])
-
-    def forget_before(self, position: int) -> None:
-        """Drops the epochs that no row will come to again."""
-        first = position // self._num_documents
-        if min(self._by_epoch) < first:
-            self._by_epoch = {epoch: order for epoch, order in self._by_epoch.items() if epoch >= first}
-
-
-def evaluation_batches(documents: Split, num_rows: int, segment_length: int) -> Iterator[EvaluationBatch]:
+def evaluation_batches(
+    documents: Documents, num_rows: int, segment_length: int, rows: range | None = None
+) -> Iterator[EvaluationBatch]:
     """Every document once, whole, from its start.
 
     The longest documents go first, each onto the row that is free first, so that rows end at about the same time.
 
     Args:
       documents: to read.
-      num_rows: B.
+      num_rows: B, rows of all hosts.
       segment_length: T.
+      rows: this host's share of `range(num_rows)`; None for all.
 
     Yields:
-      One segment a row; rows that have run out hold padding.
+      One segment of each of this host's rows; rows that have run out hold padding.
     """
+    own_rows = np.asarray(range(num_rows) if rows is None else rows, np.int64)
+    readers = [_Reader(documents) for _ in own_rows]
     waiting = iter(np.argsort(-documents.num_tokens, kind="stable"))
     document = np.full(num_rows, -1, np.int32)
-    offset = np.zeros(num_rows, np.int64)
-    tokens = [np.zeros(0, np.uint16)] * num_rows
+    offset, length = np.zeros((2, num_rows), np.int64)
     while True:
-        for row in range(num_rows):
-            if offset[row] >= len(tokens[row]):
-                document[row], offset[row] = next(waiting, -1), 0
-                tokens[row] = documents.tokens(int(document[row])) if document[row] >= 0 else tokens[row][:0]
+        for row in np.nonzero(offset >= length)[0]:
+            document[row], offset[row] = next(waiting, -1), 0
+            length[row] = documents.num_tokens[document[row]] if document[row] >= 0 else 0
         if np.all(document < 0):
             return
-        targets = np.full((num_rows, 1, segment_length), PADDING, np.int32)
-        previous = [[_fill(targets[row, 0], tokens[row], int(offset[row]))] for row in range(num_rows)]
-        start_of_document = ((offset == 0) & (document >= 0))[:, None]
-        yield EvaluationBatch(
-            _make_batch(targets, np.asarray(previous, np.int32), start_of_document), document.copy(), offset.copy()
-        )
+        targets = np.full((len(own_rows), 1, segment_length), PADDING, np.int32)
+        previous = np.full((len(own_rows), 1), PADDING, np.int32)
+        for index, row in enumerate(own_rows):
+            if document[row] >= 0:
+                previous[index] = readers[index].segment(int(document[row]), int(offset[row]), targets[index, 0])
+        start_of_document = ((offset == 0) & (document >= 0))[own_rows, None]
+        yield EvaluationBatch(_make_batch(targets, previous, start_of_document), document[own_rows], offset[own_rows])
         offset += segment_length
 
 
-def _fill(targets: np.ndarray, tokens: np.ndarray, offset: int) -> int:
-    """Puts the segment of a document that begins at `offset` into `targets`, int32 [T]. Returns the token before it,
-    `PADDING` at the start.
-    """
-    segment = tokens[offset : offset + len(targets)]
-    targets[: len(segment)] = segment
-    return int(tokens[offset - 1]) if offset else PADDING
+class _Reader:
+    """Reads the documents of one row, a window at a time: no document is held whole, and none is read twice."""
+
+    def __init__(self, documents: Documents) -> None:
+        self._documents = documents
+        # The tokens of a document from one of them on.
+        self._window, self._document, self._start = np.zeros(0, np.uint16), -1, 0
+
+    def segment(self, document: int, offset: int, targets: np.ndarray) -> int:
+        """Puts the segment of a document that begins at `offset` into `targets`, int32 [T]. Returns the token before it,
+        `PADDING` at the start.
+        """
+        num_tokens = int(self._documents.num_tokens[document])
+        before, stop = max(offset - 1, 0), min(offset + len(targets), num_tokens)
+        if not self._holds(document, before, stop):
+            kept = self._window[before - self._start : offset - self._start]
+            if offset and not self._holds(document, before, offset):
+                kept = self._documents.tokens(document, before, offset)
+            # To the end of a piece of the cache, so that the next window begins with one.
+            window = self._documents.tokens(document, offset, min(-(-stop // WINDOW) * WINDOW, num_tokens))
+            self._window, self._document, self._start = np.concatenate([kept, window]), document, before
+        targets[: stop - offset] = self._window[offset - self._start : stop - self._start]
+        return int(self._window[before - self._start]) if offset else PADDING
+
+    def _holds(self, document: int, start: int, stop: int) -> bool:
+        return document == self._document and self._start <= start and stop <= self._start + len(self._window)
 
 
 def _make_batch(targets: np.ndarray, previous: np.ndarray, start_of_document: np.ndarray) -> Batch:

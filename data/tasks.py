@@ -1,67 +1,163 @@
-"""The seqio Tasks: whole documents as tokens, with their keys and sizes carried along.
+"""The seqio Tasks: the one definition of what the tokens of a document are.
 
-A Task gives a document in one piece, however long: it is read without a feature converter, which would cut it. What it
-gives goes into the token cache once.
+A Task gives each document in one piece, however long: it is read without a feature converter, which would cut it.
+
+Importing this module registers a Task of each corpus for bytes and for the vocabulary of 32000 pieces, `github_bytes`,
+`arxiv_spm32000`, ..., and a mixture of all corpora for each, `all_bytes` and `all_spm32000`. They read what the TFDS
+builders (`builders`) have written into TFDS's data folder. `prepare` gives the same Tasks the documents themselves.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
-from . import builders
-from .vocabulary import ESCAPES, SentencePieceVocabulary, Vocabulary
+from . import builders, corpora, paths
+from .builders import DOCUMENT_ID, NUM_BYTES, TEXT
+from .task_name import TaskName
+from .vocabulary import ESCAPES
 
 TARGETS = "targets"
+NUM_PIECES = 32000
+MIXTURE = "all"
+# The only split of a source that holds what it is given.
+_GIVEN = "all"
 
 
-def register(name: str, builder: builders.Documents, vocabulary: Vocabulary, model_path: str) -> seqio.Task:
-    """Registers the Task under a name, in place of an earlier one of that name.
+def make(name: TaskName, source: seqio.DataSource, model_path: str | None) -> seqio.Task:
+    """Makes a Task.
 
     Args:
-      name: a Task's name, see `task_name`.
-      builder: has written its documents.
-      vocabulary: turns them into tokens.
-      model_path: where a SentencePiece model lies as a file, from which seqio reads it.
+      name: of the Task: its corpus and vocabulary.
+      source: of examples with the key, the text and the size of a document.
+      model_path: of the SentencePiece model, which is read when it is needed; None for bytes.
     """
-    if name in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(name)
-    carried = {key: key for key in (builders.DOCUMENT_ID, builders.NUM_BYTES)}
-    tokenize = [functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)]
-    if isinstance(vocabulary, SentencePieceVocabulary):
-        seqio_vocabulary = seqio.SentencePieceVocabulary(model_path, extra_ids=0)
-        tokenize = [_escaped_lines, *tokenize, _join]
-    else:
-        seqio_vocabulary = seqio.ByteVocabulary()
-    return seqio.TaskRegistry.add(
-        name,
-        source=seqio.TfdsDataSource(tfds_name=builder.seqio_name, tfds_data_dir=os.fspath(builder.data_dir_root)),
-        preprocessors=[
-            functools.partial(seqio.preprocessors.rekey, key_map={TARGETS: builders.TEXT} | carried),
-            *tokenize,
-            seqio.preprocessors.append_eos,
-        ],
-        output_features={TARGETS: seqio.Feature(seqio_vocabulary, add_eos=True, dtype=tf.int32)},
-        metric_fns=[],
-    )
+    return seqio.Task(str(name), source, **_definition(model_path))
 
 
-def examples(task: seqio.Task, split: str) -> Iterator[dict[str, Any]]:
-    """Yields the documents of a split in an order that is always the same, as numpy."""
+def register(
+    name: TaskName, model_path: str | None = None, data_dir: str | None = None, replace: bool = True
+) -> seqio.Task:
+    """Registers a Task over what the corpus's TFDS builder has written.
+
+    Args:
+      name: of the Task.
+      model_path: of its SentencePiece model; None for bytes.
+      data_dir: TFDS's data folder; None for the usual one.
+      replace: whether a Task of that name gives way.
+    """
+    if str(name) in seqio.TaskRegistry.names():
+        if not replace:
+            return seqio.TaskRegistry.get(str(name))
+        seqio.TaskRegistry.remove(str(name))
+    builder = builders.BUILDERS[name.corpus]
+    source = seqio.TfdsDataSource(tfds_name=f"{builder.name}:{builder.VERSION}", tfds_data_dir=data_dir)
+    return seqio.TaskRegistry.add(str(name), source=source, **_definition(model_path))
+
+
+def register_all(
+    num_pieces: int | None,
+    model_path: str | None = None,
+    data_dir: str | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> seqio.Mixture:
+    """Registers the Tasks of all corpora for one vocabulary, and their mixture.
+
+    Args:
+      num_pieces: size of the SentencePiece vocabulary, None for bytes.
+      model_path: of its model; None for bytes.
+      data_dir: TFDS's data folder; None for the usual one.
+      rates: of each corpus in the mixture, in documents; None: all equal.
+    """
+    names = [TaskName(corpus, num_pieces) for corpus in corpora.CORPORA]
+    for name in names:
+        register(name, model_path, data_dir)
+    mixture = str(TaskName(MIXTURE, num_pieces))
+    if mixture in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.remove(mixture)
+    return seqio.MixtureRegistry.add(mixture, [(str(name), (rates or {}).get(name.corpus, 1.0)) for name in names])
+
+
+def tokenised(
+    name: TaskName, model_path: str | None, documents: Callable[[], Iterable[Mapping[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """What a Task makes of some documents, in their order, as numpy.
+
+    Args:
+      name: of the Task.
+      model_path: of its SentencePiece model; None for bytes.
+      documents: makes an iterator over examples with the key, the text and the size of a document, which is read ahead,
+        in another thread. What it raises is raised here.
+    """
+    raised: list[Exception] = []
+
+    def guarded() -> Iterator[Mapping[str, Any]]:
+        try:
+            yield from documents()
+        except Exception as error:
+            # TensorFlow would make a text of it.
+            raised.append(error)
+
+    task = make(name, _GivenSource(guarded), model_path)
     dataset = task.get_dataset(
         sequence_length=None,
-        split=split,
+        split=_GIVEN,
         use_cached=False,
         shuffle=False,
         # It would hold all documents of a small corpus in memory for one pass.
         try_in_mem_cache=False,
     )
-    return dataset.as_numpy_iterator()
+    yield from dataset.as_numpy_iterator()
+    if raised:
+        raise raised[0]
+
+
+class _GivenSource(seqio.DataSource):
+    """Examples as a function gives them."""
+
+    def __init__(self, make_examples: Callable[[], Iterator[Mapping[str, Any]]]) -> None:
+        super().__init__(splits=(_GIVEN,), caching_permitted=False)
+        self._make_examples = make_examples
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return False
+
+    def list_shards(self, split: str) -> list[str]:
+        return [split]
+
+    def get_dataset(self, split: str = _GIVEN, *unused: Any, **also_unused: Any) -> tf.data.Dataset:
+        del unused, also_unused
+        signature = {
+            DOCUMENT_ID: tf.TensorSpec((), tf.string),
+            TEXT: tf.TensorSpec((), tf.string),
+            NUM_BYTES: tf.TensorSpec((), tf.int64),
+        }
+        return tf.data.Dataset.from_generator(self._make_examples, output_signature=signature)
+
+
+def _definition(model_path: str | None) -> dict[str, Any]:
+    """How documents become tokens, as arguments of `seqio.Task`."""
+    carried = {key: key for key in (DOCUMENT_ID, NUM_BYTES)}
+    tokenize = [functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)]
+    if model_path is None:
+        vocabulary = seqio.ByteVocabulary()
+    else:
+        vocabulary = seqio.SentencePieceVocabulary(model_path, extra_ids=0)
+        tokenize = [_escaped_lines, *tokenize, _join]
+    return {
+        "preprocessors": [
+            functools.partial(seqio.preprocessors.rekey, key_map={TARGETS: TEXT} | carried),
+            *tokenize,
+            seqio.preprocessors.append_eos,
+        ],
+        "output_features": {TARGETS: seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)},
+        "metric_fns": [],
+    }
 
 
 @seqio.map_over_dataset
@@ -81,3 +177,7 @@ def _escaped_lines(example: dict[str, Any]) -> dict[str, Any]:
 def _join(example: dict[str, Any]) -> dict[str, Any]:
     """The tokens of all lines as one document."""
     return example | {TARGETS: example[TARGETS].flat_values}
+
+
+register_all(None)
+register_all(NUM_PIECES, paths.vocabulary_path(NUM_PIECES))

@@ -1,18 +1,19 @@
-"""The token cache: tokenised documents on disk, one a record, read in any order.
+"""The token cache: tokenised documents on disk, read from anywhere in them and in any order.
 
 A cache is a folder that needs nothing else:
 
     cache.json                     what it is: Task, vocabulary, source, splits, counts
     vocabulary.model               where the vocabulary is a SentencePiece model
     SPLIT.index.npz                of each document its tokens, bytes and key; of each shard its first document
-    SPLIT-00000.array_record ...   one document a record: its ids as little-endian uint16, or uint32 where there are
-                                   more than 65536 of them
+    SPLIT-00000.array_record ...   a document as one record, or, of more than `PIECE` tokens, as consecutive records of
+                                   so many: its ids as little-endian uint16, or uint32 where there are more than 65536
 
 `cache.json` is written last: a folder without it is no cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -29,58 +30,84 @@ from .errors import DataError
 from .vocabulary import Vocabulary
 
 METADATA_FILE = "cache.json"
-FORMAT = 1
+FORMAT = 2
+# Tokens of a record: what is read and checked at once, also of a document of millions of tokens.
+PIECE = 1 << 16
+_OPEN_SHARDS = 256
 
 
 class Split:
-    """The documents of one split, by index.
+    """The documents of one split, by number.
 
     Attributes:
       num_tokens: int64 [documents].
-      num_bytes: int64 [documents], of the text in UTF-8.
     """
 
     def __init__(self, directory: str, name: str, dtype: np.dtype) -> None:
         self._directory, self._name, self._dtype = directory, name, dtype
-        with np.load(os.path.join(directory, index_file(name)), allow_pickle=False) as index:
+        with self._index() as index:
             self.num_tokens: np.ndarray = index["num_tokens"]
-            self.num_bytes: np.ndarray = index["num_bytes"]
-            self._keys, self._key_ends = index["keys"], index["key_ends"]
-            self._shard_starts = index["shard_starts"]
-        self._readers: dict[int, ArrayRecordReader] = {}
+            self._shards, self._shard_starts = index["shards"], index["shard_starts"]
+        # Of each document, the records before it, in all shards.
+        num_pieces = -(-self.num_tokens // PIECE)
+        self._pieces_before = np.cumsum(num_pieces) - num_pieces
+        # Not more of them, so that the files of a large cache can be open at the same time.
+        self._reader = functools.lru_cache(_OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
         return len(self.num_tokens)
 
+    @functools.cached_property
+    def num_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of the text of each document, int64 [documents]."""
+        with self._index() as index:
+            return index["num_bytes"]
+
     def key(self, index: int) -> str:
         """The key of a document in its corpus."""
-        start = self._key_ends[index - 1] if index else 0
-        return self._keys[start : self._key_ends[index]].tobytes().decode()
+        keys, ends = self._keys
+        return keys[ends[index - 1] if index else 0 : ends[index]].tobytes().decode()
 
-    def tokens(self, index: int) -> np.ndarray:
-        """All tokens of a document, uint16 or uint32 [length].
+    def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens of a document from `start` to below `stop`, or to its end: uint16 or uint32 [length].
 
         Raises:
           DataError: the shard is damaged.
         """
-        shard = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
+        stop = int(self.num_tokens[index]) if stop is None else stop
+        first, last = start // PIECE, -(-stop // PIECE)
+        tokens = np.concatenate(
+            [self._piece(index, piece) for piece in range(first, last)] or [np.zeros(0, self._dtype)]
+        )
+        return tokens[start - first * PIECE : stop - first * PIECE]
+
+    def _piece(self, index: int, piece: int) -> np.ndarray:
+        place = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
+        shard, before = int(self._shards[place]), self._pieces_before[self._shard_starts[place]]
         try:
-            (record,) = self._reader(shard).read([index - int(self._shard_starts[shard])])
-        except RuntimeError as error:
+            (record,) = self._reader(shard).read([int(self._pieces_before[index] - before) + piece])
+        except (RuntimeError, IndexError) as error:
             raise self._damaged(shard, str(error)) from None
         tokens = np.frombuffer(record, self._dtype)
-        if len(tokens) != self.num_tokens[index]:
-            raise self._damaged(
-                shard, f"document {index} has {len(tokens)} tokens, the index says {self.num_tokens[index]}"
-            )
+        expected = min(PIECE, int(self.num_tokens[index]) - piece * PIECE)
+        if len(tokens) != expected:
+            raise self._damaged(shard, f"document {index} has {len(tokens)} tokens where the index says {expected}")
         return tokens
 
-    def _reader(self, shard: int) -> ArrayRecordReader:
-        if shard not in self._readers:
-            path = os.path.join(self._directory, shard_file(self._name, shard))
-            # Documents are read in random order: reading ahead would only read too much.
-            self._readers[shard] = ArrayRecordReader(path, "readahead_buffer_size:0")
-        return self._readers[shard]
+    @functools.cached_property
+    def _keys(self) -> tuple[np.ndarray, np.ndarray]:
+        """All keys as one text, uint8, and where each ends in it; training needs none of them."""
+        with self._index() as index:
+            return index["keys"], index["key_ends"]
+
+    def _index(self) -> contextlib.AbstractContextManager[Mapping[str, np.ndarray]]:
+        return np.load(os.path.join(self._directory, index_file(self._name)), allow_pickle=False)
+
+    def _open(self, shard: int) -> ArrayRecordReader:
+        # Documents are read in random order: reading ahead would only read too much.
+        return ArrayRecordReader(
+            os.path.join(self._directory, shard_file(self._name, shard)), "readahead_buffer_size:0"
+        )
 
     def _damaged(self, shard: int, reason: str) -> DataError:
         path = os.path.join(self._directory, shard_file(self._name, shard))

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from memorizing.data import paths, token_cache, vocabulary
-from memorizing.data.cache_writer import CacheWriter, TokenisedDocument
+from memorizing.data import cache_writer, paths, staging, token_cache, vocabulary
+from memorizing.data.cache_writer import TokenisedDocument
 from memorizing.data.errors import DataError
 from memorizing.data.sources import CachedCorpus
 from memorizing.data.vocabulary import ByteVocabulary
@@ -22,13 +22,22 @@ def tokenised(used, texts):
         yield TokenisedDocument(key, len(text.encode()), np.append(used.encode(text), vocabulary.EOS_ID))
 
 
-def write_cache(path, used=None, task="github_bytes", shard_bytes=1 << 20, texts=None):
+def write(folder, parts, used, task="github_bytes", described=None):
+    """Writes a cache of parts, each a list of pairs of a split and a document, into a staged folder."""
+    indices = []
+    for number, documents in enumerate(parts):
+        indices.append(folder.work / f"part-{number}.npz")
+        cache_writer.write_part(folder.path, indices[-1], number, used.size, documents)
+    cache_writer.join(folder.path, indices, ["train", "validation"], task, used, described or {"source": "nowhere"})
+
+
+def write_cache(path, used=None, task="github_bytes", texts=None, documents_per_part=10):
     used = used or ByteVocabulary()
-    with paths.written_whole(str(path), token_cache.METADATA_FILE) as staging:
-        writer = CacheWriter(staging, used, shard_bytes)
-        writer.write_split("train", tokenised(used, texts or TEXTS))
-        writer.write_split("validation", tokenised(used, {"held out": "é"}))
-        writer.finish(task, {"source": "nowhere"})
+    documents = [("train", document) for document in tokenised(used, texts or TEXTS)]
+    documents += [("validation", document) for document in tokenised(used, {"held out": "é"})]
+    parts = [documents[first : first + documents_per_part] for first in range(0, len(documents), documents_per_part)]
+    with staging.staged(str(path), token_cache.METADATA_FILE, {}) as folder:
+        write(folder, parts, used, task)
     return str(path)
 
 
@@ -37,11 +46,11 @@ def cache_path(tmp_path):
     return write_cache(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("shard_bytes", [1, 100, 1 << 20])
-def test_documents_come_back_from_any_shard_in_any_order(tmp_path, shard_bytes):
-    cache = token_cache.open_cache(write_cache(tmp_path / "cache", shard_bytes=shard_bytes))
+@pytest.mark.parametrize("documents_per_part", [1, 2, 10])
+def test_documents_come_back_from_any_shard_in_any_order(tmp_path, documents_per_part):
+    cache = token_cache.open_cache(write_cache(tmp_path / "cache", documents_per_part=documents_per_part))
     split = cache.split("train")
-    assert len(list((tmp_path / "cache").glob("train-*.array_record"))) == {1: 3, 100: 2, 1 << 20: 1}[shard_bytes]
+    assert len(list((tmp_path / "cache").glob("train-*.array_record"))) == {1: 3, 2: 2, 10: 1}[documents_per_part]
     assert len(split) == 3
     for index in (2, 0, 1, 1):
         key, text = list(TEXTS.items())[index]
@@ -58,22 +67,44 @@ def test_ids_are_stored_in_the_smallest_type_that_holds_them(tmp_path, size, dty
     class Wide(ByteVocabulary):
         pass
 
-    used = Wide(size=size)
     tokens = np.asarray([size - 1, 1], np.int32)
-    writer = CacheWriter(tmp_path, used)
-    writer.write_split("train", [TokenisedDocument("key", 1, tokens)])
-    writer.finish("github_bytes", {})
-    stored = token_cache.open_cache(str(tmp_path)).split("train").tokens(0)
+    with staging.staged(str(tmp_path / "cache"), token_cache.METADATA_FILE, {}) as folder:
+        write(folder, [[("train", TokenisedDocument("key", 1, tokens))]], Wide(size=size))
+    stored = token_cache.open_cache(str(tmp_path / "cache")).split("train").tokens(0)
     assert stored.dtype == dtype
     np.testing.assert_array_equal(stored, tokens)
 
 
 @pytest.mark.parametrize("tokens", [[], [5, 0, 1], [5, 259, 1], [-1, 1]])
 def test_documents_that_would_be_misread_are_refused(tmp_path, tokens):
+    document = TokenisedDocument("key", 1, np.asarray(tokens, np.int32))
     with pytest.raises(DataError, match="'key'"):
-        CacheWriter(tmp_path, ByteVocabulary()).write_split(
-            "train", [TokenisedDocument("key", 1, np.asarray(tokens, np.int32))]
-        )
+        cache_writer.write_part(tmp_path, tmp_path / "index.npz", 0, ByteVocabulary().size, [("train", document)])
+    assert list(tmp_path.iterdir()) == []
+
+
+PIECE = token_cache.PIECE
+
+
+@pytest.mark.parametrize("lengths", [[PIECE], [PIECE + 1, 5], [3, PIECE - 1, 2 * PIECE, 4 * PIECE + 7, 1]])
+def test_long_documents_are_read_in_pieces(tmp_path, lengths):
+    """A document of millions of tokens is several records; any range of it costs no more than what it touches."""
+    random = np.random.default_rng(0)
+    documents = [random.integers(1, 259, length, np.int32) for length in lengths]
+    write_documents = [("train", TokenisedDocument(str(i), 1, tokens)) for i, tokens in enumerate(documents)]
+    with staging.staged(str(tmp_path / "cache"), token_cache.METADATA_FILE, {}) as folder:
+        write(folder, [write_documents[:1], write_documents[1:]], ByteVocabulary())
+    split = token_cache.open_cache(str(tmp_path / "cache")).split("train")
+    read = []
+    opened = split._piece
+    split._piece = lambda index, piece: read.append(piece) or opened(index, piece)
+    for index, tokens in enumerate(documents):
+        np.testing.assert_array_equal(split.tokens(index), tokens)
+        for _ in range(20):
+            start, stop = sorted(random.integers(0, len(tokens) + 1, 2))
+            read.clear()
+            np.testing.assert_array_equal(split.tokens(index, start, stop), tokens[start:stop])
+            assert len(read) <= (stop - start) // PIECE + 2
 
 
 def test_cache_needs_nothing_outside_its_folder_and_its_fingerprint_is_its_content(tmp_path, cache_path):
@@ -132,34 +163,6 @@ def test_damaged_shards_are_told(tmp_path, cache_path):
         split.tokens(0)
 
 
-def test_nothing_is_seen_of_a_folder_that_was_not_finished(tmp_path):
-    target = tmp_path / "sub" / "cache"
-    with pytest.raises(KeyboardInterrupt), paths.written_whole(str(target), "last") as staging:
-        (staging / "last").write_text("x")
-        assert not target.exists()
-        raise KeyboardInterrupt
-    assert list(target.parent.iterdir()) == []
-    with paths.written_whole(str(target), "last") as staging:
-        (staging / "last").write_text("first")
-    # Of two processes that made the same folder, the slower one finds it there.
-    with paths.written_whole(str(target), "last") as staging:
-        (staging / "last").write_text("second")
-    assert (target / "last").read_text() == "first"
-    with paths.written_whole(str(target), "last", replace=True) as staging:
-        (staging / "last").write_text("third")
-    assert (target / "last").read_text() == "third"
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_folder_that_cannot_be_written_is_found_out_first(tmp_path):
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(DataError, match=r"cannot write .*file/cache"),
-        paths.written_whole(str(tmp_path / "file" / "cache"), "last"),
-    ):
-        pytest.fail("the work began")
-
-
 def test_folder_in_an_object_store_is_copied_last_file_last_and_read_from_a_copy(tmp_path, monkeypatch):
     store = tmp_path / "store"
     monkeypatch.setattr(paths, "is_remote", lambda path: str(path).startswith(str(store)))
@@ -175,12 +178,23 @@ def test_folder_in_an_object_store_is_copied_last_file_last_and_read_from_a_copy
 
 def test_folder_in_an_object_store_that_was_not_copied_whole_is_no_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "is_remote", lambda path: True)
-    # A folder in the place of a file stops the copying.
-    (tmp_path / "cache" / "validation.index.npz").mkdir(parents=True)
-    with pytest.raises(OSError):
-        write_cache(tmp_path / "cache")
-    assert (tmp_path / "cache" / "train.index.npz").exists()
+    used = ByteVocabulary()
+    with (
+        pytest.raises(OSError, match="lost"),
+        staging.staged(str(tmp_path / "cache"), token_cache.METADATA_FILE, {}) as folder,
+    ):
+        path = folder.work / "part-0.npz"
+        documents = [("train", document) for document in tokenised(used, TEXTS)]
+        cache_writer.write_part(folder.path, path, 0, used.size, documents)
+        raise OSError("the connection was lost")
+    assert (tmp_path / "cache" / "train-00000.array_record").exists()
     assert not token_cache.exists(str(tmp_path / "cache"))
+    # The next one begins there, and leaves a cache and nothing else.
+    with staging.staged(str(tmp_path / "cache"), token_cache.METADATA_FILE, {}) as folder:
+        assert path.exists()
+        cache_writer.join(folder.path, [path], ["train"], "github_bytes", used, {})
+    assert not (tmp_path / "cache" / "work").exists()
+    assert len(token_cache.open_cache(str(tmp_path / "cache")).split("train")) == 3
 
 
 def test_caches_have_places_of_their_own(tmp_path, monkeypatch):
@@ -268,12 +282,12 @@ assert ours == {{"memorizing.batch", "memorizing.errors", "memorizing.gin_types"
 
 
 def test_index_of_many_documents_is_columns(tmp_path):
-    writer = CacheWriter(tmp_path, ByteVocabulary())
     tokens = np.asarray([5, 1], np.int32)
-    writer.write_split("train", (TokenisedDocument(f"document {index}", 1, tokens) for index in range(20_000)))
-    writer.finish("github_bytes", {})
-    split = token_cache.open_cache(str(tmp_path)).split("train")
+    documents = (("train", TokenisedDocument(f"document {index}", 1, tokens)) for index in range(20_000))
+    with staging.staged(str(tmp_path / "cache"), token_cache.METADATA_FILE, {}) as folder:
+        write(folder, [documents], ByteVocabulary())
+    split = token_cache.open_cache(str(tmp_path / "cache")).split("train")
     assert split.key(19_999) == "document 19999" and split.key(0) == "document 0"
-    with np.load(tmp_path / "train.index.npz", allow_pickle=False) as index:
-        integers = dict.fromkeys(("num_tokens", "num_bytes", "key_ends", "shard_starts"), np.int64)
+    with np.load(tmp_path / "cache" / "train.index.npz", allow_pickle=False) as index:
+        integers = dict.fromkeys(("num_tokens", "num_bytes", "key_ends", "shards", "shard_starts"), np.int64)
         assert {name: index[name].dtype for name in index} == integers | {"keys": np.uint8}

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from memorizing.data import corpora, documents, github, splits
+from memorizing.data import corpora, documents, github
 from memorizing.data.errors import DataError
 from memorizing.data.github import GithubReader
 
@@ -174,23 +174,3 @@ def test_survey_tells_texts_apart(tmp_path):
     assert documents.survey(reader) == first
     write(tmp_path, "repo/a.py", "two")
     assert documents.survey(reader).fingerprint != first.fingerprint
-
-
-@pytest.mark.parametrize("num_documents", [2, 3, 10, 100])
-@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5, 0.999])
-def test_no_split_is_empty_and_every_document_is_in_one(num_documents, fraction):
-    keys = [f"repository {index}" for index in range(num_documents)]
-    by_split = splits.assign(keys, fraction)
-    assert set(by_split) == {"train", "validation"}
-    assert all(by_split.values())
-    assert sorted([*by_split["train"], *by_split["validation"]]) == sorted(keys)
-    assert abs(len(by_split["validation"]) - fraction * num_documents) <= 1
-    assert splits.assign(keys[::-1], fraction) == by_split
-
-
-@pytest.mark.parametrize(
-    ("keys", "fraction"), [(["one"], 0.1), ([], 0.1), (["one", "two"], 0.0), (["one", "two"], 1.0)]
-)
-def test_splits_that_cannot_be_are_refused(keys, fraction):
-    with pytest.raises(DataError):
-        splits.assign(keys, fraction)

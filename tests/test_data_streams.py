@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from memorizing.batch import PADDING
 from memorizing.data.errors import DataError
-from memorizing.data.streams import DocumentStream, evaluation_batches
+from memorizing.data.order import Line
+from memorizing.data.streams import WINDOW, DocumentStream, evaluation_batches
 
 # The order of ten documents in two epochs with seed 17.
-GOLDEN_ORDER = [2, 9, 0, 4, 3, 6, 7, 1, 5, 8, 1, 2, 8, 3, 9, 7, 0, 5, 6, 4]
+GOLDEN_ORDER = [9, 3, 8, 4, 1, 5, 7, 0, 6, 2, 3, 4, 0, 1, 7, 6, 9, 8, 5, 2]
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
@@ -28,14 +29,18 @@ class Documents:
     def __len__(self):
         return len(self.num_tokens)
 
-    def tokens(self, index):
-        self.loaded.append(index)
-        return np.arange(self._ends[index] - self.num_tokens[index], self._ends[index], dtype=np.uint32) + 1
+    def tokens(self, index, start=0, stop=None):
+        stop = self.num_tokens[index] if stop is None else stop
+        assert 0 <= start <= stop <= self.num_tokens[index]
+        self.loaded.append((index, start, stop))
+        first = self._ends[index] - self.num_tokens[index]
+        return np.arange(first + start, first + stop, dtype=np.uint32) + 1
 
 
 def stream(documents, num_rows=2, rows=None, num_segments=1, segment_length=8, seed=0):
     rows = range(num_rows) if rows is None else rows
-    return DocumentStream(documents, "fingerprint", num_rows, rows, num_segments, segment_length, seed)
+    line = Line([len(documents)], seed)
+    return DocumentStream(documents, "fingerprint", line, num_rows, rows, num_segments, segment_length)
 
 
 def take(batches, count):
@@ -122,8 +127,10 @@ def test_a_document_of_more_than_a_million_tokens():
     batches = stream(documents, num_rows=1, num_segments=100, segment_length=4096)
     whole = next(tokens for tokens in documents_of_row(take(batches, 5), 0) if len(tokens) > 3)
     assert whole == list(range(1, 1_200_008))
-    # 500 segments, and the document has 293: it is read once each time the row comes to it.
-    assert documents.loaded.count(0) == 2
+    # 500 segments, and the document has 293: every token is read once each time the row comes to it, a window at a time.
+    read = [(start, stop) for index, start, stop in documents.loaded if index == 0]
+    assert max(stop - start for start, stop in read) == WINDOW
+    assert sum(stop - start for start, stop in read) <= 2 * 1_200_007
 
 
 def test_fewer_documents_than_rows():
@@ -225,7 +232,7 @@ def test_a_host_reads_the_documents_of_its_own_rows_only():
     documents = Documents([8] * 40)
     # One epoch over four rows: ten documents each.
     take(stream(documents, num_rows=4, rows=range(1, 2)), 10)
-    assert len(documents.loaded) == 10
+    assert len({index for index, *_ in documents.loaded}) == len(documents.loaded) == 10
 
 
 @pytest.mark.parametrize(
@@ -233,6 +240,7 @@ def test_a_host_reads_the_documents_of_its_own_rows_only():
     [
         {"cache": "another"},
         {"seed": 1},
+        {"order": "another"},
         {"num_rows": 4},
         {"position": [0]},
         {"position": [1, 0]},
