@@ -18,9 +18,14 @@ from etils import epath
 
 from memorizing.array_typing import Checksum, Tree
 from memorizing.errors import UserError
+from memorizing.failures import find_lost_infrastructure
 from memorizing.train_state import TrainState
 
 FOLDER = "checkpoints"
+
+
+class NotFinite(Exception):
+    """What was to be saved is not worth it."""
 
 
 class Restored(NamedTuple):
@@ -48,9 +53,10 @@ class Checkpointer:
         """
         _quiet_orbax()
         self._folder, self._save_context = workdir / FOLDER, save_context
-        # What a killed process was writing. Orbax's own cleaning runs beside the program and fails if that ends early.
-        for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
-            unfinished.rmtree()
+        if jax.process_index() == 0:
+            # What a killed process was writing. Orbax's own cleaning runs beside the program and fails if that ends early.
+            for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
+                unfinished.rmtree()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "context", "data"))
 
@@ -65,6 +71,9 @@ class Checkpointer:
         Args:
           state: its step names the checkpoint. A step that is there already is not saved again.
           rows: JSON-able position of every row's stream.
+
+        Raises:
+          NotFinite: a parameter or the optimizer's state is not; nothing is saved.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -72,6 +81,10 @@ class Checkpointer:
         parts = _parts(state)
         if not self._save_context:
             del parts["context"]
+        # An update can overflow although the loss and the gradient that it came from did not.
+        broken = [path for path, is_finite in _by_path(_are_finite, parts["state"]).items() if not is_finite]
+        if broken:
+            raise NotFinite(f"step {step}: {broken[0]} is no longer finite")
         data = {"rows": rows, "checksums": {name: _named_checksums(part) for name, part in parts.items()}}
         items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)))
@@ -100,10 +113,12 @@ class Checkpointer:
         try:
             restored = self._read(chosen, abstract, keeps_context)
         except UserError:
-            self.close()
+            self._give_up()
             raise
         except Exception as error:
-            self.close()
+            if find_lost_infrastructure(error, has_progressed=False):
+                raise
+            self._give_up()
             raise UserError(
                 self._damaged(chosen, f"cannot be read ({str(error).strip().splitlines()[0][:120]})")
             ) from error
@@ -117,6 +132,11 @@ class Checkpointer:
 
     def close(self) -> None:
         self._manager.close()
+
+    def _give_up(self) -> None:
+        # Of several processes only this one may have failed: nothing that waits for the others.
+        if jax.process_count() == 1:
+            self.close()
 
     def _read(self, step: int, abstract: TrainState, keeps_context: Callable[[dict[str, Any]], bool]) -> Restored:
         data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
@@ -150,10 +170,10 @@ def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, .
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
     """
+    _quiet_orbax()
     folder = workdir / FOLDER
     options = ocp.CheckpointManagerOptions(read_only=True)
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-    _quiet_orbax()
     if not folder.exists():
         raise UserError(f"{workdir} has no checkpoint: there is no folder {folder}")
     with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
@@ -211,8 +231,16 @@ def _parts(state: TrainState) -> dict[str, Tree]:
 
 
 def _named_checksums(tree: Tree) -> dict[str, int]:
-    names = list(paths(tree))
-    return dict(zip(names, map(int, jax.device_get(_checksums(jax.tree.leaves(tree)))), strict=True))
+    return {path: int(checksum) for path, checksum in _by_path(_checksums, tree).items()}
+
+
+def _by_path(of_leaves: Callable[[list[jax.Array]], list[jax.Array]], tree: Tree) -> dict[str, np.ndarray]:
+    return dict(zip(paths(tree), jax.device_get(of_leaves(jax.tree.leaves(tree))), strict=True))
+
+
+@jax.jit
+def _are_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
 
 
 @jax.jit

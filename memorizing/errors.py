@@ -1,4 +1,8 @@
-"""The one exception for a user's mistake."""
+"""The one exception for a user's mistake, and the exit codes."""
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_START_AGAIN = 42
 
 
 class UserError(ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -117,14 +117,23 @@ class Evaluation:
 class Evaluator:
     """Evaluates parameters on held-out documents; compiles once an ablation."""
 
-    def __init__(self, config: LMConfig, num_rows: int, segment_length: int, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: LMConfig,
+        num_rows: int,
+        segment_length: int,
+        mesh: Mesh,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
           config: the model.
           num_rows: documents read side by side.
           segment_length: T.
           mesh: where the parameters lie.
+          on_step: called before every segment, in all processes.
         """
+        self._on_step = on_step
         self._size, self._mesh = (num_rows, segment_length), mesh
         abstract = jax.eval_shape(lambda: config.init_context(*self._size))
         shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
@@ -139,7 +148,7 @@ class Evaluator:
 
     def with_model(self, config: LMConfig) -> Evaluator:
         """The same for another model."""
-        return Evaluator(config, *self._size, self._mesh)
+        return Evaluator(config, *self._size, self._mesh, self._on_step)
 
     def run(self, params: Tree, source: DataSource, ablation: Ablation = "none") -> Evaluation:
         """Reads all held-out documents of a source.
@@ -155,18 +164,19 @@ class Evaluator:
         # Of several processes, each reads its own rows' documents.
         rows = (self._rows.rows,) if jax.process_count() > 1 else ()
         for batch, document, offset in source.evaluation_batches(*self._size, *rows):
+            self._on_step()
             placed = self._rows.put(batch)
             result, context = self._step(params, context, placed, ablation=ablation)
             # One segment late, so that the device always has the next one to work on.
             if pending:
-                sums.add(*pending)
+                sums.add(*jax.device_get(pending))
             pending = (result, batch, document, offset)
             if rows:
                 # ... and learns what came of the others', so that all have the same sums.
                 place = self._rows.put((document, offset.astype(np.int32)))
-                pending = jax.tree.map(np.asarray, self._rows.gather((result, placed, *place)))
+                pending = self._rows.gather((result, placed, *place))
         if pending:
-            sums.add(*pending)
+            sums.add(*jax.device_get(pending))
         return sums.result(source)
 
 

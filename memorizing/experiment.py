@@ -81,6 +81,8 @@ class LoopConfig:
       start_from: workdir of another run whose newest checkpoint this run starts from; empty for none.
       evaluate_segments: how many segments back the answers of held-out samples lie, for a final table of accuracies; for data made of samples.
       start_optimizer: whether `start_from` also takes over the optimizer state and the step.
+      hang_seconds: a run that finishes no step for so long (compiling, restoring and saving included) is ended, to be started again; 0 for never.
+      compilation_cache: folder that keeps compiled programs for the next start; empty for JAX's own setting.
     """
 
     num_steps: int = 1000
@@ -94,10 +96,14 @@ class LoopConfig:
     start_from: str = ""
     start_optimizer: bool = True
     evaluate_segments: tuple[int, ...] = ()
+    hang_seconds: float = 1800.0
+    compilation_cache: str = ""
 
     def __post_init__(self) -> None:
         if self.log_every < 1 or self.num_steps < 1 or self.keep_checkpoints < 1:
             raise UserError("LoopConfig.num_steps, log_every and keep_checkpoints have to be at least 1")
+        if self.hang_seconds < 0:
+            raise UserError(f"LoopConfig.hang_seconds = {self.hang_seconds}: seconds, or 0 for never")
         if len(self.profile_steps) not in (0, 2):
             raise UserError(f"LoopConfig.profile_steps = {self.profile_steps}: a first and a last step, or ()")
 

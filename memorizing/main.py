@@ -8,9 +8,7 @@ import importlib
 import sys
 
 from memorizing import __version__
-from memorizing.errors import UserError
-
-EXIT_USER_ERROR = 2
+from memorizing.errors import EXIT_USER_ERROR, UserError
 
 DESCRIPTION = """\
 Language models that remember: training with external memories in JAX.

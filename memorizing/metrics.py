@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+
+from memorizing.json_lines import JsonLines
 
 Values = dict[str, float]
 
@@ -27,63 +27,52 @@ def flatten(metrics: dict[str, jax.Array]) -> Values:
 class MetricWriter:
     """Appends to `workdir/metrics.jsonl` and to TensorBoard event files beside it. A run that goes on from a step forgets what was written beyond it."""
 
-    def __init__(self, workdir: epath.Path, resumed_step: int) -> None:
+    def __init__(self, workdir: epath.Path | None, resumed_step: int) -> None:
+        """
+        Args:
+          workdir: the run's folder; None for a process that writes nothing.
+          resumed_step: from which the run goes on.
+        """
+        self._file, self._events, self._written = None, None, set()
+        if workdir is None:
+            return
         # Not at the top: an import of a second, only needed where something is written.
         from tensorboardX import SummaryWriter
 
-        self._path = workdir / "metrics.jsonl"
-        self._lines = [line for line in self._read_lines() if line["step"] <= resumed_step]
-        self._written = {(line["step"], line["kind"]) for line in self._lines}
-        self._rewrite()
+        self._file = JsonLines(workdir / "metrics.jsonl", keep=lambda line: line["step"] <= resumed_step)
+        self._written = {(line["step"], line["kind"]) for line in self._file.lines}
         self._events = SummaryWriter(logdir=str(workdir / "events"), purge_step=resumed_step + 1)
+
+    def has(self, step: int, kind: str) -> bool:
+        """Whether this was written, now or before the run went on."""
+        return (step, kind) in self._written
 
     def write(self, step: int, kind: str, values: Values) -> None:
         """One line `{"step": ..., "kind": ..., name: value, ...}`; `kind` ('train', 'evaluation') prefixes the names in TensorBoard."""
         # A run that goes on from its last step evaluates it again.
-        if (step, kind) in self._written:
+        if self._file is None or self.has(step, kind):
             return
         self._written.add((step, kind))
-        line = {"step": step, "kind": kind, **values}
-        # Appending needs a local file; other file systems get the whole file again.
-        if "://" in str(self._path):
-            self._lines.append(line)
-            self._rewrite()
-        else:
-            with open(self._path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+        self._file.append({"step": step, "kind": kind, **values})
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._events.close()
-
-    def _rewrite(self) -> None:
-        replace_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
-
-    def _read_lines(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        lines = []
-        for text in self._path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break  # The process was killed while it wrote this line.
-        return lines
-
-
-def replace_text(path: epath.Path, text: str) -> None:
-    """Writes a file such that it is there as a whole, the old one or the new one, whenever the process is killed."""
-    unfinished = path.parent / f".{path.name}.unfinished"
-    unfinished.write_text(text)
-    unfinished.replace(path)
+        if self._events:
+            self._events.close()
 
 
 class Progress:
     """Step, loss, perplexity, tokens/s, step time and time left: a live line on a terminal, a plain line now and then in a log."""
 
-    def __init__(self, first_step: int, num_steps: int) -> None:
-        self._num_steps = num_steps
+    def __init__(self, first_step: int, num_steps: int, is_silent: bool = False) -> None:
+        """
+        Args:
+          first_step: from which the run goes on.
+          num_steps: at which it ends.
+          is_silent: prints nothing, for a process that leaves it to another one.
+        """
+        self._num_steps, self._is_silent = num_steps, is_silent
         self._last = (first_step, time.monotonic())
         self._live = sys.stdout.isatty()
 
@@ -96,6 +85,8 @@ class Progress:
 
     def show(self, step: int, values: Values, is_first: bool) -> None:
         """Shows a step; the first of a run takes as long as its compilation, and foretells nothing."""
+        if self._is_silent:
+            return
         text = (
             f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  perplexity {perplexity(values['loss']):.2f}  "
         )
@@ -104,7 +95,8 @@ class Progress:
         else:
             text += (
                 f"{values['tokens_per_second']:,.0f} tokens/s  {values['step_seconds']:.3f} s/step  "
-                f"{_duration(values['step_seconds'] * (self._num_steps - step))} left"
+                + (f"MFU {values['mfu']:.1%}  " if "mfu" in values else "")
+                + f"{_duration(values['step_seconds'] * (self._num_steps - step))} left"
             )
         if self._live:
             print(f"\r\x1b[K{text}", end="", flush=True)
@@ -113,7 +105,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""
-        print(f"\r\x1b[K{text}" if self._live else text, flush=True)
+        if not self._is_silent:
+            print(f"\r\x1b[K{text}" if self._live else text, flush=True)
 
     def restart_clock(self, step: int) -> None:
         """After a pause (evaluation, saving) that should not count as step time."""

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-import signal
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from memorizing import plots, transfer
+from memorizing import __version__, distributed, failures, plots, transfer
+from memorizing import events as events_lib
+from memorizing.accelerators import Utilization, memory_in_use
 from memorizing.batch import BatchIterator
-from memorizing.checkpoint import Checkpointer
+from memorizing.checkpoint import Checkpointer, NotFinite
+from memorizing.errors import EXIT_START_AGAIN
 from memorizing.evaluate import Ablation, Evaluation, Evaluator, accuracy_by_reach
+from memorizing.events import EventLog
 from memorizing.experiment import Experiment
+from memorizing.failures import Interrupted
 from memorizing.metrics import MetricWriter, Progress, flatten, perplexity
-from memorizing.train_state import TrainState, abstract_train_state, init_train_state
-from memorizing.train_step import Metrics, make_train_step
-from memorizing.workdir import open_workdir
+from memorizing.program import Program
+from memorizing.stopping import StopSignal
+from memorizing.train_state import TrainState
+from memorizing.train_step import Metrics
+from memorizing.watchdog import HangDetector
+from memorizing.workdir import open_workdir, resolve
 
 
 class Preempted(Exception):
@@ -28,13 +36,15 @@ class Preempted(Exception):
 
 
 class NonFiniteLoss(Exception):
-    """The loss or the gradient is no longer a number."""
+    """The loss, the gradient or a parameter is no longer a number."""
 
 
 def train(
     experiment: Experiment, workdir: str, config_text: str = "", restore_step: int | None = None
 ) -> dict[str, Evaluation]:
     """Trains until the last step, from the newest checkpoint in `workdir` if there is one, and evaluates.
+
+    Where there are several processes each of them calls this; the first one prints, and writes what is written once.
 
     Args:
       experiment: what to train.
@@ -47,80 +57,103 @@ def train(
 
     Raises:
       UserError: the experiment does not fit the devices or the workdir, or a checkpoint cannot be used.
-      Preempted: on SIGTERM or Ctrl-C, after a checkpoint.
-      NonFiniteLoss: the loss or the gradient is not finite; the newest checkpoint is from before.
+      Preempted: on SIGTERM or Ctrl-C to any process, after a checkpoint.
+      NonFiniteLoss: the loss, the gradient or a parameter is not finite; the newest checkpoint is from before.
+      Interrupted: another process, a device or the network was lost.
     """
+    loop = experiment.loop
+    if loop.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(resolve(loop.compilation_cache)))
     mesh = experiment.make_mesh()
-    folder = open_workdir(workdir, experiment, config_text)
-    with jax.set_mesh(mesh), StopSignal() as stop:
-        run = _Run(experiment, folder, mesh, restore_step)
+    folder = distributed.primary_first(lambda: open_workdir(workdir, experiment, config_text))
+    events = EventLog(folder / events_lib.FILE if distributed.is_primary() else None)
+    events.write("start", version=__version__, **_machines())
+
+    def end_hanging(reason: str) -> None:
+        events.write("failure", reason=reason)
+        failures.fail(EXIT_START_AGAIN, reason)
+
+    with jax.set_mesh(mesh), StopSignal() as stop, HangDetector(loop.hang_seconds, end_hanging) as watchdog:
+        run = None
         try:
-            run.loop(stop)
-            return run.finish()
-        finally:
-            run.close()
+            run = _Run(experiment, folder, mesh, restore_step, events, stop, watchdog)
+            run.loop()
+            evaluations = run.finish()
+        except BaseException as error:
+            failed = not isinstance(error, Preempted)
+            if failed:
+                events.write("failure", reason=f"{type(error).__name__}: {error}"[:500])
+            # Closing waits for the other processes, which may be what has failed.
+            if run and not (failed and jax.process_count() > 1):
+                run.close()
+            if lost := failures.find_lost_infrastructure(error, bool(run and run.has_progressed)):
+                raise Interrupted(f"interrupted, start it again: {lost}") from error
+            raise
+        run.close()
+        return evaluations
 
 
-class StopSignal:
-    """Remembers SIGTERM and the first Ctrl-C instead of dying of them, so that the loop can save."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, _: object) -> None:
-        self.requested = True
-        # A second Ctrl-C means it.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _machines() -> dict[str, Any]:
+    devices = jax.devices()
+    return {"processes": jax.process_count(), "devices": len(devices), "device_kind": devices[0].device_kind}
 
 
 class _Run:
     """The parts of a run while it lives."""
 
-    def __init__(self, experiment: Experiment, workdir: epath.Path, mesh: Mesh, restore_step: int | None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: epath.Path,
+        mesh: Mesh,
+        restore_step: int | None,
+        events: EventLog,
+        stop: StopSignal,
+        watchdog: HangDetector,
+    ) -> None:
         loop, batch = experiment.loop, experiment.batch
         self.experiment, self.workdir = experiment, workdir
+        self.events, self.stop, self.watchdog = events, stop, watchdog
         self.checkpointer = Checkpointer(workdir, loop.keep_checkpoints, loop.save_context)
         self.program = Program(experiment, mesh)
         self.stream_seed = loop.seed
+        is_primary = distributed.is_primary()
+        # What continues is a run of this workdir, not one that it starts from.
+        self.continues = False
         self.state, self.stream = self._start(restore_step)
-        self.first_step = int(self.state.step)
+        self.first_step = self.accounted = int(self.state.step)
         # No more rows than held-out documents, but as many as the devices need.
         devices = mesh.shape["data"]
         num_rows = min(batch.num_rows, -(-experiment.data.num_eval_documents // devices) * devices)
-        self.evaluator = Evaluator(experiment.model, num_rows, batch.segment_length, mesh)
-        self.writer = MetricWriter(workdir, self.first_step)
-        self.progress = Progress(self.first_step, loop.num_steps)
+        self.evaluator = Evaluator(experiment.model, num_rows, batch.segment_length, mesh, self._tick)
+        self.writer = MetricWriter(workdir if is_primary else None, self.first_step)
+        self.progress = Progress(self.first_step, loop.num_steps, is_silent=not is_primary)
+        self.utilization = Utilization(experiment.model, batch.segment_length, jax.devices())
         self.pending: tuple[int, Metrics] | None = None
         # Steps that compile: their time says nothing of the others'.
         self.compiling = {self.first_step + 1}
-        self.profiling = False
+        self.profiling = self.has_progressed = False
+        events.lap()
 
-    def loop(self, stop: StopSignal) -> None:
+    def loop(self) -> None:
         """NOTE: the order is part of the contract. The checkpoint of step n holds the state after n updates and the rows' positions after n batches."""
         loop = self.experiment.loop
+        is_evaluated = self.writer.has(self.first_step, "evaluation")
+        if self.continues and self._evaluates(self.first_step) and not distributed.from_primary(is_evaluated):
+            # It was stopped before it had evaluated the step that it had saved.
+            self._evaluate(self.first_step)
         for step in range(self.first_step + 1, loop.num_steps + 1):
-            if stop.requested:
-                self.save()
-                self.checkpointer.wait()
-                raise Preempted(f"stopped and saved at step {step - 1}; the same command continues from there")
+            self._tick()
             self._profile(step)
             self._enter_stage(step)
-            batch = jax.device_put(next(self.stream), self.program.rows)
+            batch = self.program.placement.put(next(self.stream))
             self.state, metrics = self.program.step(self.state, batch)
             # Metrics are read one step late, while the device is busy with the next step.
             self._read_metrics()
             self.pending = (step, metrics)
             if loop.checkpoint_every and step % loop.checkpoint_every == 0:
                 self.save()
-            if loop.evaluate_every and step % loop.evaluate_every == 0 and step < loop.num_steps:
+            if self._evaluates(step):
                 self._read_metrics()
                 self._evaluate(step)
         self.save()
@@ -128,24 +161,37 @@ class _Run:
     def save(self) -> None:
         """Saves state and rows, once it is sure that they are finite."""
         self._read_metrics()
+        step = int(self.state.step)
+        if step in self.checkpointer.steps:
+            return
         rows = self._row_layout() | {"seed": self.stream_seed, "stream": self.stream.get_state()}
-        self.checkpointer.save(self.state, rows)
+        with self.events.measure("save", step=step):
+            try:
+                self.checkpointer.save(self.state, rows)
+            except NotFinite as error:
+                raise NonFiniteLoss(f"{error}; {self._last_good()}") from None
 
     def finish(self) -> dict[str, Evaluation]:
         """The final evaluation, with the memory and, where there is one, without it; the results are left in the workdir."""
         step, data = int(self.state.step), self.experiment.data
-        self.checkpointer.wait()
+        self._account("steps", step)
+        with self.events.measure("save", step=step):
+            self.checkpointer.wait()
         evaluations = {"as trained": self._evaluate(step)}
         if self.experiment.model.has_memory:
             evaluations["memory cleared"] = self._evaluate(step, "memory_cleared")
-        (self.workdir / "loss_by_position.png").write_bytes(plots.loss_by_position(evaluations))
         summary: dict[str, Any] = {name: evaluation.values() for name, evaluation in evaluations.items()}
         self.progress.say(_table(evaluations))
         if self.experiment.loop.evaluate_segments:
             reaches = self.experiment.loop.evaluate_segments
-            summary["accuracy"] = accuracy_by_reach(self._controls(max(reaches)), self.state.params, data, reaches)
+            with self.events.measure("evaluation", step=step):
+                summary["accuracy"] = accuracy_by_reach(self._controls(max(reaches)), self.state.params, data, reaches)
             self.progress.say(_accuracy_table(summary["accuracy"], data.chance))
-        (self.workdir / "evaluation.json").write_text(json.dumps({"step": step} | summary, indent=2) + "\n")
+        if distributed.is_primary():
+            (self.workdir / "loss_by_position.png").write_bytes(plots.loss_by_position(evaluations))
+            (self.workdir / "evaluation.json").write_text(json.dumps({"step": step} | summary, indent=2) + "\n")
+            self.events.write("end", step=step)
+            self.progress.say(str(events_lib.goodput(self.workdir)))
         self.progress.say(f"written to {self.workdir}: checkpoints, metrics.jsonl, events, loss_by_position.png")
         return evaluations
 
@@ -168,6 +214,26 @@ class _Run:
         self.writer.close()
         self.checkpointer.close()
 
+    def _tick(self) -> None:
+        """Before every step, of training and of evaluation: one more is done; and here the run may be told to stop."""
+        self.watchdog.beat()
+        if self.stop.reached():
+            self.save()
+            step = int(self.state.step)
+            self._account("steps", step)
+            with self.events.measure("save", step=step):
+                self.checkpointer.wait()
+            self.events.write("preemption", step=step)
+            raise Preempted(f"stopped and saved at step {step}; the same command continues from there")
+
+    def _account(self, event: str, step: int) -> None:
+        """Writes down how long the steps up to this one took."""
+        tokens = sum(map(self.experiment.batch.tokens_at, range(self.accounted + 1, step + 1)))
+        count, seconds = step - self.accounted, self.events.lap()
+        if count > 0:
+            self.events.write(event, step=step, count=count, tokens=tokens, seconds=round(seconds, 3))
+        self.accounted = step
+
     def _read_metrics(self) -> None:
         """Reads the metrics of the last step that was started: stops the run if they are not finite, logs them when it is time."""
         if self.pending is None:
@@ -175,22 +241,33 @@ class _Run:
         (step, metrics), self.pending = self.pending, None
         loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            kept = self.checkpointer.steps
             raise NonFiniteLoss(
-                f"step {step}: the loss is {loss} and the norm of the gradient {norm}; "
-                + (f"the last good checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet")
+                f"step {step}: the loss is {loss} and the norm of the gradient {norm}; {self._last_good()}"
             )
+        self.has_progressed = True
         loop = self.experiment.loop
         if step % loop.log_every == 0 or step == loop.num_steps or step in self.compiling:
             tokens = self.experiment.batch.tokens_at(step)
             values = flatten(metrics) | self.progress.rate(step, tokens)
             values["learning_rate"] = float(self.experiment.optimizer.learning_rate(jnp.asarray(step - 1)))
             values["perplexity"] = perplexity(loss)
+            if step not in self.compiling:
+                values |= self.utilization.values(values["tokens_per_second"]) | memory_in_use(jax.local_devices())
+            self._account("compile" if step in self.compiling else "steps", step)
             self.writer.write(step, "train", values)
             self.progress.show(step, values, step in self.compiling)
 
+    def _last_good(self) -> str:
+        kept = self.checkpointer.steps
+        return f"the last good checkpoint is that of step {kept[-1]}" if kept else "there is no checkpoint yet"
+
+    def _evaluates(self, step: int) -> bool:
+        loop = self.experiment.loop
+        return bool(loop.evaluate_every) and step % loop.evaluate_every == 0 and 0 < step < loop.num_steps
+
     def _evaluate(self, step: int, ablation: Ablation = "none") -> Evaluation:
-        evaluation = self.evaluator.run(self.state.params, self.experiment.data, ablation)
+        with self.events.measure("evaluation", step=step):
+            evaluation = self.evaluator.run(self.state.params, self.experiment.data, ablation)
         values = evaluation.values()
         self.writer.write(step, "evaluation" if ablation == "none" else f"evaluation_{ablation}", values)
         if step < self.experiment.loop.num_steps:
@@ -208,6 +285,7 @@ class _Run:
         batch = self.experiment.batch
         if step > 1 and batch.segments_at(step) != batch.segments_at(step - 1):
             self._read_metrics()
+            self._account("steps", step - 1)
             position, self.stream = self.stream.get_state(), self._open_stream(step)
             self.stream.set_state(position)
             self.progress.say(f"from step {step} on: {batch.segments_at(step)} segments a row")
@@ -216,29 +294,30 @@ class _Run:
 
     def _start(self, restore_step: int | None) -> tuple[TrainState, BatchIterator]:
         """State and stream as the newest checkpoint has them, if there is one."""
-        layout, loop = self._row_layout(), self.experiment.loop
+        layout, loop, say = self._row_layout(), self.experiment.loop, distributed.say
 
         def same_rows(rows: dict[str, Any]) -> bool:
             return {name: rows[name] for name in layout} == layout
 
+        begin = time.monotonic()
         restored = self.checkpointer.restore(self.program.abstract_state, restore_step, same_rows)
         if restored is None:
-            state = self.program.init()
-            if loop.start_from:
-                state = transfer.start_from(loop.start_from, state, loop.start_optimizer)
-                print(f"starting from {loop.start_from}, step {int(state.step)}", flush=True)
+            with self.events.measure("init"):
+                state = self.program.init()
+                if loop.start_from:
+                    state = transfer.start_from(loop.start_from, state, loop.start_optimizer)
+                    say(f"starting from {loop.start_from}, step {int(state.step)}")
             return state, self._open_stream(int(state.step) + 1)
-        state = restored.state
-        print(f"continuing from step {int(state.step)} in {self.workdir}", flush=True)
+        self.continues, state = True, restored.state
+        self.events.write("restore", step=int(state.step), seconds=round(time.monotonic() - begin, 3))
+        say(f"continuing from step {int(state.step)} in {self.workdir}")
         if state.context is not None:
             self.stream_seed = restored.rows["seed"]
             # The stage that the saved step belonged to; the loop enters the next one if it begins here.
             stream = self._open_stream(max(int(state.step), 1))
             stream.set_state(restored.rows["stream"])
             return state, stream
-        print(
-            "this checkpoint has no context for these rows: memories are empty, every row starts a document", flush=True
-        )
+        say("this checkpoint has no context for these rows: memories are empty, every row starts a document")
         # Another order than the one that has been read.
         self.stream_seed = loop.seed + int(state.step)
         return state.replace(context=self.program.init_context()), self._open_stream(int(state.step) + 1)
@@ -246,7 +325,7 @@ class _Run:
     def _open_stream(self, step: int) -> BatchIterator:
         batch = self.experiment.batch
         return self.experiment.data.train_batches(
-            batch.num_rows, range(batch.num_rows), batch.segments_at(step), batch.segment_length, self.stream_seed
+            batch.num_rows, self.program.placement.rows, batch.segments_at(step), batch.segment_length, self.stream_seed
         )
 
     def _profile(self, step: int) -> None:
@@ -255,7 +334,7 @@ class _Run:
         if self.profiling and step > loop.profile_steps[1]:
             jax.block_until_ready(self.state.step)
             self._stop_profiling()
-        elif loop.profile_steps and step == loop.profile_steps[0]:
+        elif distributed.is_primary() and loop.profile_steps and step == loop.profile_steps[0]:
             jax.profiler.start_trace(str(self.workdir / "profile"))
             self.profiling = True
 
@@ -263,34 +342,6 @@ class _Run:
         if self.profiling:
             jax.profiler.stop_trace()
             self.profiling = False
-
-
-class Program:
-    """What an experiment compiles to on a mesh.
-
-    Attributes:
-      rows: sharding of batches.
-      abstract_state: shapes, dtypes and shardings of the training state.
-      init, init_context: create the fresh state, or only its context, already sharded.
-      step: `(state, batch) -> (state, metrics)`; the state is donated, so that memories are updated in place.
-    """
-
-    def __init__(self, experiment: Experiment, mesh: Mesh) -> None:
-        config, batch = experiment.model, experiment.batch
-        optimizer = experiment.optimizer.build()
-        size = (batch.num_rows, batch.segment_length)
-        self.rows = NamedSharding(mesh, PartitionSpec("data"))
-        self.abstract_state = abstract_train_state(config, optimizer, *size, mesh, experiment.mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        seed = experiment.loop.seed
-        self.init = jax.jit(lambda: init_train_state(config, optimizer, *size, seed), out_shardings=shardings)
-        self.init_context = jax.jit(lambda: config.init_context(*size), out_shardings=shardings.context)
-        self.step = jax.jit(
-            make_train_step(config, optimizer, batch.num_microbatches),
-            in_shardings=(shardings, self.rows),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
 
 
 def _figures(values: dict[str, float]) -> str:

@@ -57,7 +57,7 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        metrics |= {"loss_weight": jnp.sum(batch.loss_weights), "gradient_norm": optax.global_norm(gradient)}
+        metrics |= {"loss_weight": jnp.sum(batch.loss_weights), "gradient_norm": optax.tree.norm(gradient)}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, context=context), metrics
 
     return train_step

@@ -12,7 +12,7 @@ from memorizing.batch import text_of
 from memorizing.checkpoint import FOLDER
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
-from memorizing.metrics import replace_text
+from memorizing.json_lines import replace_text
 
 # The files that `memorizing.finished_run` opens a run by.
 CONFIG, VOCABULARY = "config.gin", "vocabulary.json"

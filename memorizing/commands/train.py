@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from memorizing import distributed
 from memorizing.commands import experiment_flags
+from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN
+from memorizing.failures import end_together
 from memorizing.gin_registry import find_file, load_experiment, shipped_files
 from memorizing.train import NonFiniteLoss, Preempted, train
 
 DEFAULT_RUN = "runs/demo.gin"
-EXIT_FAILED = 1
-EXIT_START_AGAIN = 42
 
 DESCRIPTION = """\
 Trains a model and evaluates it on held-out documents. Run again with the same --workdir, it goes on from the newest checkpoint.
@@ -24,7 +25,9 @@ Everything is configured by gin files and bindings:
 
 shipped runs:
 {runs}
-exit codes: 0 done, 42 stopped and saved (start it again), 1 the run failed, 2 something given is wrong
+On several hosts the same command runs once on each; memorizing/distributed.py lists the environment variables that bring the processes together.
+
+exit codes: 0 done; 42 stopped and saved, or a process, device or connection was lost: start it again; 1 the run failed; 2 something given is wrong
 """
 
 
@@ -43,14 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
+    return end_together(lambda: _run(options, bindings))
+
+
+def _run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     gin_files = options.gin_file or [DEFAULT_RUN]
-    experiment, text = load_experiment(gin_files, bindings)
+    # The data may be prepared on the way: once, if processes share a disk.
+    experiment, text = distributed.primary_first(lambda: load_experiment(gin_files, bindings))
     experiment_flags.use_devices(experiment.batch.num_rows // experiment.batch.num_microbatches)
     path = options.workdir or f"runs/{find_file(gin_files[-1]).stem}"
     try:
         train(experiment, path, text, options.restore_step)
     except Preempted as stopped:
-        print(f"memorizing: {stopped}", flush=True)
+        distributed.say(f"memorizing: {stopped}")
         return EXIT_START_AGAIN
     except NonFiniteLoss as failure:
         print(f"memorizing: {failure}", file=sys.stderr)
