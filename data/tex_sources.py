@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from .documents import SEPARATOR
 
 _SUFFIX = ".tex"
-# A percent sign begins a comment, unless an odd number of backslashes stands before it.
-_COMMENT = re.compile(r"(?<!\\)((?:\\\\)*)%.*")
+# A percent sign begins a comment, unless a backslash stands before it; two are the end of a line.
+_COMMENT = re.compile(r"%(?:(?<!\\%)|(?<=(?<!\\)\\\\%)).*")
 # A file of the class `subfiles` is part of another.
 _MAIN = re.compile(r"\\document(?:class|style)\b(?!\s*(?:\[[^\]]*\])?\s*\{subfiles\})")
 _BEGIN = re.compile(r"\\begin\s*\{document\}")
@@ -55,7 +55,9 @@ def order(sources: Mapping[str, str]) -> list[str]:
     The main file is one with a \\documentclass and a beginning of the document; of several (a supplement, a cover, a
     figure of its own) it is the one that is longest with all that it reads in.
     """
-    plain = {name: _COMMENT.sub(r"\1", text) for name, text in sources.items()}
+    if len(sources) == 1:
+        return list(sources)
+    plain = {name: _COMMENT.sub("", text) for name, text in sources.items()}
     reader = _Reader(plain)
     reads = {name: [*reader(name)] for name in sources}
     main = _main_file({name: plain[name] for name, text in sources.items() if not is_ignored(text)}, reads)

@@ -149,7 +149,9 @@ def lines(path, fields):
 
 
 def test_damaged_lines_are_named_and_the_others_read(tmp_path):
-    content = b'{"x": "a"}\n\n{"x": "caf\xe9"}\n{"x": 1}\n{"y": "b"}\nnothing\n[]\n{"x": "\\ud800"}\n{"x": "\\ud83d\\ude00"}'
+    content = (
+        b'{"x": "a"}\n\n{"x": "caf\xe9"}\n{"x": 1}\n{"y": "b"}\nnothing\n[]\n{"x": "\\ud800"}\n{"x": "\\ud83d\\ude00"}'
+    )
     write(tmp_path, {"x.json": content, "x.json.gz": pack(content)})
     for name in ("x.json", "x.json.gz"):
         found, damages = lines(tmp_path / name, {"x": str})
