@@ -61,9 +61,11 @@ class PG19Reader:
             path = self.source if shard == "." else posixpath.join(self.source, shard)
             books = archives.members(path, skipped, accept=_is_no_metadata)
         else:
-            path, folder = self.source, posixpath.join(self.source, match["split"])
-            books = archives.members(folder, skipped, accept=lambda name: name.endswith(match["end"]))
-            books = (book._replace(name=f"{match['split']}/{book.name}") for book in books)
+            path, split = self.source, match["split"]
+            books = archives.members(
+                posixpath.join(path, split), skipped, accept=lambda name: name.endswith(match["end"])
+            )
+            books = (book._replace(name=f"{split}/{book.name}", label=f"{split}/{book.name}") for book in books)
         metadata, damages = _metadata(path)
         # All shards of a folder read the same file.
         if match is None or shard == self.shards()[0]:

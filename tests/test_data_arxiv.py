@@ -108,6 +108,7 @@ def test_gzip_of_one_file_and_of_a_tar_are_told_apart(tmp_path):
         ("2601.00001.gz", pack(tar({"a.tex": PAPER * 40})[:1500]), "damaged"),
         ("2601.00001.gz", pack(tar({"a.tex": PAPER, "../b.tex": PAPER})), "damaged"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_paper_is_counted_and_the_others_read(tmp_path, name, content, reason):
     labels = {"2601.00001": "math.AG", "2601.00002": "math.AG"}
