@@ -159,7 +159,7 @@ def read_text(member: Member, skipped: Counter[str]) -> str | None:
 
 def why(error: BaseException) -> str:
     """What a message says of one of `READ_ERRORS`, in a line."""
-    if isinstance(error, EOFError):
+    if isinstance(error, EOFError) or "unexpected end of data" in str(error):
         return "it ends early"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return " ".join(text.split())

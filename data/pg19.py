@@ -101,9 +101,10 @@ def _metadata(path: str) -> tuple[dict[str, dict[str, str]], Counter[str]]:
     books: dict[str, dict[str, str]] = {}
     for member in found:
         text = archives.read_text(member, damages)
-        books |= _parsed(member.label, text or "", damages)
-        if damages and not books:
-            raise DataError(f"{damages_of(damages)[0]}; no line of this file can be used")
+        if text is not None:
+            books |= _parsed(member.label, text, damages)
+            if damages and not books:
+                raise DataError(f"{damages_of(damages)[0]}; no line of this file can be used")
     return books, damages
 
 
