@@ -1,13 +1,10 @@
-"""What every corpus reader yields, and what has to be known of a corpus before anything is written."""
+"""What every corpus reader yields, and how it tells what it left out."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
-
-from .errors import DataError
 
 # Stands between the files that a document is joined from, and nothing else does: no names, no marks.
 SEPARATOR = "\n"
@@ -82,55 +79,13 @@ def reasons(skipped: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def read(
-    reader: Reader, skipped: Counter[str] | None = None, wanted: Container[str] | None = None
-) -> Iterator[Document]:
+def read(reader: Reader, skipped: Counter[str] | None = None) -> Iterator[Document]:
     """Yields the documents of all shards of a corpus.
 
     Args:
       reader: the corpus.
       skipped: counts what was left out, by reason.
-      wanted: keys of the documents to yield; None for all.
     """
     skipped = Counter() if skipped is None else skipped
     for shard in reader.shards():
-        for document in reader.documents(shard, skipped):
-            if wanted is None or document.key in wanted:
-                yield document
-
-
-class Survey(NamedTuple):
-    """One reading of a corpus.
-
-    Attributes:
-      num_bytes: UTF-8 bytes of each document by key, in the reader's order.
-      skipped: number of files that were left out, by reason.
-      fingerprint: hash of all keys and texts.
-    """
-
-    num_bytes: dict[str, int]
-    skipped: dict[str, int]
-    fingerprint: str
-
-
-def survey(reader: Reader, advance: Callable[[], None] = lambda: None) -> Survey:
-    """Reads a corpus once, keeping no text.
-
-    Args:
-      reader: the corpus.
-      advance: called after each document.
-
-    Raises:
-      DataError: a key occurs twice.
-    """
-    num_bytes: dict[str, int] = {}
-    skipped: Counter[str] = Counter()
-    digest = hashlib.sha256()
-    for document in read(reader, skipped):
-        if document.key in num_bytes:
-            raise DataError(f"two documents have the key {document.key!r}; keys must be unique")
-        text = document.text.encode()
-        num_bytes[document.key] = len(text)
-        digest.update(hashlib.sha256(document.key.encode()).digest() + hashlib.sha256(text).digest())
-        advance()
-    return Survey(num_bytes, dict(sorted(skipped.items())), digest.hexdigest())
+        yield from reader.documents(shard, skipped)

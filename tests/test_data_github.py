@@ -1,6 +1,7 @@
-"""Which documents the GitHub reader makes of a folder of repositories, and how they are held out."""
+"""Which documents the GitHub reader makes of a folder of repositories."""
 
 import os
+import pickle
 from collections import Counter
 
 import pytest
@@ -144,13 +145,6 @@ def test_single_files_are_repositories_only_on_request(tmp_path):
     assert read(tmp_path, single_files=True) == {"module.py": "module", "package": "package"}
 
 
-def test_unwanted_documents_are_passed_over(tmp_path):
-    for name in ("a", "b", "c"):
-        write(tmp_path, f"{name}/x.py", name)
-    reader = GithubReader(str(tmp_path), min_bytes=1, licences=("any",))
-    assert [document.key for document in documents.read(reader, wanted={"a", "c"})] == ["a", "c"]
-
-
 def test_missing_folder_and_unknown_corpus_are_told(tmp_path):
     with pytest.raises(DataError, match=r"no folder .*nowhere"):
         read(tmp_path / "nowhere")
@@ -159,18 +153,118 @@ def test_missing_folder_and_unknown_corpus_are_told(tmp_path):
 
 
 def test_standard_library_is_a_corpus_of_long_documents():
-    survey = documents.survey(github.standard_library())
-    assert {"asyncio", "email", "typing.py"} <= set(survey.num_bytes)
-    assert not {"test", "site-packages", "this.py"} & set(survey.num_bytes)
-    assert min(survey.num_bytes.values()) >= 20_000
-    assert sum(survey.num_bytes.values()) > 5_000_000
+    sizes = {document.key: len(document.text.encode()) for document in documents.read(github.standard_library())}
+    assert {"asyncio", "email", "typing.py"} <= set(sizes)
+    assert not {"test", "site-packages", "this.py"} & set(sizes)
+    assert min(sizes.values()) >= 20_000
+    assert sum(sizes.values()) > 5_000_000
 
 
-def test_survey_tells_texts_apart(tmp_path):
-    write(tmp_path, "repo/a.py", "one")
-    reader = GithubReader(str(tmp_path), min_bytes=1, licences=("any",))
-    first = documents.survey(reader)
-    assert first.num_bytes == {"repo": 3}
-    assert documents.survey(reader) == first
-    write(tmp_path, "repo/a.py", "two")
-    assert documents.survey(reader).fingerprint != first.fingerprint
+MIT = (
+    "Permission is hereby granted, free of charge, to any person obtaining a\n copy of this software and associated ..."
+)
+BSD = "Redistribution and use in source and binary forms, with or without\nmodification, are permitted ...\n"
+GPL = """   GNU GENERAL PUBLIC LICENSE
+                       Version 3, 29 June 2007
+... 13. Use with the GNU Affero General Public License version 3 ..."""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "licence"),
+    [
+        ("LICENSE", "The MIT License\n\n" + MIT, "mit"),
+        ("LICENCE.md", "# SPDX-License-Identifier: Apache-2.0 -->\n", "apache-2.0"),
+        ("COPYING", GPL, "gpl-3.0"),
+        ("COPYING.LESSER", "GNU LESSER GENERAL PUBLIC LICENSE\n Version 2.1, February 1999", "lgpl-2.1"),
+        ("LICENSE.txt", BSD + "Neither the name of the copyright holder ...", "bsd-3-clause"),
+        ("LICENSE.txt", BSD, "bsd-2-clause"),
+        ("license", " * Apache License\n *   Version 2.0, January 2004", "apache-2.0"),
+        ("LICENSE", "All rights reserved.", None),
+        ("NOTES", MIT, None),
+        ("PKG-INFO", "Name: x\nLicense-Expression: MIT OR Proprietary\n", "mit"),
+        ("PKG-INFO", "Name: x\nLicense: UNKNOWN\nClassifier: License :: OSI Approved :: BSD License\n", "bsd-3-clause"),
+        ("PKG-INFO", "Name: x\n\nMIT", None),
+        ("package.json", '{"license": "(MIT AND Zlib)"}', "mit and zlib"),
+        ("package.json", '{"license": {"type": "ISC"}}', "isc"),
+        ("package.json", '{"license": "UNLICENSED"}', None),
+        ("package.json", "no JSON", None),
+        ("pyproject.toml", '[project]\nlicense = {text = "GPLv3"}', "gpl-3.0"),
+        ("pyproject.toml", '[project]\nlicense = "LGPL-2.1-or-later"', "lgpl-2.1"),
+        ("pyproject.toml", "[project]\nlicense = 1", None),
+    ],
+)
+def test_repositories_are_read_under_open_licences_only(tmp_path, name, text, licence):
+    write(tmp_path, "repo/a.py", "x = 1")
+    write(tmp_path, f"repo/{name}", text)
+    skipped = Counter()
+    found = list(documents.read(GithubReader(str(tmp_path), min_bytes=1), skipped))
+    assert [document.metadata["license"] for document in found] == ([licence] if licence else [])
+    assert list(skipped) == (
+        [] if licence else ["repository without an open licence (--reader.licences=any keeps them)"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("allowed", "kept"),
+    [
+        (("mit",), {"mit", "either"}),
+        (("MIT", "Apache-2.0"), {"mit", "either", "both"}),
+        (("any",), {"mit", "either", "both", "none"}),
+        (("gpl-2.0",), set()),
+    ],
+)
+def test_licences_are_a_setting(tmp_path, allowed, kept):
+    for name, expression in (("mit", "MIT"), ("either", "MIT OR GPL-3.0-only"), ("both", "MIT AND Apache-2.0")):
+        write(tmp_path, f"{name}/LICENSE", f"SPDX-License-Identifier: {expression}")
+    for name in ("mit", "either", "both", "none"):
+        write(tmp_path, f"{name}/a.py", "x = 1")
+    assert set(read(tmp_path, licences=allowed)) == kept
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.mark.parametrize(
+    ("files", "commit"),
+    [
+        ({"HEAD": "ref: refs/heads/main\n", "refs/heads/main": f"{COMMIT}\n"}, COMMIT),
+        ({"HEAD": "ref: refs/heads/main\n", "packed-refs": f"# pack-refs\n{COMMIT} refs/heads/main\n"}, COMMIT),
+        ({"HEAD": f"{COMMIT}\n"}, COMMIT),
+        ({"HEAD": "ref: refs/heads/unborn\n"}, None),
+    ],
+)
+def test_the_commit_is_in_the_key_and_not_in_the_order(deep_repository, files, commit):
+    before = read(deep_repository)["repo"]
+    for name, text in files.items():
+        write(deep_repository, f"repo/.git/{name}", text)
+    assert read(deep_repository) == {f"repo@{commit}" if commit else "repo": before}
+
+
+def test_checkouts_may_lie_in_folders_of_their_owners(tmp_path):
+    for name in ("owner/one", "owner/two", "other"):
+        write(tmp_path, f"{name}/.git/HEAD", COMMIT)
+        write(tmp_path, f"{name}/sub/a.py", name)
+    write(tmp_path, "plain/sub/a.py", "plain")
+    keys = {f"{name}@{COMMIT}" for name in ("owner/one", "owner/two", "other")} | {"plain"}
+    assert set(read(tmp_path)) == keys
+
+
+def test_the_order_is_seeded(deep_repository):
+    orders = {read(deep_repository, seed=seed)["repo"] for seed in range(4)}
+    assert len(orders) == 4 and len({tuple(sorted(order.split("\n"))) for order in orders}) == 1
+
+
+def test_packed_archives_are_left_to_be_unpacked(tmp_path):
+    write(tmp_path, "package-1.0.tar.gz", b"")
+    write(tmp_path, "repo/a.py", "x = 1")
+    skipped = Counter()
+    assert read(tmp_path, skipped) == {"repo": "x = 1"}
+    assert skipped == {"packed archive, to be unpacked first": 1}
+
+
+def test_a_shard_is_a_repository_and_is_read_alone(tmp_path):
+    for name in "cab":
+        write(tmp_path, f"{name}/x.py", name)
+    reader = pickle.loads(pickle.dumps(GithubReader(str(tmp_path), min_bytes=1, licences=("any",))))
+    assert reader.shards() == ["a", "b", "c"]
+    assert [document[:2] for document in reader.documents("b", Counter())] == [("b", "b")]
