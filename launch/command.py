@@ -144,6 +144,13 @@ def _add_tpu_vm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--poll", type=float, default=30.0, metavar="S", help="seconds between two looks at the machines (default: 30)"
     )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=180.0,
+        metavar="S",
+        help="seconds for the other hosts when the program has ended with an error on one (default: 180)",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the machines when the job has ended")
 
 
@@ -234,10 +241,11 @@ def _launch_gke(options: argparse.Namespace, bindings: Sequence[str]) -> int:
 def _launch_tpu_vm(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     job = _pod_job(options, bindings)
     zone = Zone(options.zone, options.project)
+    pace = Pace(options.poll, options.grace)
     if not options.apply:
         print(tpu_vm.plan(job, zone, options.poll, options.keep))
         return DONE
-    return supervisor.run(job, zone, Pace(poll_s=options.poll), options.keep)
+    return supervisor.run(job, zone, pace, options.keep)
 
 
 def _launch_local(options: argparse.Namespace, bindings: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from .record import Record
 from .restarts import DONE, START_AGAIN, Outcome, outcome, run_with_restarts
 
 _POLL_S = 0.1
-# Peers of a process that crashed can do nothing useful: they get this long to say why.
+# Peers of a process that crashed can save nothing: they get this long to notice and to end with its code.
 _CRASH_GRACE_S = 5.0
 _TOLD_LINES = 20
 _PR_SET_PDEATHSIG = 1
@@ -151,7 +151,7 @@ def _wait(
             deadline = time.monotonic() + grace_s
         errors = [code for code in codes if code]
         if errors and deadline is None:
-            deadline = time.monotonic() + (grace_s if set(errors) == {START_AGAIN} else _CRASH_GRACE_S)
+            deadline = time.monotonic() + (grace_s if set(errors) == {START_AGAIN} else min(grace_s, _CRASH_GRACE_S))
         if deadline is not None and time.monotonic() > deadline:
             _kill(processes)
         time.sleep(_POLL_S)

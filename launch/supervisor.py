@@ -26,7 +26,7 @@ _STATE_LINE = re.compile(rf"^{STATE_MARK} (\w+) (\d+)\s*$", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How often the supervisor looks, in seconds.
+    """How often the supervisor looks, in seconds. Raises LaunchError for what is no time.
 
     Attributes:
       poll_s: between two looks at the request and at the hosts.
@@ -35,6 +35,12 @@ class Pace:
 
     poll_s: float = 30.0
     grace_s: float = 180.0
+
+    def __post_init__(self) -> None:
+        if self.poll_s <= 0 or self.grace_s < 0:
+            raise LaunchError(
+                f"--poll={self.poll_s:g} --grace={self.grace_s:g}: expected seconds, the first more than 0"
+            )
 
 
 class CannotGoOn(Exception):
@@ -83,7 +89,8 @@ class Supervisor:
         elif not self._start():
             return self._unless_lost(Outcome.FAILED)
         ended = self._watch()
-        self._collect_logs()
+        if ended is not Outcome.MACHINES_LOST:
+            self._collect_logs()
         return ended if ended is not Outcome.FAILED else self._unless_lost(ended)
 
     def delete(self) -> None:
@@ -167,10 +174,10 @@ class Supervisor:
         found = []
         for node in tpu_vm.nodes(self._job):
             asked = _call(tpu_vm.on_hosts(node, self._zone, tpu_vm.state_script(self._job)))
-            lines = _STATE_LINE.findall(asked.stdout)
-            if len(lines) != self._job.machine.hosts:
-                return None
-            found += lines
+            found += _STATE_LINE.findall(asked.stdout)
+        if len(found) != self._job.hosts:
+            self._record.report("no answer", answered=len(found), hosts=self._job.hosts)
+            return None
         return [_program(status, int(code)) for status, code in found]
 
     def _collect_logs(self) -> None:
