@@ -50,9 +50,9 @@ class ArxivReader:
 
     Attributes:
       source: the folder of the archives, or one archive.
-      metadata: file of the labels; empty for the one beside the archives, or its compressed form.
-      subject: papers with a category of this archive of arXiv are read.
-      primary_only: whether that has to be the first of a paper's categories.
+      metadata: file of the labels; empty for the one beside the archives.
+      subject: papers with a category of this archive of arXiv are read, such as math or cs.
+      primary_only: whether the first category of a paper has to be one.
       max_bytes: papers with more source than this are left out.
     """
 

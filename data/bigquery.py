@@ -42,7 +42,7 @@ class BigQueryReader(Repositories):
     """A folder of exported tables; a shard is a part of the repositories.
 
     Attributes:
-      parts: into how many the repositories are divided.
+      parts: into how many the repositories of a BigQuery export are divided.
     """
 
     parts: int = 1

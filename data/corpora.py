@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from .bigquery import BigQueryReader
 from .c4 import C4Reader
 from .documents import Reader
 from .errors import DataError
+from .github import GithubReader
 from .isabelle import IsabelleReader
 from .pg19 import PG19Reader
 
@@ -29,7 +32,9 @@ class Corpus:
     Attributes:
       name: what tasks call it.
       title: what people call it.
-      open: makes its reader, a dataclass, from the path of its source.
+      open: makes its reader from the path of its source.
+      readers: the types of reader it may make: dataclasses, whose first field is the source and whose others are
+        settings that a user may give.
       licence: what its texts may be used for, in a sentence.
       citation: the work that describes it.
       archives: how to get it as it is distributed.
@@ -41,6 +46,7 @@ class Corpus:
     name: str
     title: str
     open: Callable[[str], Reader]
+    readers: tuple[type[Reader], ...]
     licence: str
     citation: str
     archives: str
@@ -52,7 +58,7 @@ class Corpus:
 def _github(source: str) -> Reader:
     if source == STANDARD_LIBRARY:
         return github.standard_library()
-    return BigQueryReader(source) if bigquery.is_export(source) else github.GithubReader(source)
+    return BigQueryReader(source) if bigquery.is_export(source) else GithubReader(source)
 
 
 _MEMORIZING_TRANSFORMERS = "Wu, Rabe, Hutchins, Szegedy: Memorizing Transformers. ICLR 2022"
@@ -64,6 +70,7 @@ CORPORA: dict[str, Corpus] = {
             name="arxiv",
             title="arXiv Math",
             open=ArxivReader,
+            readers=(ArxivReader,),
             licence="mostly arXiv's non-exclusive licence to distribute: not to be passed on; each paper's is in the metadata",
             citation=_MEMORIZING_TRANSFORMERS,
             archives=(
@@ -75,6 +82,7 @@ CORPORA: dict[str, Corpus] = {
             name="github",
             title="GitHub",
             open=_github,
+            readers=(GithubReader, BigQueryReader),
             licence="each repository has its own, which asks at least that its notice is kept",
             citation=_MEMORIZING_TRANSFORMERS,
             archives=(
@@ -86,6 +94,7 @@ CORPORA: dict[str, Corpus] = {
             name="isabelle",
             title="Isabelle",
             open=IsabelleReader,
+            readers=(IsabelleReader,),
             licence="entries of the AFP: BSD, a few LGPL, as the metadata says; Isabelle: BSD",
             citation=_MEMORIZING_TRANSFORMERS,
             archives=(
@@ -97,6 +106,7 @@ CORPORA: dict[str, Corpus] = {
             name="c4",
             title="C4(4K+)",
             open=C4Reader,
+            readers=(C4Reader,),
             licence="ODC-BY, and the terms of use of Common Crawl",
             citation=(
                 "Raffel, Shazeer, Roberts et al.: Exploring the Limits of Transfer Learning with a Unified Text-to-Text "
@@ -110,6 +120,7 @@ CORPORA: dict[str, Corpus] = {
             name="pg19",
             title="PG-19",
             open=PG19Reader,
+            readers=(PG19Reader,),
             licence="texts in the public domain in the United States; metadata: Apache 2.0",
             citation="Rae, Potapenko, Jayakumar, Lillicrap: Compressive Transformers for Long-Range Sequence Modelling. ICLR 2020",
             archives="a copy of the bucket gs://deepmind-gutenberg (11 GB): train, validation, test and metadata.csv",
@@ -137,17 +148,29 @@ def reader(corpus: str, source: str, settings: Mapping[str, str] = types.Mapping
       DataError: there is no such corpus, or no such setting, or a value is not of its type.
     """
     made = find(corpus).open(source)
-    types_by_name = settings_of(made)
-    values = {
-        name: _converted(name, text, _chosen(types_by_name, name, "reader setting")) for name, text in settings.items()
-    }
+    kinds = _kinds(type(made))
+    if settings and not kinds:
+        raise DataError(f"--reader.{next(iter(settings))}: the reader of {corpus} has no settings")
+    values = {name: _converted(name, text, _chosen(kinds, name, "reader setting")) for name, text in settings.items()}
     return dataclasses.replace(made, **values)
 
 
-def settings_of(made: Reader) -> dict[str, Any]:
-    """The settings of a reader: the types of its fields by name, but for the first, which is its source."""
-    _, *fields = dataclasses.fields(made)
-    hints = typing.get_type_hints(type(made))
+def settings() -> dict[str, str]:
+    """What every setting of the readers means, by its name: what their docstrings say, each after its corpus."""
+    found: dict[str, dict[str, str]] = {}
+    for corpus in CORPORA.values():
+        for kind in corpus.readers:
+            documented = "\n".join(inspect.getdoc(base) or "" for base in kind.__mro__)
+            for name in _kinds(kind):
+                meaning = re.search(rf"^  {name}: (.+(?:\n    .+)*)", documented, re.MULTILINE)[1]
+                found.setdefault(name, {})[corpus.name] = " ".join(meaning.split())
+    return {name: " ".join(f"{user}: {text}" for user, text in by_corpus.items()) for name, by_corpus in found.items()}
+
+
+def _kinds(reader_type: type[Reader]) -> dict[str, Any]:
+    """The types of a reader's settings by name."""
+    _, *fields = dataclasses.fields(reader_type)
+    hints = typing.get_type_hints(reader_type)
     return {field.name: hints[field.name] for field in fields}
 
 

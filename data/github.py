@@ -30,7 +30,7 @@ class GithubReader(Repositories):
     Every sub-folder is one, unless it only holds checkouts: then it is their owner.
 
     Attributes:
-      single_files: whether a source file that lies in `root` is a repository too.
+      single_files: whether a source file that lies beside the repositories is one too.
     """
 
     single_files: bool = False

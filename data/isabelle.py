@@ -36,7 +36,7 @@ class IsabelleReader:
 
     Attributes:
       source: an archive or folder of a library, or a folder that holds such ones.
-      licences: of the entries to read, as the Archive's metadata names them (bsd, lgpl); empty for all.
+      licences: entries under others are left out; bsd or lgpl, as the metadata of the AFP says; empty for all.
     """
 
     source: str

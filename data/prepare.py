@@ -87,8 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--beam", metavar="OPTION", action="append", help="run as an Apache Beam pipeline with this option; repeatable"
     )
     group = parser.add_argument_group("settings of the readers")
-    for name, used_by in _reader_settings().items():
-        group.add_argument(f"--{_READER_FLAG}{name}", metavar="VALUE", help=", ".join(used_by))
+    for name, meaning in corpora.settings().items():
+        group.add_argument(f"--{_READER_FLAG}{name}", metavar="VALUE", help=meaning.replace("%", "%%"))
 
 
 def run(args: argparse.Namespace, bindings: Sequence[str] = ()) -> int:
@@ -116,7 +116,7 @@ def _make(args: argparse.Namespace, progress: Progress) -> None:
         task=task,
         source=os.path.abspath(args.source) if is_path else args.source,
         reader_settings={
-            name: value for name in _reader_settings() if (value := getattr(args, _READER_FLAG + name)) is not None
+            name: value for name in corpora.settings() if (value := getattr(args, _READER_FLAG + name)) is not None
         },
         splits=args.splits,
         default_split=args.default_split,
@@ -172,15 +172,6 @@ def _check_replaceable(output: str) -> None:
         return
     if not os.path.isdir(output) or os.listdir(output):
         raise DataError(f"{output!r} exists and is no token cache; name another place with --output")
-
-
-def _reader_settings() -> dict[str, list[str]]:
-    """Names of the settings of all readers, and the corpora that have each."""
-    found: dict[str, list[str]] = {}
-    for corpus in corpora.CORPORA.values():
-        for name in corpora.settings_of(corpus.open("")):
-            found.setdefault(name, []).append(corpus.name)
-    return found
 
 
 def main() -> int:

@@ -30,10 +30,10 @@ class Repositories:
 
     Attributes:
       root: the folder that is read.
-      languages: which source files are read, out of `source_files.SUFFIXES`.
-      licences: repositories under other licences are left out; SPDX identifiers, or `licences.ANY`.
+      languages: whose source files are read: c, c++, java, python, go, typescript.
+      licences: repositories under others are left out; SPDX identifiers, or any.
       exclude: names of further directories to leave out, at any depth.
-      seed: of the order of the files.
+      seed: of the order of the files of a repository.
       min_bytes: repositories with less source than this are left out.
       max_bytes: no further file of a repository is read when it would exceed this many bytes.
       max_file_bytes: larger files are left out.
