@@ -153,12 +153,17 @@ def _search_heads(
     queries: Float[Array, "B N T H"], memory: Memory, num_neighbors: int, search: Search
 ) -> tuple[NeighbourScores, NeighbourIndices]:
     """Searches head after head: the scores of all heads at once would not fit beside a large memory."""
+    # One loop over rows and heads: in two, each row of the memory would be copied before its heads are searched.
+    num_heads = queries.shape[1]
 
-    def search_row(row: tuple) -> tuple[NeighbourScores, NeighbourIndices]:
-        row_queries, row_keys, row_valid = row
-        return jax.lax.map(lambda head: search.top_k(*head, row_valid, num_neighbors), (row_queries, row_keys))
+    def search_head(head: tuple) -> tuple[NeighbourScores, NeighbourIndices]:
+        number, head_queries, head_keys = head
+        return search.top_k(head_queries, head_keys, memory.valid[number // num_heads], num_neighbors)
 
-    found = jax.lax.map(search_row, (queries, memory.keys, memory.valid))
+    heads = (jnp.arange(queries.shape[0] * num_heads), _by_head(queries), _by_head(memory.keys))
+    found = jax.tree.map(
+        lambda leaf: leaf.reshape(*queries.shape[:2], *leaf.shape[1:]), jax.lax.map(search_head, heads)
+    )
     return checkpoint_name(found, NEIGHBOURS)
 
 
@@ -170,26 +175,35 @@ def _attend_heads(
     chosen: Bool[Array, "B N T K"],
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"], Float[Array, "B N T"]]:
     """Attention to the chosen neighbours before its division: sum of weight * value, sum of weights = exp(logit - shift), and the shift; in float32."""
+    num_heads, num_slots = queries.shape[1], memory.valid.shape[1]
+    # Slots of all heads in one table: sliced by head, the memory would be copied head by head before a few of its slots are gathered.
+    all_keys, all_values = (slots.reshape(-1, slots.shape[-1]) for slots in (memory.keys, memory.values))
 
     # The neighbours of a head are gathered again for its gradient: kept, they would be K times the size of the activations.
     @jax.checkpoint
     def attend_head(head: tuple) -> tuple[Float[Array, "T H"], Float[Array, "T"], Float[Array, "T"]]:
-        head_queries, head_scale, head_keys, head_values, head_indices, head_chosen = head
+        number, head_queries, head_indices, head_chosen = head
+        slots = number * num_slots + head_indices
         # [T, K, H]; where() because a slot that was not chosen may hold anything, and 0 * NaN is NaN.
-        keys = jnp.where(head_chosen[..., None], head_keys[head_indices], 0)
-        values = jnp.where(head_chosen[..., None], head_values[head_indices], 0)
-        logits = head_scale * jnp.einsum("TH,TKH->TK", head_queries, keys, preferred_element_type=jnp.float32)
-        logits = jnp.where(head_chosen, logits, _NOT_CHOSEN)
+        keys = jnp.where(head_chosen[..., None], all_keys[slots], 0)
+        values = jnp.where(head_chosen[..., None], all_values[slots], 0)
+        logits = jnp.einsum("TH,TKH->TK", head_queries, keys, preferred_element_type=jnp.float32)
+        logits = jnp.where(head_chosen, scale[number % num_heads] * logits, _NOT_CHOSEN)
         shift = jax.lax.stop_gradient(logits.max(axis=-1))
         weights = jnp.where(head_chosen, jnp.exp(logits - shift[:, None]), 0.0)
         weighted = jnp.einsum("TK,TKH->TH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return weighted, weights.sum(axis=-1), shift
 
-    def attend_row(row: tuple) -> tuple:
-        row_queries, row_keys, row_values, row_indices, row_chosen = row
-        return jax.lax.map(attend_head, (row_queries, scale, row_keys, row_values, row_indices, row_chosen))
+    heads = (jnp.arange(queries.shape[0] * num_heads), _by_head(queries), _by_head(indices), _by_head(chosen))
+    attended = jax.tree.map(
+        lambda leaf: leaf.reshape(*queries.shape[:2], *leaf.shape[1:]), jax.lax.map(attend_head, heads)
+    )
+    return checkpoint_name(attended, NEIGHBOURS)
 
-    return jax.lax.map(attend_row, (queries, memory.keys, memory.values, indices, chosen))
+
+def _by_head(array: Shaped[Array, "B N *rest"]) -> Shaped[Array, "heads *rest"]:
+    """The heads of all rows, one after the other."""
+    return array.reshape(-1, *array.shape[2:])
 
 
 def _write_shard(memory: Memory, segment: Memory, clock: Clock, axis_name: str | None) -> Memory:
