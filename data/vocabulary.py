@@ -155,6 +155,9 @@ _HARD_TEXT = "\tx  =\n\n  \ufb01 e\u0301 \u6f22\U0001f600 </s> "
 def load(path: str) -> SentencePieceVocabulary:
     """Reads a SentencePiece model.
 
+    A space that it puts before every text is left out: lines are tokenised one by one (see `tasks`), and each would get
+    one. So the model can differ from its file in this setting.
+
     Args:
       path: of its file, local or gs://.
 
@@ -162,12 +165,13 @@ def load(path: str) -> SentencePieceVocabulary:
       DataError: there is none, or it would lose something of a text, or its ids of padding and end are other ones.
     """
     try:
-        loaded = SentencePieceVocabulary(epath.Path(path).read_bytes())
+        processor = sentencepiece.SentencePieceProcessor(model_proto=epath.Path(path).read_bytes())
+        processor.override_normalizer_spec(add_dummy_prefix=False)
+        loaded = SentencePieceVocabulary(processor.serialized_model_proto())
         special, ids = loaded.piece_ids("<pad>", "</s>", "<unk>"), loaded.encode(_HARD_TEXT).tolist()
         by_line = [id for line in _HARD_TEXT.splitlines(keepends=True) for id in loaded.encode(line).tolist()]
     except (OSError, RuntimeError) as error:
         raise DataError(f"--vocabulary={path}: cannot be read as a SentencePiece model ({error})") from None
-    # Lines are tokenised one by one, see `tasks`.
     if special != (PAD_ID, EOS_ID, UNK_ID) or loaded.decode(ids) != _HARD_TEXT or ids != by_line:
         raise DataError(
             f"--vocabulary={path} does not give back every text as it was, joins lines, or has other ids than {PAD_ID}, "
