@@ -30,7 +30,11 @@ setup(
         "memorizing.launch",
     ],
     package_dir=FOLDERS | {"memorizing.gin": "gin"},
-    package_data={"memorizing.gin": GIN_FILES, "memorizing.launch": ["Dockerfile", "sky.yaml"]},
+    package_data={
+        "memorizing": ["templates/*.html"],
+        "memorizing.gin": GIN_FILES,
+        "memorizing.launch": ["Dockerfile", "sky.yaml"],
+    },
     install_requires=[
         "absl-py",
         "array_record",

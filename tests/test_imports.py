@@ -21,7 +21,7 @@ MODULES = sorted(
 
 # design.md section 2, from the ground up: a module may import what stands on a lower line. `None` is everything.
 LAYERS = (
-    ("array_typing", "batch", "errors", "json_lines", "watchdog"),
+    ("array_typing", "batch", "bootstrap", "errors", "json_lines", "tables", "watchdog"),
     ("distributed", "events"),
     ("failures", "stopping"),
     ("positions", "context", "sharding", "optimizer", "losses", "search", "windows", "sampling"),
@@ -36,18 +36,17 @@ LAYERS = (
     ("accelerators",),
     ("train_state", "decoding"),
     ("checkpoint", "train_step", "metrics"),
-    ("evaluate", "experiment"),
-    ("plots", "workdir", "program"),
+    ("evaluate", "experiment", "inspection"),
+    ("evaluation_report", "inspection_page", "plots", "workdir", "program"),
     ("transfer",),
     ("train",),
     ("gin_types",),
     ("gin_registry",),
     ("finished_run", "session_file"),
     ("text_model",),
-    ("tables",),
     ("flops_report",),
     ("commands.experiment_flags",),
-    ("commands.generate", "commands.plan", "commands.train"),
+    ("commands.evaluate", "commands.generate", "commands.inspect", "commands.plan", "commands.train"),
     ("main",),
     ("__main__",),
 )
