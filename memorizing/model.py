@@ -117,6 +117,11 @@ class LMConfig:
         """Whether any layer has an external memory."""
         return any(isinstance(group.attention, KNNAttention) for group in self.groups)
 
+    @property
+    def memory_size(self) -> int:
+        """Slots of its external memories, of the largest where they differ; 0 without one."""
+        return max((g.attention.memory_size for g in self.groups if isinstance(g.attention, KNNAttention)), default=0)
+
     def with_memory_size(self, memory_size: int) -> LMConfig:
         """The same model, which has the same parameters, with external memories of another size."""
 

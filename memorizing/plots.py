@@ -10,6 +10,7 @@ import numpy as np
 
 from memorizing import bootstrap
 from memorizing.evaluate import Evaluation
+from memorizing.inspection import Inspection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,3 +103,97 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
     return buffer.getvalue()
+
+
+# Of an inspection.
+
+
+def gain_by_position(inspection: Inspection) -> bytes:
+    """The paper's figure 7: by how much the larger memory helped each token, a dot a token, and its mean by position."""
+    figure, axes = _figure()
+    gain, (smaller, larger) = inspection.gain, inspection.memory_sizes
+    positions = np.arange(len(gain))
+    axes.scatter(positions, gain, s=2, color=COLORS[0], alpha=max(0.05, min(1.0, 4000 / len(gain))), rasterized=True)
+    bins = np.array_split(positions, min(60, len(gain)))
+    middles, means = ([function(each) for each in bins] for function in (np.mean, lambda each: gain[each].mean()))
+    axes.plot(middles, means, color=COLORS[1], linewidth=2, label=f"mean (of all: {gain.mean():+.4f})")
+    axes.axvline(
+        inspection.num_equal, color="gray", linestyle="--", linewidth=1, label="from here on the memories differ"
+    )
+    limit = max(float(np.quantile(np.abs(gain), 0.999)), 1e-3)
+    outside = int(np.sum(np.abs(gain) > limit))
+    axes.set_ylim(-limit, limit)
+    axes.set_xlabel("position in the document (tokens)" + (f"; {outside} tokens lie outside" if outside else ""))
+    axes.set_ylabel("Δ (nats)")
+    axes.set_title(f"Loss with memory {smaller:,} less loss with memory {larger:,}")
+    axes.legend()
+    return _png(figure)
+
+
+def distances(inspection: Inspection) -> bytes:
+    """How far back the retrieved neighbours lie, one line a layer, and how far back what was in the memory lay."""
+    figure, axes = _figure()
+    edges = _age_bins(inspection)
+    for i, lookups in enumerate(inspection.lookups):
+        found = lookups.distances[lookups.distances > 0]
+        axes.stairs(
+            _share(np.histogram(found, edges)[0]),
+            edges,
+            label=f"retrieved, {lookups.layer}",
+            linewidth=2,
+            color=COLORS[i % len(COLORS)],
+        )
+    axes.stairs(
+        _share(_available(inspection, edges)), edges, label="everything in the memory", color="gray", linestyle="--"
+    )
+    _ages(axes, "share of the neighbours")
+    axes.set_title("How far back the neighbours lie")
+    return _png(figure)
+
+
+def mass_by_age(inspection: Inspection) -> bytes:
+    """Share of each head's attention that goes to memories of an age, one line a head."""
+    figure, axes = _figure()
+    edges = _age_bins(inspection)
+    lines = 0
+    for lookups in inspection.lookups:
+        mass = np.zeros((len(lookups.gate), len(edges) - 1))
+        # In parts: the weights of a long document would take as much memory again as its scores.
+        for first in range(0, len(lookups.scores), 4096):
+            part = slice(first, first + 4096)
+            weights, ages = lookups.weights(part), lookups.distances[part]
+            for head, sums in enumerate(mass):
+                sums += np.histogram(ages[:, head], edges, weights=weights[:, head])[0]
+        for head, sums in enumerate(mass):
+            middles = np.sqrt(edges[1:] * edges[:-1])
+            axes.plot(middles, _share(sums), label=f"{lookups.layer}, head {head}", **_style(lines))
+            lines += 1
+    _ages(axes, "share of the attention", columns=1 + lines // 7)
+    axes.set_title("Attention to the memory by age")
+    return _png(figure)
+
+
+def _age_bins(inspection: Inspection) -> np.ndarray:
+    oldest = max((int(lookups.distances.max(initial=1)) for lookups in inspection.lookups), default=1)
+    return np.array([0.5, *(2.0 ** np.arange(0, np.ceil(np.log2(oldest + 1)) + 1) + 0.5)])
+
+
+def _available(inspection: Inspection, edges: np.ndarray) -> np.ndarray:
+    """How many slots of each age all queries together could look into."""
+    positions = np.arange(len(inspection.tokens))
+    inside = positions % inspection.segment_length
+    youngest, oldest = inside + 1, inside + np.minimum(positions - inside, inspection.memory_sizes[1])
+    first, last = np.ceil(edges[:-1]), np.floor(edges[1:])
+    overlap = np.minimum(oldest[:, None], last[None]) - np.maximum(youngest[:, None], first[None]) + 1
+    return np.maximum(overlap, 0).sum(axis=0)
+
+
+def _share(counts: np.ndarray) -> np.ndarray:
+    return counts / max(counts.sum(), 1e-30)
+
+
+def _ages(axes: Axes, label: str, columns: int = 1) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("distance back (tokens)")
+    axes.set_ylabel(label)
+    axes.legend(ncols=columns, fontsize="small")

@@ -13,13 +13,12 @@ import jax
 from etils import epath
 
 from memorizing import evaluation_report, plots, sharding
-from memorizing.attention.knn import KNNAttention
 from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
 from memorizing.errors import UserError
 from memorizing.evaluate import Ablation, Evaluation, Evaluator
 from memorizing.finished_run import FinishedRun, open_run
-from memorizing.metrics import replace_text
+from memorizing.json_lines import replace_text
 from memorizing.model import LMConfig
 
 FOLDER = "evaluation"
@@ -137,7 +136,7 @@ def _settings(finished: FinishedRun, memory_sizes: str | None) -> tuple[str, lis
             raise UserError(f"--memory_sizes={memory_sizes}: the model of {finished.workdir} has no external memory")
         reset = Setting("context reset every segment", None, model, "state_reset")
         return "as trained", [reset, Setting("as trained", None, model)]
-    own = max(group.attention.memory_size for group in model.groups if isinstance(group.attention, KNNAttention))
+    own = model.memory_size
     sizes = _parsed(memory_sizes) if memory_sizes else [0, 4 * own]
     segment_length = finished.experiment.batch.segment_length
     others = [_with_memory(model, size, segment_length) for size in {*sizes} - {own}]
