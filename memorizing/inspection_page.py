@@ -22,14 +22,19 @@ _TEMPLATE = "inspection.html"
 
 
 def make(
-    inspection: Inspection, pieces: Sequence[bytes], facts: Mapping[str, str], pictures: Mapping[str, tuple[bytes, str]]
+    title: str,
+    inspection: Inspection,
+    pieces: Sequence[bytes],
+    facts: Mapping[str, str],
+    pictures: Mapping[str, tuple[bytes, str]],
 ) -> str:
     """The page.
 
     Args:
-      inspection: of a document.
+      title: name of the document.
+      inspection: of it.
       pieces: the UTF-8 of each of its tokens.
-      facts: what to say about it, by label; `document` is the title.
+      facts: what to say about it, by label.
       pictures: PNG and alternative text by caption.
     """
     kept = kept_positions(inspection)
@@ -51,7 +56,7 @@ def make(
     )
     listed = "".join(f"<dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd>" for label, value in facts.items())
     parts = {
-        "TITLE": html.escape(facts["document"]),
+        "TITLE": html.escape(title),
         "FACTS": listed,
         "FIGURES": figures,
         # `<` must not end the script that holds the data.

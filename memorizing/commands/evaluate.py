@@ -91,7 +91,7 @@ def _evaluate(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     )
     sizes = {setting.name: setting.memory_size for setting in settings if setting.memory_size is not None}
     folder = finished.workdir / FOLDER
-    pictures = {"loss_by_position.png": plots.loss_by_position(evaluations, options.seed)}
+    pictures = {"loss_by_position.png": plots.loss_by_position(evaluations, reference, options.seed)}
     if len(sizes) > 1:
         losses = {size: summary["evaluations"][name]["against_reference"] for name, size in sizes.items()}
         pictures["loss_by_memory.png"] = plots.loss_by_memory(losses, sizes[reference], evaluations[reference].loss)

@@ -116,13 +116,13 @@ def _write(finished: FinishedRun, document: Document, inspection: Inspection, wh
         else f"all {whole:,} tokens"
     )
     facts = {
-        "document": document.name,
         "read": read,
         "run": f"{finished.workdir}, step {finished.step}",
         "data": finished.experiment.data.identity,
         "segments": f"of {inspection.segment_length:,} tokens; a token looks up what stands in earlier segments only",
     }
     page = inspection_page.make(
+        document.name,
         inspection,
         document.pieces,
         facts,
