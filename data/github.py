@@ -134,12 +134,15 @@ def _checkouts(folder: os.DirEntry[str]) -> list[str]:
 
 
 def _licence(repository: str) -> str | None:
-    """What the files at the top of a repository tell of its licence."""
-    texts = {}
-    for entry in os.scandir(repository):
-        if licences.is_licence_file(entry.name) and entry.is_file(follow_symlinks=False):
-            texts[entry.name] = _start_of(entry.path)
-    return licences.of_files(texts)
+    """What the files at the top of a repository tell of its licence.
+
+    Where a package was unpacked into a folder made for it, the top is the one folder in there.
+    """
+    entries = list(os.scandir(repository))
+    while len(entries) == 1 and entries[0].is_dir(follow_symlinks=False):
+        entries = list(os.scandir(entries[0].path))
+    files = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+    return licences.of_files({file.name: _start_of(file.path) for file in files if licences.is_licence_file(file.name)})
 
 
 def _commit(repository: str) -> str | None:

@@ -240,6 +240,12 @@ def test_the_commit_is_in_the_key_and_not_in_the_order(deep_repository, files, c
     assert read(deep_repository) == {f"repo@{commit}" if commit else "repo": before}
 
 
+def test_a_package_may_lie_in_a_folder_of_its_own(tmp_path):
+    write(tmp_path, "npm-package/package/a.ts", "x")
+    write(tmp_path, "npm-package/package/package.json", '{"license": "MIT"}')
+    assert read(tmp_path, licences=("mit",)) == {"npm-package": "x"}
+
+
 def test_checkouts_may_lie_in_folders_of_their_owners(tmp_path):
     for name in ("owner/one", "owner/two", "other"):
         write(tmp_path, f"{name}/.git/HEAD", COMMIT)
