@@ -2,6 +2,7 @@
 
 from memorizing.gin_types import register
 
-from .sources import CachedCorpus
+from .sources import CachedCorpus, Mixture
 
 register(CachedCorpus)
+register(Mixture)

@@ -17,7 +17,7 @@ from .corpora import CORPORA, STANDARD_LIBRARY
 from .errors import DataError
 from .order import Line
 from .read_ahead import ReadAhead
-from .streams import DocumentStream
+from .streams import DocumentStream, Joined
 from .token_cache import Split, TokenCache
 
 
@@ -53,11 +53,11 @@ class CachedCorpus:
 
     @property
     def vocab_size(self) -> int:
-        return self._cache.vocab_size
+        return self.cache.vocab_size
 
     @property
     def identity(self) -> str:
-        return f"{self.task}-{self._cache.fingerprint}"
+        return f"{self.task}-{self.cache.fingerprint}"
 
     @property
     def num_eval_documents(self) -> int:
@@ -95,9 +95,9 @@ class CachedCorpus:
 
     def train_batches(self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int) -> ReadAhead:
         """See `DataSource`."""
-        documents = self._cache.split(splits.TRAIN)
+        documents = self.cache.split(splits.TRAIN)
         line = Line([len(documents)], seed)
-        fingerprint = self._cache.fingerprint
+        fingerprint = self.cache.fingerprint
         return ReadAhead(DocumentStream(documents, fingerprint, line, num_rows, rows, num_segments, segment_length))
 
     def evaluation_batches(
@@ -113,7 +113,7 @@ class CachedCorpus:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self._cache.vocabulary
+        return self.cache.vocabulary
 
     @functools.cached_property
     def document_words(self) -> np.ndarray | None:
@@ -137,18 +137,117 @@ class CachedCorpus:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 [length], without an end."""
-        return self._cache.vocabulary.encode(text)
+        return self.cache.vocabulary.encode(text)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of some ids; padding and ends are left out."""
-        return self._cache.vocabulary.decode(tokens)
+        return self.cache.vocabulary.decode(tokens)
 
     # Opened at first use, so that a configuration can be built and printed where there is no data.
     @functools.cached_property
-    def _cache(self) -> TokenCache:
+    def cache(self) -> TokenCache:
+        """The opened cache, made where it is missing."""
         self.prepare()
         return token_cache.open_cache(self.cache_path, self.task)
 
     @functools.cached_property
     def _validation(self) -> Split:
-        return self._cache.split(splits.VALIDATION)
+        return self.cache.split(splits.VALIDATION)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several corpora with one vocabulary, mixed document by document; a `memorizing.batch.DataSource`.
+
+    Attributes:
+      corpora: to mix; held-out documents of all of them are evaluated.
+      rates: share of the training tokens that comes from each, up to a factor.
+    """
+
+    corpora: tuple[CachedCorpus, ...]
+    rates: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Raises DataError where a setting cannot be used."""
+        if len(self.corpora) < 1 or len(set(self.corpora)) < len(self.corpora):
+            raise DataError(f"Mixture.corpora={self.corpora}: give one or more different corpora")
+        if len(self.rates) != len(self.corpora) or min(self.rates) <= 0:
+            raise DataError(
+                f"Mixture.rates={self.rates}: give a positive number for each of the {len(self.corpora)} corpora"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.corpora[0].vocab_size
+
+    @property
+    def identity(self) -> str:
+        members = zip(self.corpora, self.rates, strict=True)
+        return "+".join(f"{rate:g}*{corpus.identity}" for corpus, rate in members)
+
+    @property
+    def num_eval_documents(self) -> int:
+        return len(self._validation)
+
+    @property
+    def document_bytes(self) -> np.ndarray:
+        return np.concatenate([corpus.document_bytes for corpus in self.corpora])
+
+    def train_batches(self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int) -> ReadAhead:
+        """See `DataSource`."""
+        members = [cache.split(splits.TRAIN) for cache in self._caches]
+        sizes = [len(member) for member in members]
+        # A share of tokens is more documents where documents are short.
+        weights = [rate / max(member.num_tokens.mean(), 1) for rate, member in zip(self.rates, members, strict=True)]
+        fingerprint = "+".join(cache.fingerprint for cache in self._caches)
+        line = Line(sizes, seed, weights)
+        return ReadAhead(
+            DocumentStream(Joined(members), fingerprint, line, num_rows, rows, num_segments, segment_length)
+        )
+
+    def evaluation_batches(
+        self, num_rows: int, segment_length: int, rows: range | None = None
+    ) -> Iterator[EvaluationBatch]:
+        """See `DataSource`."""
+        return streams.evaluation_batches(self._validation, num_rows, segment_length, rows)
+
+    @property
+    def text(self) -> Mixture:
+        """See `memorizing.batch.TextSource`."""
+        return self
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._caches[0].vocabulary
+
+    @property
+    def document_words(self) -> np.ndarray | None:
+        """Words of each held-out document, int64; None unless all corpora are prose."""
+        words = [corpus.document_words for corpus in self.corpora]
+        return None if any(counts is None for counts in words) else np.concatenate(words)
+
+    def document_keys(self) -> list[str]:
+        """Names of the held-out documents, with their corpus."""
+        return [
+            f"{task_name.parse(corpus.task).corpus}: {key}" for corpus in self.corpora for key in corpus.document_keys()
+        ]
+
+    def document_tokens(self, index: int) -> np.ndarray:
+        """All tokens of a held-out document, int32 [length]."""
+        return self._validation.tokens(index).astype(np.int32)
+
+    @functools.cached_property
+    def _caches(self) -> list[TokenCache]:
+        """Raises DataError where the ids of one corpus mean something else than those of another."""
+        opened = [corpus.cache for corpus in self.corpora]
+        for corpus, cache in zip(self.corpora, opened, strict=True):
+            if cache.metadata["vocabulary"]["digest"] != opened[0].metadata["vocabulary"]["digest"]:
+                raise DataError(
+                    f"Mixture.corpora: {corpus.cache_path} and {self.corpora[0].cache_path} have different vocabularies; "
+                    "prepare both with the same --vocabulary=FILE"
+                )
+        return opened
+
+    @functools.cached_property
+    def _validation(self) -> Joined:
+        return Joined([cache.split(splits.VALIDATION) for cache in self._caches])

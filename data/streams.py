@@ -7,7 +7,7 @@ other, and no number of hosts is part of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +34,27 @@ class Documents(Protocol):
 
     def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens of a document from `start` to below `stop`, or to its end, integers [length]."""
+
+
+class Joined:
+    """The documents of several splits, numbered through; a `Documents`."""
+
+    def __init__(self, parts: Sequence[Documents]) -> None:
+        self._parts = parts
+        self.num_tokens = np.concatenate([part.num_tokens for part in parts])
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which split a document is in, and its number there."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return part, index - int(self._ends[part]) + len(self._parts[part])
+
+    def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        part, index = self.place(index)
+        return self._parts[part].tokens(index, start, stop)
 
 
 class DocumentStream:

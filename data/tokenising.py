@@ -21,8 +21,8 @@ from .errors import DataError
 from .survey import ShardDigest, Survey
 from .task_name import TaskName
 
-# Text of a part: so much of a small corpus, that two processes have something to do; of a large one a share.
-_MIN_PART_BYTES = 4 << 20
+# Text of a part: less is not worth another start of TensorFlow. A large corpus is divided into so many parts at most,
+_MIN_PART_BYTES = 32 << 20
 _MAX_PARTS = 1024
 
 
