@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -115,19 +116,20 @@ def goodput(workdir: epath.Path) -> Goodput:
     """Where the time of the run in a workdir went so far; all zero if it has no events."""
     starts = _starts(json_lines.read(workdir / FILE))
     seconds = dict.fromkeys(_KINDS, 0.0)
-    for events, following in zip(starts, [*starts[1:], None], strict=True):
-        resumed = None if following is None else _first_step(following)
+    for index, events in enumerate(starts):
+        # What was done beyond the step that a later start went on from was done for nothing.
+        kept = min(map(_first_step, starts[index + 1 :]), default=math.inf)
         known = 0.0
         for event in events:
             taken = float(event.get("seconds", 0.0))
             known += taken
             kind = event["event"] if event["event"] in _KINDS else "other"
-            lost = _share_beyond(event, resumed) if kind == "steps" else 0.0
+            lost = _share_beyond(event, kept) if kind == "steps" else 0.0
             seconds[kind] += (1 - lost) * taken
             seconds["redone"] += lost * taken
         seconds["other"] += max(events[-1]["time"] - _begin(events) - known, 0.0)
-        if following is not None:
-            seconds["stopped"] += max(_begin(following) - events[-1]["time"], 0.0)
+        if index:
+            seconds["stopped"] += max(_begin(events) - starts[index - 1][-1]["time"], 0.0)
     return Goodput(len(starts), seconds)
 
 
@@ -146,15 +148,13 @@ def _begin(events: Sequence[Line]) -> float:
     return events[0]["time"] - float(events[0].get("seconds", 0.0))
 
 
-def _first_step(events: Sequence[Line]) -> int:
-    """The step from which a process went on."""
-    return next((event["step"] for event in events if event["event"] == "restore"), 0)
+def _first_step(events: Sequence[Line]) -> float:
+    """The step from which a process went on; infinite if it did not come so far."""
+    return next((event.get("step", 0) for event in events if event["event"] in ("init", "restore")), math.inf)
 
 
-def _share_beyond(event: Line, step: int | None) -> float:
+def _share_beyond(event: Line, step: float) -> float:
     """Of the steps of an event, the part after a step."""
-    if step is None:
-        return 0.0
     return min(max(event["step"] - step, 0), event["count"]) / max(event["count"], 1)
 
 

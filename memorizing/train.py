@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
@@ -65,6 +64,7 @@ def train(
     if loop.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(resolve(loop.compilation_cache)))
     mesh = experiment.make_mesh()
+    experiment.check_data()
     folder = distributed.primary_first(lambda: open_workdir(workdir, experiment, config_text))
     events = EventLog(folder / events_lib.FILE if distributed.is_primary() else None)
     events.write("start", version=__version__, **_machines())
@@ -128,6 +128,7 @@ class _Run:
         self.evaluator = Evaluator(experiment.model, num_rows, batch.segment_length, mesh, self._tick)
         self.writer = MetricWriter(workdir if is_primary else None, self.first_step)
         self.progress = Progress(self.first_step, loop.num_steps, is_silent=not is_primary)
+        self.learning_rate = jax.jit(experiment.optimizer.learning_rate)
         self.utilization = Utilization(experiment.model, batch.segment_length, jax.devices())
         self.pending: tuple[int, Metrics] | None = None
         # Steps that compile: their time says nothing of the others'.
@@ -249,7 +250,7 @@ class _Run:
         if step % loop.log_every == 0 or step == loop.num_steps or step in self.compiling:
             tokens = self.experiment.batch.tokens_at(step)
             values = flatten(metrics) | self.progress.rate(step, tokens)
-            values["learning_rate"] = float(self.experiment.optimizer.learning_rate(jnp.asarray(step - 1)))
+            values["learning_rate"] = float(self.learning_rate(step - 1))
             values["perplexity"] = perplexity(loss)
             if step not in self.compiling:
                 values |= self.utilization.values(values["tokens_per_second"]) | memory_in_use(jax.local_devices())

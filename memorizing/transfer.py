@@ -12,6 +12,7 @@ import numpy as np
 from memorizing.array_typing import Tree
 from memorizing.checkpoint import FOLDER, paths, read_arrays
 from memorizing.errors import UserError
+from memorizing.sharding import from_host
 from memorizing.train_state import TrainState
 from memorizing.workdir import resolve
 
@@ -42,7 +43,11 @@ def start_from(workdir: str, state: TrainState, with_optimizer: bool = True) -> 
     names = ("params", "opt_state", "step") if with_optimizer else ("params",)
     fresh = {name: getattr(state, name) for name in names}
     filled = fit(fresh, saved, given, fresh_memory=True)
-    return state.replace(**jax.tree.map(lambda array, fresh: jax.device_put(array, fresh.sharding), filled, fresh))
+    return state.replace(**jax.tree.map(_place, filled, fresh))
+
+
+def _place(array: np.ndarray | jax.Array, fresh: jax.Array) -> jax.Array:
+    return array if array is fresh else from_host(np.asarray(array), fresh.sharding)
 
 
 def fit(wanted: Tree, saved: Mapping[str, np.ndarray], given: str, fresh_memory: bool = False) -> Tree:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,6 +25,7 @@ from hypothesis.extra import numpy as hnp
 
 from memorizing import checkpoint
 from memorizing.attention.knn import KNNAttention
+from memorizing.batch import EvaluationBatch
 from memorizing.checkpoint import Checkpointer, paths, read_arrays
 from memorizing.errors import UserError
 from memorizing.experiment import BatchConfig, Experiment, LoopConfig
@@ -29,7 +33,7 @@ from memorizing.model import LMConfig
 from memorizing.optimizer import AdamW, Cosine
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train import Program, train
+from memorizing.train import Preempted, Program, train
 from memorizing.train_state import TrainState
 
 ROWS, LENGTH = 8, 4
@@ -279,12 +283,27 @@ def test_two_exchanged_values_change_the_checksum(array: np.ndarray, first: int,
 # The loop around it.
 
 
-def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture):
-    """And with other rows, or without a saved context, it goes on with what it has, and says so."""
-    train(EXPERIMENT, str(tmp_path / "whole"))
-    train(with_loop(num_steps=4), str(tmp_path / "parts"))
-    train(EXPERIMENT, str(tmp_path / "parts"))
+def test_a_run_in_two_parts_is_the_run_in_one(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Here stopped in an evaluation, which it then makes up for. And with other rows, or without a saved context, it goes on with what it has, and says so."""
+    experiment = with_loop(evaluate_every=4)
+    train(experiment, str(tmp_path / "whole"))
+    read = RepeatedPassages.evaluation_batches
+
+    def interrupted(*arguments: Any) -> Iterator[EvaluationBatch]:
+        for batch in read(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="saved at step 4"):
+        patch.setattr(RepeatedPassages, "evaluation_batches", interrupted)
+        train(experiment, str(tmp_path / "parts"))
+    train(experiment, str(tmp_path / "parts"))
     assert "continuing from step 4" in capsys.readouterr().out
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    logged = [[(line["step"], line["kind"], line["loss"]) for line in map(json.loads, part)] for part in lines]
+    assert logged[0] == logged[1] and (4, "evaluation") in [line[:2] for line in logged[0]]
     whole, parts = (read_arrays(epath.Path(tmp_path / name)) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     for path, array in whole.items():

@@ -177,7 +177,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     assert max(line["step"] for line in metrics(tmp_path)) == 5
 
 
-def test_an_absurd_learning_rate_is_a_failed_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture):
-    assert main._run([*COMMAND, f"--workdir={tmp_path}", "--gin.Cosine.peak=1e30"]) == 1
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("peak", ["1e30", "1e39"])
+def test_an_absurd_learning_rate_is_a_failed_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, peak: str):
+    """Also where the parameters overflow in an update whose loss and gradient are finite: nothing is saved that is not."""
+    assert main._run([*COMMAND, f"--workdir={tmp_path}", f"--gin.Cosine.peak={peak}"]) == 1
     error = capsys.readouterr().err
     assert "step " in error and "checkpoint" in error and len(error.splitlines()) <= 3
+    if any((tmp_path / "checkpoints").glob("[0-9]*")):
+        assert all(np.isfinite(array).all() for array in read_arrays(epath.Path(tmp_path)).values())
+    if peak == "1e39":
+        assert "is no longer finite" in error

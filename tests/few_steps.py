@@ -1,0 +1,41 @@
+"""Goes on from a checkpoint for a few steps, without what else belongs to a run. A program of its own on several hosts, a function on one."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+
+from memorizing import distributed
+from memorizing.checkpoint import Checkpointer
+from memorizing.gin_registry import load_experiment
+from memorizing.program import Program
+from memorizing.workdir import resolve
+
+
+def run(workdir: str, first: int, last: int, flags: list[str]) -> dict:
+    """Restores step `first`, saves step `last`; returns how many rows this process read and the losses in between."""
+    experiment, _ = load_experiment(["smoke"], [flag.removeprefix("--gin.") for flag in flags])
+    batch, mesh = experiment.batch, experiment.make_mesh()
+    with jax.set_mesh(mesh):
+        program = Program(experiment, mesh)
+        checkpointer = Checkpointer(resolve(workdir))
+        state, saved = checkpointer.restore(program.abstract_state, first)
+        rows = program.placement.rows
+        stream = experiment.data.train_batches(batch.num_rows, rows, 1, batch.segment_length, saved["seed"])
+        stream.set_state(saved["stream"])
+        losses = []
+        for _ in range(first, last):
+            state, metrics = program.step(state, program.placement.put(next(stream)))
+            losses.append(float(metrics["loss"]))
+        checkpointer.save(state, saved | {"stream": stream.get_state()})
+        checkpointer.close()
+    return {"rows": len(rows), "losses": losses}
+
+
+if __name__ == "__main__":
+    workdir, first, last, *flags = sys.argv[1:]
+    distributed.initialize()
+    distributed.say(json.dumps(run(workdir, int(first), int(last), flags)))
+    distributed.shutdown()
