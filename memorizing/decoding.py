@@ -36,8 +36,8 @@ class Decoder:
       read: `(params, inputs [B, T], targets [B, T], context) -> (nats [B, T], context)`, a whole segment; the context is donated.
       begin: `(context) -> context` as the next segment reads it; donated.
       open: `(params, inputs, targets, context) -> (nats, kept)`, the first positions of a segment, padded to T; the context as `begin` gives it, as from here on.
-      step: `(params, inputs [B], index, kept, context) -> (logits [B, V], kept)`, the input at `index` of the segment; what was kept is donated.
-      write: `(params, inputs [B], index, kept, context, allowed, seed, position, sampling) -> (tokens [B], kept)`, a step, and a draw from what it predicts.
+      write: `(params, inputs [B], index, kept, context, allowed, seed, position, sampling) -> (Drawn, kept)`, the input at `index` of the segment, and a draw from what it
+        predicts; what was kept is donated.
     """
 
     def __init__(self, config: LMConfig, segment_length: int) -> None:
@@ -56,8 +56,14 @@ class Decoder:
         self.read = jax.jit(functools.partial(_read, model), donate_argnums=3)
         self.begin = jax.jit(functools.partial(_begin, config), donate_argnums=0)
         self.open = jax.jit(functools.partial(_open, model))
-        self.step = jax.jit(functools.partial(_step, model, segment_length), donate_argnums=3)
         self.write = jax.jit(functools.partial(_write, model, segment_length), donate_argnums=3)
+
+
+class Drawn(NamedTuple):
+    """A token of every row, int32 [B], and the logits that it was drawn from, float32 [B, V]."""
+
+    tokens: Int[Array, "B"]
+    logits: Float[Array, "B V"]
 
 
 class ReaderState(NamedTuple):
@@ -133,15 +139,13 @@ class Reader:
             self._context = self._decoder.begin(self._context)
         self._inputs, self._pending, self._kept = list(inputs[:, num_whole:].T), tokens[:, -1].astype(np.int32), None
         if self._inputs:
-            nats.append(self._open(targets[:, num_whole:])[:, : len(self._inputs)])
+            nats.append(np.asarray(self._open(targets[:, num_whole:]))[:, : len(self._inputs)])
         self.num_tokens += tokens.shape[1]
         scored = np.concatenate([np.asarray(part) for part in nats], axis=1)
         on_progress(tokens.shape[1])
         return scored[:, num_before:]
 
-    def write(
-        self, num_tokens: int, sampling: Sampling, seed: int, allowed: Bool[np.ndarray, "V"]
-    ) -> Iterator[Int[Array, "B"]]:
+    def write(self, num_tokens: int, sampling: Sampling, seed: int, allowed: Bool[np.ndarray, "V"]) -> Iterator[Drawn]:
         """Draws tokens and reads them. Row r's token at a position depends on nothing but the seed, r, the position and what row r has read: not on the number of rows or of
         tokens, nor on where writing was interrupted.
 
@@ -158,7 +162,7 @@ class Reader:
         for _ in range(num_tokens):
             kept, index = self._next_place()
             self._inputs.append(self._pending)
-            self._pending, self._kept = self._decoder.write(
+            drawn, self._kept = self._decoder.write(
                 self._params,
                 self._pending,
                 np.int32(index),
@@ -169,14 +173,9 @@ class Reader:
                 np.int32(self.num_tokens),
                 arrays,
             )
+            self._pending = drawn.tokens
             self.num_tokens += 1
-            yield self._pending
-
-    def next_logits(self) -> Float[np.ndarray, "B V"]:
-        """What the next token is predicted to be; nothing is read by asking."""
-        kept, index = self._next_place()
-        logits, self._kept = self._decoder.step(self._params, self._pending, np.int32(index), kept, self._context)
-        return np.asarray(logits)
+            yield drawn
 
     def fork(self, num_rows: int) -> Reader:
         """A reader whose rows have all read what the only row of this one has; they go their own ways."""
@@ -244,23 +243,6 @@ def _open(
     return next_token_nats(output.logits, targets), output.report.kept
 
 
-def _step(
-    model: LanguageModel,
-    segment_length: int,
-    params: Tree,
-    inputs: Int[Array, "B"],
-    index: Int[Array, ""],
-    kept: Kept,
-    context: Context,
-) -> tuple[Float[Array, "B V"], Kept]:
-    tokens, recurrent = inputs[:, None], model.config.recurrent_tokens
-    position = index + (recurrent.layout(segment_length).num_read if recurrent else 0)
-    output = model.apply(
-        {"params": params}, tokens, *_flags(len(inputs), segment_length), context, Slice(position, kept)
-    )
-    return output.logits[:, 0], output.report.kept
-
-
 def _write(
     model: LanguageModel,
     segment_length: int,
@@ -273,11 +255,14 @@ def _write(
     seed: Int[Array, ""],
     position: Int[Array, ""],
     sampling: SamplingArrays,
-) -> tuple[Int[Array, "B"], Kept]:
-    logits, kept = _step(model, segment_length, params, inputs, index, kept, context)
+) -> tuple[Drawn, Kept]:
+    recurrent = model.config.recurrent_tokens
+    this = Slice(index + (recurrent.layout(segment_length).num_read if recurrent else 0), kept)
+    output = model.apply({"params": params}, inputs[:, None], *_flags(len(inputs), segment_length), context, this)
+    logits = output.logits[:, 0]
 
     def key(row: Int[Array, ""]) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
 
     keys = jax.vmap(key)(jnp.arange(len(inputs)))
-    return draw(logits, allowed, keys, sampling), kept
+    return Drawn(draw(logits, allowed, keys, sampling), logits), output.report.kept

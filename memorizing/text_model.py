@@ -21,7 +21,7 @@ from memorizing import session_file
 from memorizing.attention.knn import KNNAttention
 from memorizing.batch import PADDING, Vocabulary
 from memorizing.checkpoint import paths
-from memorizing.decoding import Decoder, Reader
+from memorizing.decoding import Decoder, Drawn, Reader
 from memorizing.errors import UserError
 from memorizing.finished_run import FinishedRun, open_run
 from memorizing.metrics import perplexity
@@ -192,16 +192,8 @@ class Session:
         Raises:
           UserError: a setting is out of range.
         """
-        for name, value, low, high in (
-            ("num_tokens", num_tokens, 1, math.inf),
-            ("num_samples", num_samples, 1, math.inf),
-            ("seed", seed, 0, 2**32 - 1),
-        ):
-            if not low <= value <= high:
-                raise UserError(
-                    f"{name} = {value}: at least {low}" + (f" and at most {high}" if high < math.inf else "")
-                )
-        # Here, and not when the first text is asked for, so that a wrong setting is told at once.
+        # Not in the generator, so that a wrong setting is told at once.
+        check_amounts(num_tokens, num_samples, seed)
         settings = Sampling(**sampling)
         reader = self._reader.fork(num_samples)
         return _texts(
@@ -216,6 +208,15 @@ class Session:
     def save(self, path: str) -> None:
         """Writes the session to a file, for `TextModel.session`. Raises UserError if it cannot be written."""
         session_file.save(path, self._reader.state, self._model.identity)
+
+
+def check_amounts(num_tokens: int, num_samples: int, seed: int) -> None:
+    """Raises UserError where one of them is out of range."""
+    for name, value in (("num_tokens", num_tokens), ("num_samples", num_samples)):
+        if value < 1:
+            raise UserError(f"{name} = {value}: at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed = {seed}: from 0 up to {2**32 - 1}")
 
 
 class TextStream:
@@ -238,7 +239,7 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _texts(vocabulary: Vocabulary, steps: Iterator[jax.Array], num_samples: int) -> Iterator[list[str]]:
+def _texts(vocabulary: Vocabulary, steps: Iterator[Drawn], num_samples: int) -> Iterator[list[str]]:
     """The text of every sample, step by step, until all of them have ended."""
     streams: list[TextStream | None] = [TextStream(vocabulary) for _ in range(num_samples)]
     for tokens in _one_late(steps):
@@ -254,10 +255,10 @@ def _texts(vocabulary: Vocabulary, steps: Iterator[jax.Array], num_samples: int)
     yield [stream.end() if stream else "" for stream in streams]
 
 
-def _one_late(steps: Iterator[jax.Array]) -> Iterator[np.ndarray]:
-    """Arrays on the host, each read when the device has already been given the next step."""
+def _one_late(steps: Iterator[Drawn]) -> Iterator[np.ndarray]:
+    """Tokens on the host, each read when the device has already been given the next step."""
     before = next(steps)
-    for tokens in steps:
-        yield np.asarray(before)
-        before = tokens
-    yield np.asarray(before)
+    for drawn in steps:
+        yield np.asarray(before.tokens)
+        before = drawn
+    yield np.asarray(before.tokens)

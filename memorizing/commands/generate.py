@@ -12,7 +12,7 @@ from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
 from memorizing.errors import UserError
 from memorizing.sampling import Sampling
-from memorizing.text_model import Session, TextModel
+from memorizing.text_model import Session, TextModel, check_amounts
 from memorizing.workdir import resolve
 
 # Without a prompt: so much of a held-out document is read, and so much of that is shown.
@@ -69,7 +69,10 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     prompt = _given_prompt(options)
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    # Before anything is loaded.
     Sampling(**sampling)
+    if options.num_tokens:
+        check_amounts(options.num_tokens, options.num_samples, options.seed)
     experiment_flags.use_devices(1)
     model = TextModel.open(options.workdir or experiment_flags.DEFAULT_WORKDIR, options.step, bindings)
     _say(f"{model.run.workdir}, step {model.run.step}: {model.memory}")

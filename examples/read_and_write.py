@@ -1,0 +1,44 @@
+"""What remembering is worth on a text of yours: its second half, scored alone and after the first half has been read, and then written on.
+
+python examples/read_and_write.py runs/demo SOME_FILE.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+import memorizing
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", help="folder of a finished run")
+    parser.add_argument("file", help="UTF-8 text, the longer the better")
+    options = parser.parse_args(arguments)
+    text = pathlib.Path(options.file).read_text()
+    first, second = text[: len(text) // 2], text[len(text) // 2 :]
+
+    model = memorizing.load(options.workdir)
+    alone = model.score(second)
+    session = model.session()
+    session.read(first)
+    after = session.read(second)
+
+    print(f"{len(after.tokens):,} tokens of {options.file}, its second half")
+    print(f"  alone:                {alone.bits_per_byte:.4f} bits per byte, perplexity {alone.perplexity:.2f}")
+    print(f"  after the first half: {after.bits_per_byte:.4f} bits per byte, perplexity {after.perplexity:.2f}")
+    print("where it helped most, in nats:")
+    gain = alone.nats - after.nats
+    for place in np.argsort(-gain)[:8]:
+        before = "".join(after.pieces[max(place - 12, 0) : place])
+        print(f"  {gain[place]:+6.2f}  {before!r} -> {after.pieces[place]!r}")
+    print("and on it goes:")
+    print(session.generate(num_tokens=100, seed=1)[0])
+
+
+if __name__ == "__main__":
+    main()

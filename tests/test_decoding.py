@@ -1,0 +1,207 @@
+"""Writing token by token gives what reading gives, for every mechanism, whatever the length of the prompt, across the borders of segments.
+
+What a user relies on: the text that a model writes is drawn from the predictions that it was trained and evaluated for, and what it remembers of a text does not depend on
+whether it has read or written it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from mechanisms import LENGTH, MECHANISMS, VOCAB, Mechanism
+
+from memorizing.attention.compressive import CompressiveAttention
+from memorizing.attention.full import FullAttention
+from memorizing.attention.knn import KNNAttention
+from memorizing.attention.transformer_xl import TransformerXLAttention
+from memorizing.attention.xl import XLAttention
+from memorizing.decoding import Decoder, Reader
+from memorizing.errors import UserError
+from memorizing.model import LanguageModel
+from memorizing.recurrent_tokens import RecurrentTokens
+from memorizing.sampling import Sampling
+from memorizing.train_state import init_params
+
+# Settings that change what a position sees, beside the mechanisms that every contract test runs over.
+VARIANTS = (
+    *MECHANISMS,
+    Mechanism(
+        "own settings of transformer-xl and rmt",
+        attention=TransformerXLAttention(window=LENGTH + 3, clamp_distance=5, same_length=True),
+        recurrent_tokens=RecurrentTokens(num_tokens=3, sees_cache=False),
+    ),
+    Mechanism(
+        "everything",
+        attention=CompressiveAttention(
+            window=2 * LENGTH, compressed_size=4, rate=4, compressor="most_used", loss="none"
+        ),
+        attention_at=((1, KNNAttention(2 * LENGTH, num_neighbors=4, local=XLAttention(window=LENGTH + 3))),),
+        recurrent_tokens=RecurrentTokens(num_tokens=2),
+    ),
+)
+ANYTHING = np.arange(VOCAB) > 0
+# Nothing, one token, a segment but for one input (the first input is the padding before a document), exactly one, and more than the memory of most of them holds.
+PROMPT_LENGTHS = (0, 1, LENGTH - 2, LENGTH - 1, LENGTH, 3 * LENGTH + 3)
+
+
+class Case:
+    """A mechanism's model, ready to read and write one row."""
+
+    def __init__(self, mechanism: Mechanism) -> None:
+        self.config = mechanism.config
+        self.decoder = Decoder(self.config, LENGTH)
+        # Drawn by numpy: to compile an initialisation takes longer than these tests.
+        rng = np.random.default_rng(0)
+        shapes = nn.unbox(jax.eval_shape(lambda: init_params(self.config, 1, LENGTH, jax.random.key(0))))
+        self.params = jax.tree.map(
+            lambda leaf: (rng.normal(size=leaf.shape) / 2 + (leaf.ndim == 1)).astype(np.float32), shapes
+        )
+
+    def reader(self) -> Reader:
+        return Reader(self.decoder, self.params)
+
+    @functools.cached_property
+    def _forward(self) -> Callable:
+        model = LanguageModel(self.config)
+        return jax.jit(
+            lambda tokens, is_real, context: model.apply(
+                {"params": self.params}, tokens, is_real, np.zeros(1, bool), context
+            )[:2]
+        )
+
+    def teacher_forced(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits as evaluation computes them: of every token of a document and of the one after it, [length + 1, V]."""
+        inputs = np.pad(tokens, ((0, 0), (1, -(tokens.shape[1] + 1) % LENGTH)))
+        is_real = np.arange(inputs.shape[1])[None] <= tokens.shape[1]
+        context, logits = self.config.init_context(1, LENGTH), []
+        for start in range(0, inputs.shape[1], LENGTH):
+            segment = slice(start, start + LENGTH)
+            part, context = self._forward(inputs[:, segment], is_real[:, segment], context)
+            logits.append(part[0])
+        return np.concatenate(logits)[: tokens.shape[1] + 1]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda mechanism: mechanism.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+def text(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, VOCAB, (1, length), np.int32)
+
+
+def write(reader: Reader, num_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, num_tokens] that the reader writes, and the logits [B, num_tokens, V] that each was drawn from."""
+    drawn = list(reader.write(num_tokens, Sampling(1.0, top_p=1.0), seed, ANYTHING))
+    return tuple(np.stack([np.asarray(array) for array in arrays], axis=1) for arrays in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize("prompt_length", PROMPT_LENGTHS)
+def test_written_tokens_are_drawn_from_the_teacher_forced_logits(case: Case, prompt_length: int):
+    reader, prompt = case.reader(), text(prompt_length)
+    reader.read(prompt)
+    written, logits = write(reader, 2 * LENGTH + 3)
+    whole = np.concatenate([prompt, written], axis=1)
+    expected = case.teacher_forced(whole)
+    np.testing.assert_allclose(logits[0], expected[prompt_length:-1], rtol=0, atol=2e-5)
+    assert expected.std(axis=0).max() > 0.1, "the test cannot see what it forbids"
+
+
+def test_what_is_read_is_scored_as_in_evaluation_however_it_is_cut(case: Case):
+    tokens, length = text(4 * LENGTH + 5), 4 * LENGTH + 5
+    log_probabilities = jax.nn.log_softmax(case.teacher_forced(tokens)[:-1])
+    expected = -np.asarray(log_probabilities)[np.arange(length), tokens[0]]
+    for cuts in ((), (1,), (LENGTH - 1, LENGTH), (3, 3 + LENGTH, 3 * LENGTH + 1)):
+        reader = case.reader()
+        nats = [reader.read(part)[0] for part in np.split(tokens, cuts, axis=1)]
+        np.testing.assert_allclose(np.concatenate(nats), expected, rtol=0, atol=2e-5)
+        assert reader.num_tokens == length
+
+
+def test_what_is_remembered_is_the_same_bit_for_bit_whether_it_was_read_or_written(case: Case):
+    writer, prompt = case.reader(), text(LENGTH + 3)
+    writer.read(prompt)
+    written, _ = write(writer, 3 * LENGTH)
+    reader = case.reader()
+    reader.read(np.concatenate([prompt, written], axis=1))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(reader.state.context):
+        same = jax.tree_util.tree_leaves_with_path(writer.state.context)
+        np.testing.assert_array_equal(leaf, dict(same)[path], err_msg=jax.tree_util.keystr(path))
+    np.testing.assert_array_equal(reader.state.inputs, writer.state.inputs)
+
+
+def test_beginning_a_segment_twice_is_beginning_it_once(case: Case):
+    """An open segment's context has begun; when the segment passes as a whole it begins again."""
+    reader = case.reader()
+    reader.read(text(3 * LENGTH))
+    once = jax.tree.map(np.asarray, reader.state.context)
+    jax.tree.map(np.testing.assert_array_equal, once, case.decoder.begin(reader.state.context))
+
+
+def test_no_position_and_no_length_compiles_again(case: Case, caplog: pytest.LogCaptureFixture):
+    def use(prompt_length: int) -> None:
+        reader = case.reader()
+        reader.read(text(prompt_length))
+        for _ in reader.write(LENGTH + 2, Sampling(0.5 + prompt_length, top_k=prompt_length), 0, ANYTHING):
+            pass
+
+    use(LENGTH + 1)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        for prompt_length in (0, 2, LENGTH, 2 * LENGTH + 1):
+            use(prompt_length)
+        assert "Compiling" not in caplog.text
+        jax.jit(lambda x: x + 7)(np.ones(3))
+        assert "Compiling" in caplog.text, "the test cannot see what it forbids"
+
+
+def test_writing_may_be_interrupted_anywhere(case: Case):
+    expected, _ = write(case.reader(), 2 * LENGTH + 1, seed=5)
+    parts, written = case.reader(), []
+    for num_tokens in (1, LENGTH - 1, 2, LENGTH - 1):
+        written.append(write(parts, num_tokens, seed=5)[0])
+        parts = parts.fork(1)
+    np.testing.assert_array_equal(np.concatenate(written, axis=1), expected)
+
+
+def test_what_is_kept_has_one_shape_and_dtype_while_a_segment_is_open(case: Case):
+    """Also of a model in bfloat16."""
+    config = dataclasses.replace(case.config, dtype="bfloat16")
+    decoder, tokens = Decoder(config, LENGTH), np.zeros((1, LENGTH), np.int32)
+    context = jax.eval_shape(lambda: config.init_context(1, LENGTH))
+    _, opened = jax.eval_shape(decoder.open, case.params, tokens, tokens, context)
+    place, sampling = (np.int32(0),), Sampling().arrays()
+    arguments = (case.params, tokens[:, 0], *place, opened, context, ANYTHING, np.uint32(0), *place, sampling)
+    _, kept = jax.eval_shape(decoder.write, *arguments)
+    assert opened == kept and all(leaf.dtype == "bfloat16" for leaf in jax.tree.leaves(kept))
+
+
+def test_rows_that_write_side_by_side_do_not_notice_each_other():
+    case, length = Case(VARIANTS[-1]), LENGTH + 5
+    reader = case.reader()
+    reader.read(text(length))
+    alone, _ = write(reader.fork(1), 2 * LENGTH)
+    together, logits = write(reader.fork(3), 2 * LENGTH)
+    np.testing.assert_array_equal(together[:1], alone)
+    assert len({tuple(row) for row in together.tolist()}) == 3
+    # Each row remembers what it has written itself.
+    for row in range(3):
+        expected = case.teacher_forced(np.concatenate([text(length), together[row : row + 1]], axis=1))
+        np.testing.assert_allclose(logits[row], expected[length:-1], rtol=0, atol=2e-5)
+    # And the reader that they came from has not moved.
+    assert reader.num_tokens == length
+    np.testing.assert_array_equal(write(reader, 2 * LENGTH)[0], alone)
+
+
+def test_a_model_whose_positions_see_later_ones_is_refused():
+    config = dataclasses.replace(
+        Mechanism("encoder", attention=FullAttention()).config, recurrent_tokens=RecurrentTokens(2, version="encoder")
+    )
+    with pytest.raises(UserError, match=r"RecurrentTokens\.version = 'encoder'"):
+        Decoder(config, LENGTH)

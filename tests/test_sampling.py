@@ -1,0 +1,77 @@
+"""What may be drawn, and how often it is."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memorizing.errors import UserError
+from memorizing.sampling import Sampling, draw
+
+VOCAB = 12
+ANYTHING = np.ones(VOCAB, bool)
+DRAW = jax.jit(draw)
+
+
+def drawn(logits: np.ndarray, sampling: Sampling, num_draws: int = 512, allowed: np.ndarray = ANYTHING) -> np.ndarray:
+    """Tokens drawn from the same logits by different keys."""
+    keys = jax.random.split(jax.random.key(0), num_draws)
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (num_draws, VOCAB))
+    return np.asarray(DRAW(rows, allowed, keys, sampling.arrays()))
+
+
+def nucleus(logits: np.ndarray, sampling: Sampling, allowed: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """Reference: the tokens that may be drawn, and the probability of each token, written as the definitions are."""
+    ranked = sorted(np.flatnonzero(allowed), key=lambda token: -logits[token])
+    ranked = ranked[: 1 if sampling.temperature == 0 else sampling.top_k or None]
+    scaled = logits[ranked] / (sampling.temperature or 1.0)
+    p = np.exp(scaled - scaled.max()) / np.exp(scaled - scaled.max()).sum()
+    count = next(n for n in range(1, len(ranked) + 1) if p[:n].sum() >= sampling.top_p - 1e-6 or n == len(ranked))
+    probabilities = np.zeros(VOCAB)
+    probabilities[ranked[:count]] = p[:count] / p[:count].sum()
+    return ranked[:count], probabilities
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 1000),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+    top_k=st.integers(0, VOCAB + 1),
+    top_p=st.sampled_from([0.05, 0.4, 0.9, 1.0]),
+    num_allowed=st.integers(1, VOCAB),
+)
+def test_tokens_are_drawn_as_often_as_they_are_probable(
+    seed: int, temperature: float, top_k: int, top_p: float, num_allowed: int
+):
+    rng = np.random.default_rng(seed)
+    logits, allowed = rng.normal(0, 2, VOCAB), rng.permutation(VOCAB) < num_allowed
+    sampling = Sampling(temperature, top_k, top_p)
+    possible, probabilities = nucleus(logits, sampling, allowed)
+    tokens = drawn(logits, sampling, 2048, allowed)
+    assert set(tokens) <= set(possible)
+    shares = np.bincount(tokens, minlength=VOCAB) / len(tokens)
+    # Four and a half standard deviations of a share.
+    np.testing.assert_array_less(np.abs(shares - probabilities), 4.5 * np.sqrt(0.25 / len(tokens)))
+
+
+def test_temperature_0_takes_the_first_of_the_most_probable():
+    logits = np.array([0, 3, 1, 3, 2, 0, 0, 0, 0, 0, 0, 0.0])
+    assert set(drawn(logits, Sampling(temperature=0, top_p=1.0))) == {1}
+
+
+def test_of_equal_tokens_exactly_k_are_left():
+    assert set(drawn(np.zeros(VOCAB), Sampling(1.0, top_k=3, top_p=1.0))) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(setting: dict[str, float]):
+    with pytest.raises(UserError, match=f"{next(iter(setting))} = .*: "):
+        Sampling(**setting)
