@@ -23,21 +23,25 @@ class Accelerator(NamedTuple):
     Attributes:
       peak_flops: of one chip a second, dense bfloat16 matrix products.
       devices_per_chip: what JAX sees of it.
+      clock: of the matrix units in Hz; for TPUs.
+      hbm_bytes: memory of a device; for TPUs.
     """
 
     peak_flops: float
     devices_per_chip: int = 1
+    clock: float | None = None
+    hbm_bytes: int | None = None
 
 
 # By the beginning of `jax.Device.device_kind`, longer names first. The makers' pages.
 ACCELERATORS = {
     "TPU v2": Accelerator(46e12, 2),
-    "TPU v3": Accelerator(123e12, 2),
-    "TPU v4": Accelerator(275e12),
-    "TPU v5 lite": Accelerator(197e12),
-    "TPU v5e": Accelerator(197e12),
-    "TPU v5": Accelerator(459e12),
-    "TPU v6": Accelerator(918e12),
+    "TPU v3": Accelerator(123e12, 2, 940e6, 16 * 2**30),
+    "TPU v4": Accelerator(275e12, 1, 1050e6, 32 * 2**30),
+    "TPU v5 lite": Accelerator(197e12, 1, 1500e6, 16 * 2**30),
+    "TPU v5e": Accelerator(197e12, 1, 1500e6, 16 * 2**30),
+    "TPU v5": Accelerator(459e12, 1, 1750e6, 95 * 2**30),
+    "TPU v6": Accelerator(918e12, 1, 1750e6, 32 * 2**30),
     "NVIDIA A100": Accelerator(312e12),
     "NVIDIA H100 PCIe": Accelerator(756e12),
     "NVIDIA H100": Accelerator(989e12),

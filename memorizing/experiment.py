@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -126,17 +128,9 @@ class Experiment:
     def __post_init__(self) -> None:
         self.model.check(self.batch.segment_length)
 
-    def make_mesh(self) -> Mesh:
-        """The mesh over all devices. Raises UserError where experiment, data and devices do not fit each other."""
-        mesh = self.mesh.make_mesh()
-        if self.loop.evaluate_segments and not hasattr(self.data, "reaching"):
-            raise UserError(
-                "LoopConfig.evaluate_segments is for data made of samples, which this data is not: set it to ()"
-            )
-        if self.data.vocab_size > self.model.vocab_size:
-            raise UserError(
-                f"LMConfig.vocab_size = {self.model.vocab_size}, but the data has {self.data.vocab_size} token ids"
-            )
+    def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """The mesh over `devices` (default: all). Raises UserError where experiment and devices do not fit each other."""
+        mesh = self.mesh.make_mesh(devices)
         rows = self.batch.num_rows // self.batch.num_microbatches
         sharding.check_divides("rows of a microbatch", rows, mesh, "data")
         sharding.check_divides("LMConfig.num_heads", self.model.num_heads, mesh, "model")
@@ -145,3 +139,14 @@ class Experiment:
                 segments = group.attention.memory_size // self.batch.segment_length
                 sharding.check_divides("KNNAttention.memory_size in segments", segments, mesh, "memory")
         return mesh
+
+    def check_data(self) -> None:
+        """Raises UserError where experiment and data do not fit each other."""
+        if self.loop.evaluate_segments and not hasattr(self.data, "reaching"):
+            raise UserError(
+                "LoopConfig.evaluate_segments is for data made of samples, which this data is not: set it to ()"
+            )
+        if self.data.vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"LMConfig.vocab_size = {self.model.vocab_size}, but the data has {self.data.vocab_size} token ids"
+            )

@@ -59,9 +59,7 @@ class MeshConfig:
         shape = [len(devices) // fixed if size == -1 else size for size in shape]
         if int(np.prod(shape)) != len(devices):
             raise UserError(self._does_not_fit(len(devices)))
-        return _rows_by_process(
-            jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-        )
+        return _rows_by_process(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices))
 
     def _does_not_fit(self, num_devices: int) -> str:
         return (
@@ -83,7 +81,7 @@ class RowPlacement:
 
     Attributes:
       sharding: of arrays with the row axis first.
-      rows: those that this process has to fill (all of them where the mesh gives it devices of every row).
+      rows: those that this process has to fill (all of them where the mesh gives it devices of every row; none where it has no device of the mesh).
     """
 
     def __init__(self, mesh: Mesh, num_rows: int) -> None:
@@ -91,7 +89,9 @@ class RowPlacement:
         self._num_rows = num_rows
         slices = [index[0] for index in self.sharding.addressable_devices_indices_map((num_rows,)).values()]
         bounds = [part.indices(num_rows) for part in slices]
-        self.rows = range(min(first for first, _, _ in bounds), max(end for _, end, _ in bounds))
+        self.rows = range(
+            min((first for first, _, _ in bounds), default=0), max((end for _, end, _ in bounds), default=0)
+        )
         self._gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def put(self, tree: Tree) -> Tree:

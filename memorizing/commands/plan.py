@@ -1,4 +1,4 @@
-"""The command `plan`: what a run will cost, before it runs. `--flops` counts on paper."""
+"""The command `plan`: what a run will cost, before it runs. `--topology` compiles it for TPUs, `--flops` counts on paper."""
 
 from __future__ import annotations
 
@@ -6,14 +6,35 @@ import argparse
 import json
 from collections.abc import Sequence
 
+import jax
+
 from memorizing import flops_report
 from memorizing.commands import experiment_flags
 from memorizing.errors import UserError
 from memorizing.gin_registry import load_experiment
 
+# The paper's setting, on its pod of 32 cores.
+DEFAULT_RUN = "runs/table4_context512_memory65536_xl512.gin"
+
+DESCRIPTION = """\
+Says what a run will need, before it runs.
+
+  memorizing plan --topology=v3:4x4 --gin_file=NAME     compiles the training step for a slice of TPUs, here and without one (pip install 'memorizing[tpu]'):
+                                                        memory of a device by kind, estimated time, collectives
+  memorizing plan --flops --gin_file=NAME               FLOPs of a forward pass, against the length of the input
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
+    parser.description = DESCRIPTION
+    parser.add_argument(
+        "--topology",
+        metavar="GENERATION:SHAPE",
+        help="a slice of TPUs: v3:4x4, v4:2x2x4, v5e:4x8, v5p:2x2x4, v6e:4x8, ...; "
+        f"without --gin_file the run is {DEFAULT_RUN}",
+    )
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of these slices (default: 1)")
     parser.add_argument(
         "--flops",
         nargs="?",
@@ -27,10 +48,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
-    if options.flops is None:
-        raise UserError("plan: nothing to plan; give --flops to count the FLOPs of a run")
-    print(_plan_flops(options, bindings))
+    if (options.flops is None) == (options.topology is None):
+        raise UserError(
+            "plan: give either --topology=v3:4x4 to compile a run for that slice of TPUs, or --flops to count its FLOPs on paper"
+        )
+    print(_plan_topology(options, bindings) if options.topology else _plan_flops(options, bindings))
     return 0
+
+
+def _plan_topology(options: argparse.Namespace, bindings: Sequence[str]) -> str:
+    if options.slices < 1:
+        raise UserError(f"--slices={options.slices}: at least 1")
+    # The data is not opened: a cache need not be named.
+    experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings, base="CACHE = None")
+    # What runs here runs on the CPU, whatever else the machine has.
+    jax.config.update("jax_platforms", "cpu")
+    from memorizing.plan import plan
+    from memorizing.plan_report import as_json, as_text
+
+    planned = plan(experiment, options.topology, options.slices)
+    return json.dumps(as_json(planned), indent=2) if options.json else as_text(planned)
 
 
 def _plan_flops(options: argparse.Namespace, bindings: Sequence[str]) -> str:

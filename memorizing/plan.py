@@ -1,0 +1,249 @@
+"""What a training step will need on TPUs: the real step, compiled by the real TPU compiler, on a machine without any (with libtpu, the extra `tpu`).
+
+Memory is the compiler's own account. Times are estimates: the cycles that the compiler expects of each instruction, counted as often as it runs (`compiled_cost`), over the clock of
+the chip. The compiler prices neither collectives nor the fused matrix product and partial top-k of the approximate search; the latter is added here at the chip's peak.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memorizing import compiled_cost
+from memorizing.accelerators import Accelerator, accelerator, training_flops
+from memorizing.array_typing import Tree
+from memorizing.attention.knn import KNNAttention, KNNState
+from memorizing.batch import Batch
+from memorizing.compiled_cost import Collective
+from memorizing.errors import UserError
+from memorizing.experiment import Experiment
+from memorizing.program import Program
+
+# Where the parts of the external memory's cost stand in the scopes of a program.
+_SEARCH, _MEMORY = "external_memory/.*search", "external_memory"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A training step on a slice of TPUs.
+
+    Attributes:
+      topology, num_slices: as given.
+      device_kind, num_devices: what JAX sees; on v3 a device is a core.
+      num_rows, tokens_per_step: of the whole step.
+      compile_seconds: on this machine.
+      hbm: bytes on one device by kind.
+      hbm_total, hbm_limit: the compiler's account of all of it, and what a device has.
+      model_flops, memory_flops: of a step, without what is recomputed; the second is what the external memory adds.
+      seconds, memory_seconds: estimates for the step, and for what the external memory takes of it.
+      collectives: by kind, for one device and step.
+      advice: what to change where the step does not fit.
+    """
+
+    topology: str
+    num_slices: int
+    device_kind: str
+    num_devices: int
+    num_rows: int
+    tokens_per_step: int
+    compile_seconds: float
+    hbm: dict[str, int]
+    hbm_total: int
+    hbm_limit: int
+    model_flops: float
+    memory_flops: float
+    seconds: float
+    memory_seconds: float
+    collectives: dict[str, Collective]
+    advice: list[str]
+
+    @property
+    def fits(self) -> bool:
+        return self.hbm_total <= self.hbm_limit
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak that the model without its memory would reach, an estimate."""
+        chip = accelerator(self.device_kind)
+        peak = chip.peak_flops / chip.devices_per_chip * self.num_devices
+        return self.model_flops / (self.seconds * peak)
+
+
+def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
+    """Compiles the training step of an experiment for a slice of TPUs.
+
+    Args:
+      experiment: what to train. Its data is not opened.
+      topology: generation and shape of the slice as the compiler calls it, such as 'v3:4x4' or 'v5e:4x8'.
+      num_slices: equal slices, joined by the data center's network.
+
+    Raises:
+      UserError: libtpu is missing, there is no such topology, or the experiment does not fit its devices.
+    """
+    devices = _devices(topology, num_slices)
+    chip = accelerator(devices[0].device_kind)
+    mesh = experiment.make_mesh(devices)
+    batch, segments = experiment.batch, experiment.batch.num_segments
+    with jax.set_mesh(mesh):
+        program = Program(experiment, mesh)
+        abstract_batch = _abstract_batch(program, (batch.num_rows, segments, batch.segment_length))
+        start = time.perf_counter()
+        compiled = program.step.lower(program.abstract_state, abstract_batch).compile()
+    compile_seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    instructions = compiled_cost.instructions(compiled.as_text())
+    model_flops, memory_flops = (
+        flops * batch.tokens_at(1) for flops in training_flops(experiment.model, batch.segment_length)
+    )
+    search = _unpriced_search(instructions, memory_flops / len(devices), chip)
+    seconds, memory_seconds = (
+        compiled_cost.cycles(instructions, scope) / chip.clock + search for scope in ("", _MEMORY)
+    )
+    hbm = _hbm(program.abstract_state, abstract_batch, memory)
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    return Plan(
+        topology=topology,
+        num_slices=num_slices,
+        device_kind=devices[0].device_kind,
+        num_devices=len(devices),
+        num_rows=batch.num_rows,
+        tokens_per_step=batch.tokens_at(1),
+        compile_seconds=compile_seconds,
+        hbm=hbm,
+        hbm_total=total,
+        hbm_limit=chip.hbm_bytes,
+        model_flops=model_flops,
+        memory_flops=memory_flops,
+        seconds=seconds,
+        memory_seconds=memory_seconds,
+        collectives=compiled_cost.collectives(instructions),
+        advice=_advice(experiment, hbm, chip.hbm_bytes) if total > chip.hbm_bytes else [],
+    )
+
+
+def _devices(topology: str, num_slices: int) -> list[Any]:
+    """The devices of a slice that need not exist."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("--topology needs the TPU compiler: pip install 'memorizing[tpu]'")
+    # Otherwise the library asks the machine what TPU it is, and says at length that it is none.
+    quiet = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v3-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }
+    os.environ |= {name: value for name, value in quiet.items() if name not in os.environ}
+    from jax.experimental import topologies
+
+    slices = {} if num_slices == 1 else {"num_slices": num_slices}
+    try:
+        with _stderr_to_nowhere():
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **slices).devices
+    except Exception as error:  # What the compiler raises depends on what is wrong.
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--topology={topology}: {reason}; expected a generation and the shape of a slice, such as v3:4x4, v4:2x2x4, v5e:4x8, v5p:2x2x4 or v6e:4x8"
+        ) from error
+    if accelerator(devices[0].device_kind) is None or accelerator(devices[0].device_kind).clock is None:
+        raise UserError(f"--topology={topology}: clock and memory of {devices[0].device_kind} are not known here")
+    return list(devices)
+
+
+@contextlib.contextmanager
+def _stderr_to_nowhere() -> Iterator[None]:
+    """Silences what a library writes to the file descriptor."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _abstract_batch(program: Program, shape: tuple[int, int, int]) -> Batch:
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=program.rows)
+
+    return Batch(
+        tokens=array(shape, jnp.int32),
+        targets=array(shape, jnp.int32),
+        loss_weights=array(shape, jnp.float32),
+        start_of_document=array(shape[:2], jnp.bool_),
+    )
+
+
+def _unpriced_search(
+    instructions: list[compiled_cost.Instruction], flops_per_device: float, chip: Accelerator
+) -> float:
+    """Seconds of the search's matrix products at the chip's peak, where the compiler has no price for them."""
+    is_unpriced = any(
+        instruction.opcode == "fusion" and not instruction.cycles and "approx_top_k" in instruction.op_name
+        for instruction in instructions
+    )
+    return flops_per_device * chip.devices_per_chip / chip.peak_flops if is_unpriced else 0.0
+
+
+def _hbm(state: Any, batch: Batch, memory: Any) -> dict[str, int]:
+    """Bytes on one device by kind; arguments as their shapes say, and what their layout adds."""
+    is_memory = lambda leaf: isinstance(leaf, KNNState)  # noqa: E731
+    states = jax.tree.leaves(state.context, is_leaf=is_memory)
+    memories = [leaf.memory for leaf in states if is_memory(leaf)]
+    kinds = {
+        "parameters": _device_bytes(state.params),
+        "optimizer": _device_bytes(state.opt_state),
+        "external memory": _device_bytes(memories),
+        "caches and other context": _device_bytes(state.context) - _device_bytes(memories),
+        "batch": _device_bytes(batch),
+    }
+    kinds["padding of these"] = max(memory.argument_size_in_bytes - sum(kinds.values()), 0)
+    kinds["temporaries"] = memory.temp_size_in_bytes
+    kinds["program"] = memory.generated_code_size_in_bytes
+    return kinds
+
+
+def _device_bytes(tree: Tree) -> int:
+    return sum(
+        leaf.dtype.itemsize * int(jnp.prod(jnp.array(leaf.sharding.shard_shape(leaf.shape), int)))
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _advice(experiment: Experiment, hbm: dict[str, int], limit: int) -> list[str]:
+    """What to change, the largest gain first."""
+    model, batch = experiment.model, experiment.batch
+    memories = [group.attention for group in model.groups if isinstance(group.attention, KNNAttention)]
+    gains = {}
+    if hbm["parameters"] + hbm["optimizer"] > limit / 8 and experiment.mesh.parameters != "fsdp":
+        gains["--gin_file=meshes/fsdp: share the parameters and the optimizer over the devices"] = (
+            hbm["parameters"] + hbm["optimizer"]
+        )
+    if memories and model.dtype != "bfloat16":
+        gains["--gin.LMConfig.dtype=bfloat16: half the memory and the activations"] = hbm["external memory"] // 2
+    if memories:
+        size = memories[0].memory_size
+        gains[f"--gin.KNNAttention.memory_size={size // 2}: half the slots"] = hbm["external memory"] // 2
+    if model.remat == "none":
+        gains["--gin.LMConfig.remat=layer: compute the activations again for the gradient"] = hbm["temporaries"] // 2
+    gains[f"--gin.BatchConfig.num_microbatches={2 * batch.num_microbatches}: half the rows at a time"] = (
+        hbm["temporaries"] // 3
+    )
+    gains[f"--gin.BatchConfig.tokens_per_step={batch.tokens_per_step // 2}: half the rows, or a larger slice"] = (
+        hbm["external memory"] + hbm["temporaries"]
+    ) // 3
+    return sorted(gains, key=gains.get, reverse=True)
