@@ -51,8 +51,7 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
 
 def _run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     gin_files = options.gin_file or [DEFAULT_RUN]
-    # The data may be prepared on the way: once, if processes share a disk.
-    experiment, text = distributed.primary_first(lambda: load_experiment(gin_files, bindings))
+    experiment, text = load_experiment(gin_files, bindings)
     experiment_flags.use_devices(experiment.batch.num_rows // experiment.batch.num_microbatches)
     path = options.workdir or f"runs/{find_file(gin_files[-1]).stem}"
     try:
