@@ -138,9 +138,12 @@ def _licence(repository: str) -> str | None:
 
     Where a package was unpacked into a folder made for it, the top is the one folder in there.
     """
-    entries = list(os.scandir(repository))
-    while len(entries) == 1 and entries[0].is_dir(follow_symlinks=False):
-        entries = list(os.scandir(entries[0].path))
+    try:
+        entries = list(os.scandir(repository))
+        while len(entries) == 1 and entries[0].is_dir(follow_symlinks=False):
+            entries = list(os.scandir(entries[0].path))
+    except OSError:
+        return None
     files = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
     return licences.of_files({file.name: _start_of(file.path) for file in files if licences.is_licence_file(file.name)})
 
