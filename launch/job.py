@@ -19,7 +19,10 @@ _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_REFERENCE = re.compile(r"[A-Za-z0-9]([-\w.]*[A-Za-z0-9])?")
 _SOUNDS_SECRET = re.compile(r"(^|_)(SECRETS?|TOKENS?|PASSWORD|PASSWD|CREDENTIALS?|KEY|APIKEY)(_|$)", re.IGNORECASE)
 _PASSWORD_IN_ADDRESS = re.compile(r"://[^/\s@:]*:[^/\s@]+@")
-_OURS = "MEMORIZING_"
+# How a process finds the others: memorizing/distributed.py reads it.
+_OURS = tuple(
+    f"MEMORIZING_{name}" for name in ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID", "CPU_DEVICES", "DISTRIBUTED")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,5 +169,5 @@ def _check_variable(variable: str, value: str) -> None:
 def _check_variable_name(variable: str, flag: str) -> None:
     if not _ENVIRONMENT_NAME.fullmatch(variable):
         raise LaunchError(f"{flag}={variable!r}: expected NAME=VALUE with letters, digits and '_' in the name")
-    if variable.startswith(_OURS):
-        raise LaunchError(f"{flag}={variable}: names that begin with {_OURS} are set by the launcher")
+    if variable in _OURS:
+        raise LaunchError(f"{flag}={variable}: the launcher sets it itself")

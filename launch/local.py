@@ -23,6 +23,8 @@ _POLL_S = 0.1
 _CRASH_GRACE_S = 5.0
 _TOLD_LINES = 20
 _PR_SET_PDEATHSIG = 1
+# JAX's transport between processes tells of every connection.
+_NOISE = b"[Gloo]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +53,14 @@ class Stopped(Exception):
 
 
 def environment(job: Job, hosts: Hosts, process: int, port: int) -> dict[str, str]:
-    """What a process is told, besides what it inherits."""
-    return dict(job.environment) | {
-        "JAX_PLATFORMS": "cpu",
+    """What a process is told, besides what it inherits. One that is alone has nobody to find."""
+    others = {
         "MEMORIZING_COORDINATOR": f"127.0.0.1:{port}",
         "MEMORIZING_NUM_PROCESSES": str(hosts.hosts),
         "MEMORIZING_PROCESS_ID": str(process),
-        "MEMORIZING_CPU_DEVICES": str(hosts.devices),
-        "PYTHONUNBUFFERED": "1",
     }
+    own = {"JAX_PLATFORMS": "cpu", "MEMORIZING_CPU_DEVICES": str(hosts.devices), "PYTHONUNBUFFERED": "1"}
+    return dict(job.environment) | own | (others if hosts.hosts > 1 else {})
 
 
 def run(job: Job, hosts: Hosts) -> int:
@@ -138,13 +139,13 @@ def _die_with_launcher() -> None:
 
 
 def _wait(
-    processes: list[subprocess.Popen], grace_s: float, stop: StopRequest, follow: Callable[[], None]
+    processes: list[subprocess.Popen], grace_s: float, stop: StopRequest, follow: Callable[[bool], None]
 ) -> list[int]:
     """Waits until all have ended. The first that ends with an error gives the others a little time, and then they are killed."""
     deadline = None
     asked = 0
     while None in (codes := [process.poll() for process in processes]):
-        follow()
+        follow(False)
         if stop.times > asked:
             asked = stop.times
             _signal(processes, signal.SIGTERM if asked == 1 else signal.SIGKILL)
@@ -155,7 +156,7 @@ def _wait(
         if deadline is not None and time.monotonic() > deadline:
             _kill(processes)
         time.sleep(_POLL_S)
-    follow()
+    follow(True)
     return codes
 
 
@@ -171,18 +172,19 @@ def _kill(processes: list[subprocess.Popen]) -> None:
         process.wait()
 
 
-def _follow(log: Path) -> Callable[[], None]:
-    """A function that prints what was added to the log since it was last called."""
+def _follow(log: Path) -> Callable[[bool], None]:
+    """A function that prints what was added to the log since it was last called: whole lines, or everything if this is the end."""
     position = 0
 
-    def follow() -> None:
+    def follow(is_end: bool) -> None:
         nonlocal position
         with open(log, "rb") as file:
             file.seek(position)
             text = file.read()
-        position += len(text)
-        if text:
-            print(text.decode(errors="replace"), end="", flush=True)
+        whole = text if is_end else text[: text.rfind(b"\n") + 1]
+        position += len(whole)
+        told = [line for line in whole.splitlines(keepends=True) if not line.startswith(_NOISE)]
+        print(b"".join(told).decode(errors="replace"), end="", flush=True)
 
     return follow
 

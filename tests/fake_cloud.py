@@ -137,9 +137,7 @@ def docker(arguments: list[str]) -> int:
 
 
 def run_container(host: pathlib.Path, arguments: list[str]) -> int:
-    environment = {name: os.environ[name] for name in ("PATH", "FAKE_CLOUD", "FAKE_PROCESSES")} | {
-        "FAKE_PROCESS": host.name
-    }
+    environment = platform(int(host.name), int(os.environ["FAKE_PROCESSES"]))
     while arguments[0].startswith("--"):
         name, _, value = arguments.pop(0).partition("=")
         if name == "--env":
@@ -174,6 +172,18 @@ def remove(host: pathlib.Path) -> None:
     for path in host.iterdir():
         path.unlink()
     host.rmdir()
+
+
+def platform(process: int, count: int) -> dict[str, str]:
+    """What a process finds out from the machines it runs on. They are this one."""
+    found = {name: os.environ[name] for name in ("PATH", "FAKE_CLOUD")}
+    return found | {
+        "MEMORIZING_COORDINATOR": os.environ["FAKE_COORDINATOR"],
+        "MEMORIZING_NUM_PROCESSES": str(count),
+        "MEMORIZING_PROCESS_ID": str(process),
+        "MEMORIZING_CPU_DEVICES": "2",
+        "JAX_PLATFORMS": "cpu",
+    }
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -286,14 +296,8 @@ class JobSetController:
                 f"value of {reference['name']}" if reference else expand(entry["value"], variables)
             )
         command = [expand(word, variables) for word in container["command"]]
-        base = {
-            "PATH": os.environ["PATH"],
-            "FAKE_CLOUD": str(ROOT),
-            "FAKE_PROCESS": str(index),
-            "FAKE_PROCESSES": str(count),
-        }
         with open(ROOT / f"pod-{index}.log", "ab") as log:
-            return subprocess.Popen(command, env=base | variables, stdout=log, stderr=log)
+            return subprocess.Popen(command, env=platform(index, count) | variables, stdout=log, stderr=log)
 
     def end_pods(self, job: dict) -> None:
         for pod in self.pods:

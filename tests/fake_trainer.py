@@ -36,7 +36,7 @@ def main() -> None:
     flags = dict(text.removeprefix("--").partition("=")[::2] for text in sys.argv[1:])
     workdir = pathlib.Path(flags["workdir"])
     workdir.mkdir(parents=True, exist_ok=True)
-    process = told("PROCESS_ID", "FAKE_PROCESS")
+    process = os.environ.get("MEMORIZING_PROCESS_ID", "0")
     attempt = count_attempt(workdir / f"attempts-{process}")
     (workdir / f"told-{process}.json").write_text(
         json.dumps({"arguments": sys.argv, "environment": dict(os.environ), "pid": os.getpid()})
@@ -47,10 +47,12 @@ def main() -> None:
         strikes[when] = what
     stop = workdir / f"stop-{attempt}"
     signal.signal(signal.SIGTERM, lambda *_: stop.touch())
+    # Nobody may be left to end it.
+    signal.alarm(300)
     saved = workdir / f"state-{process}.json"
     state = json.loads(saved.read_text()) if saved.exists() else {"step": 0, "value": ""}
     print(f"process {process}, attempt {attempt}, from step {state['step']}", flush=True)
-    peers = [workdir / f"state-{peer}.json" for peer in range(int(told("NUM_PROCESSES", "FAKE_PROCESSES")))]
+    peers = [workdir / f"state-{peer}.json" for peer in range(int(os.environ.get("MEMORIZING_NUM_PROCESSES", "1")))]
     while state["step"] < int(flags["gin.steps"]):
         while any(step_of(peer) < state["step"] for peer in peers) and not stop.exists():
             time.sleep(STEP_S)
@@ -62,11 +64,6 @@ def main() -> None:
         if stop.exists():
             sys.exit(42)
         time.sleep(STEP_S)
-
-
-def told(name: str, otherwise: str) -> str:
-    """What the launcher says, or the platform that it leaves it to."""
-    return os.environ.get(f"MEMORIZING_{name}") or os.environ[otherwise]
 
 
 def step_of(saved: pathlib.Path) -> int:

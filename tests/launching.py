@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -38,7 +39,9 @@ class Workplace:
             python = sys.executable if tool == "kubectl" else f"{sys.executable} -I -S"
             script.write_text(f'#!/bin/sh\nexec {python} {TESTS / "fake_cloud.py"} {tool} "$@"\n')
             script.chmod(0o755)
-        (binaries / "python").symlink_to(sys.executable)
+        python = binaries / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
         self.cloud = self.folder / "cloud"
         self.cloud.mkdir()
         self.workdir = self.folder / "run"
@@ -46,6 +49,7 @@ class Workplace:
             "PATH": f"{binaries}:{os.environ['PATH']}",
             "MEMORIZING_JOBS": str(self.folder / "jobs"),
             "FAKE_CLOUD": str(self.cloud),
+            "FAKE_COORDINATOR": f"127.0.0.1:{free_port()}",
             "FAKE_HOSTS": json.dumps(FAKE_HOSTS),
         }
 
@@ -64,7 +68,7 @@ class Workplace:
         """`memorizing launch ARGUMENTS`, to its end."""
         process = self.start(*arguments)
         try:
-            out, error = process.communicate(timeout=60)
+            out, error = process.communicate(timeout=300)
         finally:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, error)
@@ -100,6 +104,12 @@ class Workplace:
         """Every process has the state of a run that nothing ever happened to."""
         for process in range(processes):
             assert self.state(process) == {"step": steps, "value": fake_trainer.final(steps)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -167,7 +167,7 @@ def google(tmp_path: pathlib.Path) -> Workplace:
     return Workplace(tmp_path)
 
 
-FLAGS = ["tpu-vm", "--name=first", "--zone=europe-west4-a", f"--image={IMAGE}", "--apply", "--poll=0.05"]
+FLAGS = ["tpu-vm", "--name=first", "--zone=europe-west4-a", f"--image={IMAGE}", "--apply", "--poll=0.2"]
 
 
 def test_a_preempted_job_ends_like_an_undisturbed_one(google: Workplace):
