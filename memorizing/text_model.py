@@ -79,7 +79,7 @@ class TextModel:
                 f"the data of {run.workdir} is no text ({type(run.experiment.data).__name__}): only a model of text can read and write one"
             )
         self.run, self.vocabulary = run, vocabulary
-        self._decoder = Decoder(run.experiment.model, run.experiment.batch.segment_length)
+        self._decoder = _decoder(run.experiment.model, run.experiment.batch.segment_length)
         self._params = jax.device_put(run.params)
 
     @classmethod
@@ -217,6 +217,10 @@ def check_amounts(num_tokens: int, num_samples: int, seed: int) -> None:
             raise UserError(f"{name} = {value}: at least 1")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed = {seed}: from 0 up to {2**32 - 1}")
+
+
+# Compiled once a process, for all checkpoints of a model.
+_decoder = functools.lru_cache(maxsize=8)(Decoder)
 
 
 class TextStream:
