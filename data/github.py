@@ -10,7 +10,7 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from . import archives, licences, source_files
 from .documents import SEPARATOR as SEPARATOR
@@ -75,7 +75,7 @@ class GithubReader(Repositories):
             else:
                 skipped[NO_LICENCE] += 1
 
-    def _reader(self, folder: str):
+    def _reader(self, folder: str) -> Callable[[str], tuple[str, str | None]]:
         return lambda path: source_files.read_text(os.path.join(folder, path), self.max_file_bytes)
 
     def _files(self, repository: str, skipped: Counter[str]) -> Iterator[str]:
