@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,6 +18,7 @@ _QUANTILES = (0, 10, 50, 90, 100)
 _BAR = 50
 _SAMPLE_TOKENS = 400
 _SAMPLE_LINES = 24
+_WIDTH = 120
 PICTURE = "lengths.png"
 
 
@@ -85,7 +87,10 @@ def _sample(cache: TokenCache, opened: Mapping[str, Split]) -> list[str]:
     text = cache.vocabulary.decode(split.tokens(index, 0, min(_SAMPLE_TOKENS, int(split.num_tokens[index]))))
     lines = text.split("\n")[:_SAMPLE_LINES]
     head = f"the beginning of {split.key(index)!r}, of {split.num_tokens[index]:,} tokens, in {name}:"
-    return [head, *(f"  | {_printable(line)}" for line in lines)]
+    return [
+        head,
+        *(f"  | {_printable(textwrap.shorten(line, _WIDTH) if len(line) > _WIDTH else line)}" for line in lines),
+    ]
 
 
 def _draw(task: str, opened: Mapping[str, Split], picture: str) -> None:

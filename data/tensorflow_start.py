@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -17,6 +18,11 @@ from .errors import DataError
 
 def tasks() -> ModuleType:
     """Imports and returns `tasks`, which needs TensorFlow."""
+    with _lock:
+        return _tasks()
+
+
+def _tasks() -> ModuleType:
     if f"{__package__}.tasks" not in sys.modules:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -30,9 +36,13 @@ def tasks() -> ModuleType:
     return tasks
 
 
+# Of several threads one starts it.
+_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Holds back what libraries log past Python; shows it only when the block fails unexpectedly."""
+    """Holds back what libraries log past Python, of the whole process; shows it only when the block fails unexpectedly."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as kept:
         original = os.dup(2)

@@ -114,8 +114,7 @@ class Tokenising:
         """
         skipped: Counter[str] = Counter()
         documents = self._tokenised(part, skipped, advance)
-        with tensorflow_start.quiet_stderr():
-            cache_writer.write_part(self.directory, self.path(part), part.number, self.vocab_size, documents, skipped)
+        cache_writer.write_part(self.directory, self.path(part), part.number, self.vocab_size, documents, skipped)
 
     def _tokenised(
         self, part: Part, skipped: Counter[str], advance: Callable[[], None]

@@ -14,6 +14,7 @@ from multiprocessing import connection
 from typing import Any, Protocol
 
 from .errors import DataError
+from .tensorflow_start import quiet_stderr
 
 Advance = Callable[[], None]
 # The work on a part: it writes its results to files, and calls the function it is given after each document.
@@ -50,8 +51,9 @@ class Processes:
         """See `Workers`."""
         num_processes = min(self._num_processes, len(parts))
         if num_processes <= 1:
-            for part in parts:
-                work(part, lambda: advance(1))
+            with quiet_stderr():
+                for part in parts:
+                    work(part, lambda: advance(1))
             return
         context = multiprocessing.get_context("spawn")
         done = context.Value("q", 0)
@@ -108,7 +110,8 @@ def _end_with_parent() -> None:
 
 
 def _run(work: Work, part: Any) -> None:
-    work(part, _count)
+    with quiet_stderr():
+        work(part, _count)
 
 
 def _count() -> None:

@@ -13,10 +13,11 @@ import time
 import numpy as np
 import pytest
 
-from memorizing.data import documents, token_cache, vocabulary
+from memorizing.data import documents, staging, token_cache, tokenising, vocabulary
 from memorizing.data import prepare as prepare_lib
+from memorizing.data.documents import SEPARATOR
 from memorizing.data.errors import DataError
-from memorizing.data.github import SEPARATOR, GithubReader
+from memorizing.data.github import GithubReader
 from memorizing.data.sources import CachedCorpus
 
 SPM_TASK = "github_spm400"
@@ -25,9 +26,10 @@ HARD_TEXT = "\tx  =  '\u2581 \x01 e\u0301 漢 \ufb01 \U0001f600'\r\n\n\n   </s> 
 
 
 def run(*flags):
+    """Runs the command, in this process unless the flags say otherwise."""
     parser = argparse.ArgumentParser()
     prepare_lib.add_arguments(parser)
-    return prepare_lib.run(parser.parse_args(flags))
+    return prepare_lib.run(parser.parse_args(["--processes=1", *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +122,6 @@ def test_ids_are_those_of_seqio(cache_path):
     assert (theirs.pad_id, theirs.eos_id, theirs.unk_id) == (vocabulary.PAD_ID, vocabulary.EOS_ID, vocabulary.UNK_ID)
 
 
-def test_task_is_registered_under_its_name(cache_path):
-    import seqio
-
-    task = seqio.TaskRegistry.get(os.path.basename(cache_path))
-    assert set(task.output_features) == {"targets"}
-    assert task.output_features["targets"].add_eos
-
-
 def test_a_cache_that_is_there_is_kept(corpus, cache_path, capsys):
     before = {file: file.stat().st_mtime_ns for file in pathlib.Path(cache_path).iterdir()}
     task = os.path.basename(cache_path)
@@ -182,34 +176,184 @@ def test_overwrite_replaces_a_cache(corpus, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["cache"]
 
 
-def test_failure_half_way_leaves_nothing(corpus, tmp_path, monkeypatch):
-    write_split = prepare_lib.cache_writer.CacheWriter.write_split
+def content(folder):
+    return {file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()}
 
-    def fail_at_validation(writer, name, examples):
-        if name == "validation":
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Every repository is a part of its own, in both readings."""
+    monkeypatch.setattr(tokenising, "_MIN_PART_BYTES", 1)
+
+
+@pytest.fixture(scope="module")
+def in_parts(corpus, tmp_path_factory):
+    """A cache of many parts, made by one process in one go."""
+    output = tmp_path_factory.mktemp("in_parts") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenising, "_MIN_PART_BYTES", 1)
+        assert run(f"--task={SPM_TASK}", f"--source={corpus}", f"--output={output}") == 0
+    assert len(list(output.glob("*.array_record"))) == 12
+    return output
+
+
+def test_number_of_processes_changes_nothing(corpus, in_parts, small_parts, tmp_path, capfd):
+    output = tmp_path / "cache"
+    assert run(f"--task={SPM_TASK}", f"--source={corpus}", f"--output={output}", "--processes=2") == 0
+    assert content(output) == content(in_parts)
+    out, err = capfd.readouterr()
+    assert "tokenising: 12 documents" in out and not err
+
+
+@pytest.mark.parametrize("mode", ["multi_threading", "multi_processing"])
+def test_beam_makes_the_same_bytes(corpus, in_parts, small_parts, tmp_path, mode):
+    pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install 'memorizing[prep]'")
+    output = tmp_path / "cache"
+    beam = [f"--beam=--{option}" for option in ("direct_num_workers=2", f"direct_running_mode={mode}")]
+    assert run(f"--task={SPM_TASK}", f"--source={corpus}", f"--output={output}", *beam) == 0
+    assert content(output) == content(in_parts)
+
+
+def test_beam_that_is_missing_is_told(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "apache_beam.options", None)
+    assert run(f"--source={corpus}", f"--output={tmp_path / 'cache'}", "--beam=--runner=DirectRunner") == 2
+    assert "pip install 'memorizing[prep]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stopped_at", ["survey-00003.npz", "vocabulary.model", "part-00002.npz", "train.index.npz"])
+def test_whoever_was_stopped_goes_on_where_he_was(
+    corpus, in_parts, small_parts, tmp_path, monkeypatch, capsys, stopped_at
+):
+    output = tmp_path / "cache"
+    flags = f"--task={SPM_TASK}", f"--source={corpus}", f"--output={output}"
+    publish = staging.publish
+
+    def stop(local, target):
+        if os.path.basename(target) == stopped_at:
             raise OSError("No space left on device")
-        write_split(writer, name, examples)
+        publish(local, target)
 
-    monkeypatch.setattr(prepare_lib.cache_writer.CacheWriter, "write_split", fail_at_validation)
-    with pytest.raises(OSError, match="No space left"):
-        run("--task=github_bytes", f"--source={corpus}", f"--output={tmp_path / 'cache'}")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(staging, "publish", stop)
+        run(*flags)
+    assert not output.exists()
+    read = []
+    documents = GithubReader.documents
+    monkeypatch.setattr(GithubReader, "documents", lambda self, *at: read.append(at[0]) or documents(self, *at))
+    capsys.readouterr()
+    assert run(*flags) == 0
+    assert content(output) == content(in_parts)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["cache"]
+    # Of the 24 readings of a repository those that were done are not done again.
+    done = {"survey-00003.npz": 3, "vocabulary.model": 12, "part-00002.npz": 14, "train.index.npz": 24}[stopped_at]
+    assert len(read) == 24 - done
+    assert f"{done - 12 if done > 12 else min(done, 12)} of 12 parts were done before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["text", "one more", "one less"])
+def test_a_source_that_changes_between_the_readings_is_told(corpus, small_parts, tmp_path, monkeypatch, capsys, change):
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus, copy)
+    run_reading = tokenising.Tokenising.__call__
+
+    def changing(self, part, advance):
+        if part.number == 1 and change == "text":
+            (copy / part.shards[0].name / "hard.py").write_text("something else")
+        elif part.number == 1:
+            documents, count = GithubReader.documents, 2 if change == "one more" else 0
+            monkeypatch.setattr(GithubReader, "documents", lambda self, *at: iter([*documents(self, *at)] * count))
+        run_reading(self, part, advance)
+
+    monkeypatch.setattr(tokenising.Tokenising, "__call__", changing)
+    flags = "--task=github_bytes", f"--source={copy}", f"--output={tmp_path / 'cache'}"
+    assert run(*flags) == 2
+    assert "has changed while it was read" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["corpus"]
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_prepare_leaves_no_cache_and_no_process(corpus, in_parts, small_parts, tmp_path, kill):
+    output = tmp_path / "cache"
+    flags = [f"--task={SPM_TASK}", f"--source={corpus}", f"--output={output}"]
+    command = [sys.executable, "-m", "memorizing.data.prepare", *flags, "--processes=3"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("survey-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, kill)
+    assert process.wait() != 0
+    assert not output.exists() and not token_cache.exists(str(output))
+    # The others of its session are gone too.
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("a process is left")
+    if kill == signal.SIGKILL:
+        assert run(*flags) == 0
+        assert content(output) == content(in_parts)
+
+
+def test_two_documents_of_one_key_are_told(corpus, tmp_path, monkeypatch, capsys):
+    documents = GithubReader.documents
+    monkeypatch.setattr(
+        GithubReader, "documents", lambda self, *at: (found._replace(key="same") for found in documents(self, *at))
+    )
+    assert run(f"--source={corpus}", f"--output={tmp_path / 'cache'}") == 2
+    assert "two documents have the key 'same'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_prepare_leaves_no_cache(corpus, tmp_path, kill):
+def test_a_file_divides_the_documents(corpus, tmp_path, capsys):
+    keys = [f"répository {index}" for index in range(12)]
+    path = tmp_path / "splits.tsv"
+    path.write_text("".join(f"{key}\t{split}\n" for key, split in zip(keys, ["test", "validation"], strict=False)))
+    flags = "--task=github_bytes", f"--source={corpus}", f"--output={tmp_path / 'cache'}", f"--splits={path}"
+    assert run(*flags) == 2
+    assert "'répository 10' is not in the file" in capsys.readouterr().err
+    assert run(*flags, "--default_split=train") == 0
+    cache = token_cache.open_cache(str(tmp_path / "cache"))
+    found = {
+        name: [cache.split(name).key(i) for i in range(len(cache.split(name)))] for name in cache.metadata["splits"]
+    }
+    assert found == {"train": sorted(keys[2:]), "validation": [keys[1]], "test": [keys[0]]}
+    assert run(*flags, "--default_split=test", "--overwrite") == 2
+    assert "no document is in the split 'train'" in capsys.readouterr().err
+    assert run(f"--source={corpus}", f"--output={tmp_path / 'other'}", "--splits=official") == 2
+    assert "of no official split; give --splits=hash" in capsys.readouterr().err
+
+
+def test_a_vocabulary_is_trained_alone_and_used_again(corpus, in_parts, tmp_path, capsys):
+    path = tmp_path / "spm.model"
+    flags = f"--task={SPM_TASK}", f"--source={corpus}"
+    assert run(*flags, "--vocab", f"--output={path}") == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["spm.model"]
+    # It is the one that a cache gets that trains its own.
+    assert (in_parts / "vocabulary.model").read_bytes() == path.read_bytes()
+    assert run(*flags, "--vocab", f"--output={path}") == 2
+    assert "is there already" in capsys.readouterr().err
     output = tmp_path / "cache"
-    command = [sys.executable, "-m", "memorizing.data.prepare", "--task=github_bytes", f"--source={corpus}"]
-    process = subprocess.Popen([*command, f"--output={output}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.iterdir()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(kill)
-    assert process.wait() != 0
-    assert not output.exists() and not token_cache.exists(str(output))
-    if kill == signal.SIGTERM:
-        assert list(tmp_path.iterdir()) == []
+    assert run(*flags, f"--vocabulary={path}", f"--output={output}", "--validation_fraction=0.5") == 0
+    assert (output / "vocabulary.model").read_bytes() == path.read_bytes()
+    assert run(*flags, f"--vocabulary={path}", f"--output={output}", "--validation_fraction=0.5") == 0
+    other = tmp_path / "other.model"
+    other.write_bytes(vocabulary.train([f"some {n} other {n * n} words" for n in range(999)], 400).model)
+    capsys.readouterr()
+    for changed, told in (
+        ([f"--task={SPM_TASK}", f"--vocabulary={other}", f"--output={output}"], "of another vocabulary than"),
+        (["--task=github_spm500", f"--vocabulary={path}"], "has 400 pieces: give --task=github_spm400"),
+        (["--task=github_bytes", f"--vocabulary={path}"], "github_bytes is of bytes"),
+        (["--task=github_bytes", "--vocab", "--output=x"], "bytes need no vocabulary"),
+        ([f"--task={SPM_TASK}", f"--vocabulary={tmp_path / 'no'}"], "cannot be read as a SentencePiece model"),
+        ([f"--task={SPM_TASK}", f"--vocabulary={__file__}"], "cannot be read as a SentencePiece model"),
+        ([f"--task={SPM_TASK}", "--processes=0"], "--processes=0"),
+    ):
+        assert run(f"--source={corpus}", f"--output={tmp_path / 'new'}", *changed) == 2, changed
+        assert told in capsys.readouterr().err
 
 
 def test_source_makes_its_cache_in_another_process(corpus, tmp_path, monkeypatch, capfd):
