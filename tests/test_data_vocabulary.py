@@ -27,6 +27,7 @@ def test_any_text_comes_back(pieces, text):
     for used in (ByteVocabulary(), pieces):
         ids = used.encode(text)
         assert used.decode(ids) == text
+        assert b"".join(used.pieces([*ids, vocabulary.EOS_ID, vocabulary.PAD_ID])) == text.encode()
         assert not len(ids) or (ids.min() > vocabulary.UNK_ID and ids.max() < used.size)
 
 
