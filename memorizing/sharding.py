@@ -59,7 +59,12 @@ class MeshConfig:
         shape = [len(devices) // fixed if size == -1 else size for size in shape]
         if int(np.prod(shape)) != len(devices):
             raise UserError(self._does_not_fit(len(devices)))
-        return _rows_by_process(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices))
+        num_slices = len(set(map(_slice, devices)))
+        if shape[0] % num_slices:
+            raise UserError(
+                f"MeshConfig.data = {shape[0]} is not a multiple of the {num_slices} TPU slices: model and memory have to lie within a slice"
+            )
+        return _make_mesh(shape, devices)
 
     def _does_not_fit(self, num_devices: int) -> str:
         return (
@@ -68,12 +73,22 @@ class MeshConfig:
         )
 
 
-def _rows_by_process(mesh: Mesh) -> Mesh:
-    """The mesh with its `data` axis in the order of the processes, so that the rows of each process are consecutive."""
-    owners = [min(device.process_index for device in part.flat) for part in mesh.devices]
-    if owners == sorted(owners):
-        return mesh
-    return Mesh(mesh.devices[np.argsort(owners, kind="stable")], mesh.axis_names, axis_types=mesh.axis_types)
+def _make_mesh(shape: Sequence[int], devices: Sequence[Any]) -> Mesh:
+    """The mesh in an order that suits the network between the devices, and with the rows of each process, and of each TPU slice, consecutive."""
+    slices = sorted({_slice(device) for device in devices})
+    # Slices are joined by a slower network: only rows go over it.
+    shape = (shape[0] // len(slices), *shape[1:])
+    parts = [[device for device in devices if _slice(device) == index] for index in slices]
+    types = (AxisType.Auto,) * len(AXES)
+    grid = np.concatenate([jax.make_mesh(shape, AXES, axis_types=types, devices=part).devices for part in parts])
+    owners = [min((_slice(device), device.process_index) for device in part.flat) for part in grid]
+    order = sorted(range(len(owners)), key=owners.__getitem__)
+    return Mesh(grid[order], AXES, axis_types=types)
+
+
+def _slice(device: Any) -> int:
+    """Which TPU slice a device belongs to."""
+    return (getattr(device, "slice_index", 0) or 0) if device.platform == "tpu" else 0
 
 
 class RowPlacement:

@@ -242,3 +242,37 @@ def test_a_stack_is_updated_as_its_layers_would_be(optimizer: Adafactor | AdamW)
             np.testing.assert_allclose(
                 results[0]["layers_00_01"][name][index], leaf, rtol=1e-5, err_msg=f"{index} {name}"
             )
+
+
+# Rows of several processes.
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_the_rows_of_a_process_are_consecutive():
+    """However the network orders the devices: on some TPU slices those of a process are far apart."""
+    devices = [Device(index, process) for index, process in enumerate([0, 1, 0, 1, 2, 2, 3, 3])]
+    mesh = MeshConfig().make_mesh(devices)
+    assert [device.process_index for device in mesh.devices.flat] == [0, 0, 1, 1, 2, 2, 3, 3]
+    # A shard of rows may lie on several processes; none is taken apart.
+    mesh = MeshConfig(data=4, memory=2).make_mesh(devices)
+    assert [[device.id for device in part.flat] for part in mesh.devices] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(data=2, memory=4), MeshConfig(data=1, model=8)])
+def test_placed_rows_are_the_rows(config: MeshConfig):
+    placement = sharding.RowPlacement(config.make_mesh(), ROWS)
+    assert placement.rows == range(ROWS), "one process has all"
+    host = {"tokens": np.arange(ROWS * 3).reshape(ROWS, 3), "start": np.arange(ROWS) % 2 == 0}
+    placed = placement.put(host)
+    for name, array in host.items():
+        np.testing.assert_array_equal(placed[name], array)
+        assert placed[name].sharding == placement.sharding
