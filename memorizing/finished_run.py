@@ -73,7 +73,7 @@ class FinishedRun:
 
     def params_on(self, mesh: Mesh) -> Tree:
         """The parameters on the devices of a mesh, sharded as in training."""
-        boxed = _boxed_params(self.experiment)
+        boxed = _boxed_params(self.experiment, mesh.shape["data"])
         return jax.device_put(
             self.params, sharding.parameter_shardings(mesh, boxed, self.experiment.mesh.parameter_rules)
         )
@@ -98,14 +98,12 @@ def open_run(workdir: str, step: int | None = None, bindings: Sequence[str] = ()
         )
     experiment, text = load_experiment([], bindings, base=config.read_text())
     saved = read_arrays(folder, step, only=("params/", "step"))
-    wanted = {"params": nn.unbox(_boxed_params(experiment))}
+    wanted = {"params": nn.unbox(_boxed_params(experiment, 1))}
     params = fit(wanted, saved, f"--workdir={workdir}")["params"]
     return FinishedRun(folder, experiment, params, int(saved["step"]), text)
 
 
-def _boxed_params(experiment: Experiment) -> Tree:
-    """Shapes and logical axes of the parameters."""
-    batch = experiment.batch
-    return jax.eval_shape(
-        lambda: init_params(experiment.model, batch.num_rows, batch.segment_length, jax.random.key(0))
-    )
+def _boxed_params(experiment: Experiment, num_rows: int) -> Tree:
+    """Shapes and logical axes of the parameters, which do not depend on the rows; these only have to fit the mesh that is set."""
+    length = experiment.batch.segment_length
+    return jax.eval_shape(lambda: init_params(experiment.model, num_rows, length, jax.random.key(0)))

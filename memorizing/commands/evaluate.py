@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory_sizes",
         metavar="M,M,...",
-        help="sizes of the external memory in tokens, 0 for none (default: 0, the run's own, four times that)",
+        help="sizes of the external memory in tokens, 0 for none (default: 0, the run's own, and four times that if it takes less than 1 GB)",
     )
     parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="workdirs of two runs of the same data")
     parser.add_argument("--rows", type=int, metavar="N", help="documents read side by side (default: as in training)")
@@ -137,7 +137,7 @@ def _settings(finished: FinishedRun, memory_sizes: str | None) -> tuple[str, lis
         reset = Setting("context reset every segment", None, model, "state_reset")
         return "as trained", [reset, Setting("as trained", None, model)]
     own = model.memory_size
-    sizes = _parsed(memory_sizes) if memory_sizes else [0, 4 * own]
+    sizes = _parsed(memory_sizes) if memory_sizes else [0, *_larger(finished, own)]
     segment_length = finished.experiment.batch.segment_length
     others = [_with_memory(model, size, segment_length) for size in {*sizes} - {own}]
     reference = Setting(f"memory {own}", own, model)
@@ -155,6 +155,13 @@ def _with_memory(model: LMConfig, size: int, segment_length: int) -> Setting:
     except UserError as error:
         raise UserError(f"--memory_sizes: {error}") from None
     return Setting(name, size, resized)
+
+
+def _larger(finished: FinishedRun, own: int) -> list[int]:
+    """Four times the run's own memory, unless that would take more than a gigabyte: who wants that asks for it."""
+    dims, rows = finished.experiment.model.dims, finished.experiment.batch.num_rows
+    num_bytes = 4 * own * rows * 2 * dims.num_heads * dims.head_dim * dims.dtype.itemsize
+    return [4 * own] if num_bytes <= 1 << 30 else []
 
 
 def _parsed(memory_sizes: str) -> list[int]:
