@@ -170,7 +170,7 @@ def _job(options: argparse.Namespace, bindings: Sequence[str], python: str = PRO
     own.add_argument("--workdir")
     given, rest = own.parse_known_args(options.arguments)
     if options.program is not None:
-        program = tuple(shlex.split(options.program))
+        program = _words(options.program)
     else:
         command = rest.pop(0) if rest and not rest[0].startswith("-") else PROGRAM[-1]
         program = (python, *PROGRAM[1:-1], command)
@@ -290,6 +290,13 @@ def _print_slices(*_: object) -> int:
         )
         print("  ".join(cells).rstrip())
     return DONE
+
+
+def _words(program: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(program))
+    except ValueError as error:
+        raise LaunchError(f"--program={program}: {error}; expected words as a shell reads them") from None
 
 
 def _pair(text: str, flag: str) -> tuple[str, str]:

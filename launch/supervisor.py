@@ -19,7 +19,7 @@ from .restarts import FAILED, START_AGAIN, Outcome, outcome, run_with_restarts
 from .tpu_vm import STATE_MARK, Zone
 
 # Hosts that cannot be reached so often in a row, on a request that is said to be ACTIVE, are broken.
-_PATIENCE = 10
+_PATIENCE = 20
 _GONE = ("SUSPENDED", "FAILED")
 _STATE_LINE = re.compile(rf"^{STATE_MARK} (\w+) (\d+)\s*$", re.MULTILINE)
 
@@ -60,8 +60,11 @@ def run(job: Job, zone: Zone, pace: Pace, keep: bool) -> int:
         try:
             code = run_with_restarts(supervisor.attempt, job.restarts, record.report, pace.poll_s)
         except CannotGoOn as error:
-            record.report("gave up", because=str(error))
-            code = FAILED
+            # What cannot be seen may well be running.
+            record.report(
+                "gave up", because=str(error), note=f"what runs goes on; memorizing launch stop {job.name} ends it"
+            )
+            return FAILED
         except KeyboardInterrupt:
             record.report("supervisor stopped", note="the job runs on; the same command takes it over")
             return START_AGAIN
@@ -89,8 +92,6 @@ class Supervisor:
         elif not self._start():
             return self._unless_lost(Outcome.FAILED)
         ended = self._watch()
-        if ended is not Outcome.MACHINES_LOST:
-            self._collect_logs()
         return ended if ended is not Outcome.FAILED else self._unless_lost(ended)
 
     def delete(self) -> None:
@@ -140,7 +141,7 @@ class Supervisor:
                 if unreachable > _PATIENCE:
                     self._record.report("hosts cannot be reached", looks=unreachable)
                     self.delete()
-                    return Outcome.FAILED
+                    return Outcome.MACHINES_LOST
                 continue
             unreachable = 0
             codes = [code for status, code in programs if status != "running"]
@@ -148,6 +149,7 @@ class Supervisor:
                 deadline = time.monotonic() + self._pace.grace_s
             if len(codes) == len(programs) or (deadline is not None and time.monotonic() > deadline):
                 self._record.report("exit codes", codes=codes, running=len(programs) - len(codes))
+                self._collect_logs()
                 return outcome(codes)
 
     def _unless_lost(self, ended: Outcome) -> Outcome:

@@ -43,7 +43,14 @@ def status(name: str | None) -> int:
 
 
 def logs(name: str, process: int, lines: int, follow: bool) -> int:
-    """Prints the last lines of a process's output, and goes on as more comes if told to."""
+    """Prints the last lines of a process's output, and goes on as more comes if told to, until Ctrl-C."""
+    try:
+        return _logs(name, process, lines, follow)
+    except KeyboardInterrupt:
+        return DONE
+
+
+def _logs(name: str, process: int, lines: int, follow: bool) -> int:
     record = Record(name)
     backend, place, job = record.load()
     if backend == "gke":

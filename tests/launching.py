@@ -112,7 +112,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     """Waits until something holds."""
     deadline = time.monotonic() + seconds
     while not condition():

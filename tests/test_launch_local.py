@@ -92,7 +92,7 @@ def test_stopping_the_launcher_lets_all_processes_save(here: Workplace, how: str
         assert "stopped: outcome saved" in here.launch("stop", "first").stdout
     else:
         running.send_signal(signal.SIGINT if how == "ctrl-c" else signal.SIGTERM)
-    out, _ = running.communicate(timeout=60)
+    out, _ = running.communicate(timeout=300)
     assert running.returncode == 42
     assert "[42, 42]" in out
     assert not any(exists_process(here.told(process)["pid"]) for process in range(2))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import FAKE_HOSTS, NASTY_BINDINGS, Workplace, has, until
 
-from memorizing.launch import gke, tpu_vm
+from memorizing.launch import gke, supervisor, tpu_vm
 from memorizing.launch.errors import LaunchError
 from memorizing.launch.job import Job, Secret
 from memorizing.launch.restarts import Outcome, outcome, run_with_restarts
@@ -162,6 +162,80 @@ def test_only_failures_count(outcomes: list[Outcome], restarts: int):
     assert (code == 1) == (failures == restarts + 1)
 
 
+class Script:
+    """Answers for the supervisor in place of Google: what `describe` says in turn (None: there is no such request), and what the hosts say; the last answer stays."""
+
+    def __init__(self, states: list[str | None], programs: list[str], fails: tuple[str, ...] = ()):
+        self.states, self.programs, self.fails = states, programs, fails
+        self.done: list[str] = []
+
+    def __call__(self, command: list[str]) -> subprocess.CompletedProcess:
+        what = next((verb for verb in ("create", "describe", "delete") if verb in command), "ssh")
+        script = command[-1]
+        if what == "ssh":
+            what = next(verb for verb in ("pull", "run", "inspect", "logs") if f"docker {verb}" in script)
+        if what == "describe":
+            state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+            error = {None: "ERROR: NOT_FOUND: none", "offline": "ERROR: no network"}.get(state, "")
+            return subprocess.CompletedProcess(command, bool(error), state or "", error)
+        if what == "inspect":
+            text = self.programs.pop(0) if len(self.programs) > 1 else self.programs[0]
+            return subprocess.CompletedProcess(
+                command, 0, "".join(f"memorizing-state {line}\n" for line in text.split(", ") if line), ""
+            )
+        self.done.append(what)
+        return subprocess.CompletedProcess(command, what in self.fails, "", f"ERROR: {what} is refused")
+
+
+RUNNING = ", ".join(["running 0"] * 4)
+DONE = ", ".join(["exited 0"] * 4)
+
+
+@pytest.mark.parametrize(
+    ("states", "programs", "fails", "code", "done"),
+    [
+        # Nothing happens, first from nothing, then taken over.
+        ([None, "ACTIVE"], [RUNNING, RUNNING, DONE], (), 0, "create logs delete"),
+        (["ACTIVE"], [RUNNING, DONE], (), 0, "logs delete"),
+        # A request of an earlier day is renewed; one that fails counts.
+        (["SUSPENDED", None, "ACTIVE"], ["", DONE], (), 0, "delete create pull run logs delete"),
+        ([None, "PROVISIONING", "FAILED", None, "FAILED"], [""], (), 1, "create delete create delete delete"),
+        # Looks that fail are repeated; a supervisor that stays blind leaves what runs alone.
+        (["offline", "offline", "ACTIVE"], [RUNNING, DONE], (), 0, "logs delete"),
+        (["ACTIVE", "offline"], [RUNNING], (), 1, ""),
+        # What cannot be asked for, and what cannot be started.
+        ([None], [""], ("create",), 1, "create"),
+        (["ACTIVE"], [""], ("pull",), 1, "pull pull delete"),
+        # A host that does not answer for long is broken: its machines are replaced.
+        (["ACTIVE"], [RUNNING, *["running 0, running 0, running 0"] * 21, DONE], (), 0, "delete pull run logs delete"),
+        # The program is killed because the machines go.
+        (
+            ["ACTIVE"] * 3 + ["SUSPENDED", None, "ACTIVE"],
+            [RUNNING, "exited 137, running 0, exited 137, exited 143", DONE],
+            (),
+            0,
+            "logs delete create pull run logs delete",
+        ),
+        # A container that was removed behind our back is a failure.
+        (["ACTIVE"], [RUNNING, "missing 0, exited 0, exited 0, exited 0", DONE], (), 0, "logs pull run logs delete"),
+    ],
+)
+def test_the_supervisor(
+    states: list[str | None],
+    programs: list[str],
+    fails: tuple[str, ...],
+    code: int,
+    done: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    script = Script(list(states), list(programs), fails)
+    monkeypatch.setenv("MEMORIZING_JOBS", str(tmp_path))
+    monkeypatch.setattr(supervisor, "_call", script)
+    assert supervisor.run(job(restarts=1), ZONE, supervisor.Pace(1e-4, 0.0), keep=False) == code
+    assert " ".join(script.done) == done
+
+
 @pytest.fixture
 def google(tmp_path: pathlib.Path) -> Workplace:
     return Workplace(tmp_path)
@@ -222,7 +296,7 @@ def test_a_supervisor_can_go_and_come_back(google: Workplace):
     running = google.start(*arguments)
     until(lambda: (google.workdir / "state-0.json").exists())
     running.send_signal(signal.SIGINT)
-    out, _ = running.communicate(timeout=60)
+    out, _ = running.communicate(timeout=300)
     assert running.returncode == 42 and "takes it over" in out
     ended = google.launch(*arguments)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -237,7 +311,7 @@ def test_stopping_a_job_lets_it_save_and_gives_the_machines_back(google: Workpla
     status = google.launch("status", "first")
     assert "run by process" in status.stdout and "ACTIVE" in status.stdout
     assert google.launch("stop", "first").returncode == 0
-    running.communicate(timeout=60)
+    running.communicate(timeout=300)
     assert running.returncode == 42
     stopped = [call for call in google.calls("docker") if call[0] == "stop"]
     assert len(stopped) == 2
