@@ -237,6 +237,10 @@ class LanguageModel(nn.Module):
             losses |= {f"{group.name}/{name}": value.sum() for name, value in report.losses.items()}
             metrics |= {f"{group.name}/{name}": value for name, value in report.metrics.items()}
             kept[group.name] = report.kept
+            if slice is not None and not report.kept:
+                raise UserError(
+                    f"@{type(group.attention).__name__}() reads whole segments only: a model with it cannot write or score a text token by token"
+                )
         x = RMSNorm(name="final_norm")(x)
         if slice is not None:
             return ModelOutput(embedder.decode(x if continues else layout.own(x)), None, Report(kept=kept))

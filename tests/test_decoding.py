@@ -13,15 +13,18 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from mechanisms import LENGTH, MECHANISMS, VOCAB, Mechanism
 
+from memorizing.attention.base import LayerDims
 from memorizing.attention.compressive import CompressiveAttention
 from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention
 from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
+from memorizing.context import Report, Segment
 from memorizing.decoding import Decoder, Reader
 from memorizing.errors import UserError
 from memorizing.model import LanguageModel
@@ -197,6 +200,27 @@ def test_rows_that_write_side_by_side_do_not_notice_each_other():
     # And the reader that they came from has not moved.
     assert reader.num_tokens == length
     np.testing.assert_array_equal(write(reader, 2 * LENGTH)[0], alone)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeSegments(FullAttention):
+    """A mechanism that knows nothing of slices."""
+
+    def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        return Mean(name=name)
+
+
+class Mean(nn.Module):
+    def __call__(self, x: jax.Array, segment: Segment, state: tuple) -> tuple[jax.Array, tuple, Report]:
+        return jnp.cumsum(x, axis=1) / segment.layout.size, state, Report()
+
+
+def test_a_mechanism_that_reads_whole_segments_only_is_refused():
+    """Not decoded wrongly."""
+    case = Case(Mechanism("mean", attention=WholeSegments()))
+    case.teacher_forced(text(LENGTH))
+    with pytest.raises(UserError, match=r"@WholeSegments\(\) reads whole segments only"):
+        next(case.reader().write(1, Sampling(), 0, ANYTHING))
 
 
 def test_a_model_whose_positions_see_later_ones_is_refused():
