@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from . import archives, licences, source_files
-from .documents import SEPARATOR as SEPARATOR
 from .documents import Document
 from .errors import DataError
 from .repositories import NO_LICENCE, VENDORED, Repositories
