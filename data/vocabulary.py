@@ -210,6 +210,8 @@ def train(lines: Iterable[str], size: int, num_threads: int = 2) -> SentencePiec
             unk_id=UNK_ID,
             bos_id=-1,
             num_threads=num_threads,
+            # Longer lines would be left out without a word.
+            max_sentence_length=1 << 16,
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -1,6 +1,7 @@
 """The streams: rows that stay on their documents, lose no token, and resume exactly wherever they were."""
 
 import json
+import tracemalloc
 from collections import defaultdict
 
 import numpy as np
@@ -308,3 +309,45 @@ def test_evaluation_fills_rows_that_are_free_first():
 
 def test_evaluation_of_nothing_is_nothing():
     assert list(evaluation_batches(Documents([]), 2, 8)) == []
+
+
+def test_hosts_share_the_rows_of_an_evaluation():
+    documents = Documents([16, 40, 16, 24, 3, 9])
+    whole = list(evaluation_batches(documents, 4, 8))
+    shares = [list(evaluation_batches(documents, 4, 8, rows)) for rows in (range(0, 1), range(1, 4))]
+    for expected, *parts in zip(whole, *shares, strict=True):
+        for part in ("document", "offset"):
+            np.testing.assert_array_equal(
+                getattr(expected, part), np.concatenate([getattr(share, part) for share in parts])
+            )
+        assert_equal(
+            expected.batch, [np.concatenate(field) for field in zip(*[share.batch for share in parts], strict=True)]
+        )
+
+
+class Many:
+    """Ten million documents of which nothing is kept but their lengths."""
+
+    num_tokens = np.full(10_000_000, 20, np.int32)
+
+    def __len__(self):
+        return len(self.num_tokens)
+
+    def tokens(self, index, start=0, stop=None):
+        return np.full((20 if stop is None else stop) - start, index % 1000 + 1, np.uint16)
+
+
+def test_ten_million_documents_cost_nothing_but_their_lengths():
+    documents = Many()
+    tracemalloc.start()
+    batches = stream(documents, num_rows=64, num_segments=2)
+    for _ in range(20):
+        next(batches)
+    state = batches.get_state()
+    resumed = stream(documents, num_rows=64, rows=range(32, 64), num_segments=2)
+    resumed.set_state(state)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+    assert_equal([field[32:] for field in next(batches)], next(resumed))
+    assert len(json.dumps(state)) < 3000

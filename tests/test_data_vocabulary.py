@@ -1,7 +1,10 @@
 """Vocabularies give back every text exactly."""
 
+import io
+
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -71,3 +74,60 @@ def test_task_names_are_a_corpus_and_a_vocabulary(name):
 def test_other_names_are_refused(name):
     with pytest.raises(DataError, match="github_spm2048"):
         task_name.parse(name)
+
+
+def of_settings(path, **settings):
+    """A model that SentencePiece trains with other settings than ours."""
+    model = io.BytesIO()
+    used = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    used |= {"user_defined_symbols": ["\n", "\t"], "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(LINES).split("\n")),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        minloglevel=2,
+        **(used | settings),
+    )
+    path.write_bytes(model.getvalue())
+    return str(path)
+
+
+@given(TEXTS)
+@example("\n a\n\nb \u2581\n")
+def test_a_model_with_a_space_before_every_text_is_used_without_it(space_before, text):
+    assert space_before.decode(space_before.encode(text)) == text
+    # As the Tasks tokenise.
+    lines = [line + "\n" for line in text.split("\n")]
+    lines[-1] = lines[-1][:-1]
+    assert [id for line in lines for id in space_before.encode(line)] == space_before.encode(text).tolist()
+
+
+@pytest.fixture(scope="module")
+def space_before(tmp_path_factory):
+    path = of_settings(tmp_path_factory.mktemp("model") / "spm.model", add_dummy_prefix=True)
+    loaded = vocabulary.load(path)
+    assert vocabulary.load(path).digest == loaded.digest
+    return loaded
+
+
+def test_our_own_model_is_loaded_as_it_is(pieces, tmp_path):
+    (tmp_path / "spm.model").write_bytes(pieces.model)
+    loaded = vocabulary.load(str(tmp_path / "spm.model"))
+    assert (loaded.size, loaded.encode(LINES[0]).tolist()) == (pieces.size, pieces.encode(LINES[0]).tolist())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"byte_fallback": False},
+        {"eos_id": 2, "unk_id": 1},
+        {"user_defined_symbols": ["\t"], "byte_fallback": False},
+    ],
+)
+def test_a_model_that_loses_something_is_refused(tmp_path, settings):
+    path = of_settings(tmp_path / "spm.model", **settings)
+    with pytest.raises(DataError, match="memorizing prepare --vocab"):
+        vocabulary.load(path)
