@@ -137,7 +137,7 @@ def _read_shard(
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * memory.valid.shape[-1]
         neighbours = Neighbours((first + indices).swapaxes(1, 2), jnp.where(chosen, scores, -jnp.inf).swapaxes(1, 2))
     with jax.named_scope("attend"):
-        weighted, weights, shift = _attend_heads(by_head, scale, memory, indices, chosen)
+        weighted, weights, shift = _attend_heads(by_head, scale, memory, scores, indices, chosen)
     found = jnp.any(memory.valid, axis=-1)
     if axis_name is not None:
         # Every shard has attended to the neighbours that it holds: bring the partial sums to a common shift, then add.
@@ -171,6 +171,7 @@ def _attend_heads(
     queries: Float[Array, "B N T H"],
     scale: HeadScale,
     memory: Memory,
+    scores: NeighbourScores,
     indices: NeighbourIndices,
     chosen: Bool[Array, "B N T K"],
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"], Float[Array, "B N T"]]:
@@ -182,23 +183,43 @@ def _attend_heads(
     # The neighbours of a head are gathered again for its gradient: kept, they would be K times the size of the activations.
     @jax.checkpoint
     def attend_head(head: tuple) -> tuple[Float[Array, "T H"], Float[Array, "T"], Float[Array, "T"]]:
-        number, head_queries, head_indices, head_chosen = head
+        number, head_queries, head_scores, head_indices, head_chosen = head
         slots = number * num_slots + head_indices
-        # [T, K, H]; where() because a slot that was not chosen may hold anything, and 0 * NaN is NaN.
-        keys = jnp.where(head_chosen[..., None], all_keys[slots], 0)
-        values = jnp.where(head_chosen[..., None], all_values[slots], 0)
-        logits = jnp.einsum("TH,TKH->TK", head_queries, keys, preferred_element_type=jnp.float32)
-        logits = jnp.where(head_chosen, scale[number % num_heads] * logits, _NOT_CHOSEN)
+        # where() because a slot that was not chosen may hold anything, and 0 * NaN is NaN.
+        products = _with_gradient(jnp.where(head_chosen, head_scores, 0.0), head_queries, all_keys, slots, head_chosen)
+        values = jnp.where(head_chosen[..., None], all_values[slots], 0)  # [T, K, H]
+        logits = jnp.where(head_chosen, scale[number % num_heads] * products, _NOT_CHOSEN)
         shift = jax.lax.stop_gradient(logits.max(axis=-1))
         weights = jnp.where(head_chosen, jnp.exp(logits - shift[:, None]), 0.0)
         weighted = jnp.einsum("TK,TKH->TH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return weighted, weights.sum(axis=-1), shift
 
-    heads = (jnp.arange(queries.shape[0] * num_heads), _by_head(queries), _by_head(indices), _by_head(chosen))
+    numbers = jnp.arange(queries.shape[0] * num_heads)
+    heads = (numbers, _by_head(queries), _by_head(scores), _by_head(indices), _by_head(chosen))
     attended = jax.tree.map(
         lambda leaf: leaf.reshape(*queries.shape[:2], *leaf.shape[1:]), jax.lax.map(attend_head, heads)
     )
     return checkpoint_name(attended, NEIGHBOURS)
+
+
+@jax.custom_jvp
+def _with_gradient(
+    scores: Float[Array, "T K"],
+    queries: Float[Array, "T H"],
+    keys: Float[Array, "slots H"],
+    slots: Int[Array, "T K"],
+    chosen: Bool[Array, "T K"],
+) -> Float[Array, "T K"]:
+    """The scores that the search found, as functions of the queries: they are query . key already, so that the keys are gathered for the gradient only."""
+    return scores
+
+
+@_with_gradient.defjvp
+def _with_gradient_jvp(primals: tuple, tangents: tuple) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
+    scores, _, keys, slots, chosen = primals
+    neighbours = jnp.where(chosen[..., None], keys[slots], 0)  # [T, K, H]
+    change = jnp.einsum("TH,TKH->TK", tangents[1], neighbours, preferred_element_type=jnp.float32)
+    return scores, change
 
 
 def _by_head(array: Shaped[Array, "B N *rest"]) -> Shaped[Array, "heads *rest"]:
