@@ -1,0 +1,127 @@
+"""Plans: the cost of a program as its text tells it, and the real step compiled for real slices, where the TPU compiler is installed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from memorizing import compiled_cost
+from memorizing.commands import plan as command
+from memorizing.errors import UserError
+
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%inner_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[]{:T(256)}, f32[8]{0}) parameter(0)
+  %fusion.1 = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/while/body/search/dot"}, backend_config={"estimated_cycles":"10"}
+  ROOT %t = (s32[]{:T(256)}, f32[8]{0}) tuple(%p, %fusion.1)
+}
+
+%inner_condition (p.1: (s32[], f32[8])) -> pred[] {
+  %p.1 = (s32[]{:T(256)}, f32[8]{0}) parameter(0)
+  %bound = s32[]{:T(256)} constant(5)
+  ROOT %less = pred[]{:T(256)} compare(%p.1, %bound), direction=LT
+}
+
+%compared (p.2: s32[]) -> pred[] {
+  %three = s32[]{:T(256)} constant(3)
+  ROOT %less.1 = pred[]{:T(256)} compare(%p.2, %three), direction=LT
+}
+
+%outer_body (p.3: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p.3 = (s32[]{:T(256)}, f32[8]{0}) parameter(0)
+  %all-reduce.7 = (bf16[4,8]{1,0}, f32[2]{0}) all-reduce(%p.3), channel_id=1, to_apply=%add, metadata={op_name="jit(step)/sum"}
+  ROOT %while.2 = (s32[]{:T(256)}, f32[8]{0}) while(%p.3), condition=%inner_condition, body=%inner_body
+}
+
+%outer_condition (p.4: (s32[], f32[8])) -> pred[] {
+  %p.4 = (s32[]{:T(256)}, f32[8]{0}) parameter(0)
+  ROOT %fusion.9 = pred[]{:T(256)} fusion(%p.4), kind=kLoop, calls=%compared
+}
+
+ENTRY %main.1 (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %copy.1 = f32[8]{0} copy(%x), backend_config={"estimated_cycles":"7"}
+  %while.1 = (s32[]{:T(256)}, f32[8]{0}) while(%copy.1), condition=%outer_condition, body=%outer_body
+  ROOT %out = f32[8]{0} get-tuple-element(%while.1), index=1
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run():
+    program = compiled_cost.instructions(PROGRAM)
+    assert compiled_cost.cycles(program) == 7 + 3 * 5 * 10
+    assert compiled_cost.cycles(program, "/search/") == 3 * 5 * 10
+    assert compiled_cost.collectives(program) == {"all-reduce": compiled_cost.Collective(3, 3 * (4 * 8 * 2 + 2 * 4))}
+
+
+def test_a_loop_whose_bound_is_unclear_is_not_guessed():
+    with pytest.raises(ValueError, match="outer_condition"):
+        compiled_cost.instructions(PROGRAM.replace("%three = s32[]", "%three = s64[]"))
+
+
+def test_a_compiled_program_of_this_machine_can_be_read():
+    def step(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 11, lambda _, y: y @ y, x)
+
+    text = jax.jit(step).lower(jax.ShapeDtypeStruct((4, 4), "float32")).compile().as_text()
+    products = [entry for entry in compiled_cost.instructions(text) if "dot_general" in entry.op_name]
+    assert max(entry.count for entry in products) == 11
+
+
+def run_plan(*arguments: str, bindings: tuple[str, ...] = ()) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments), list(bindings))
+
+
+HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
+needs_compiler = pytest.mark.skipif(
+    not HAS_COMPILER, reason="the TPU compiler is not installed: pip install -e '.[tpu]'"
+)
+
+
+@pytest.mark.skipif(HAS_COMPILER, reason="the TPU compiler is installed")
+def test_what_to_install_is_said():
+    with pytest.raises(UserError, match=r"pip install 'memorizing\[tpu\]'"):
+        run_plan("--topology=v3:4x4", "--gin_file=smoke")
+
+
+@pytest.mark.parametrize("arguments", [("--slices=0", "--topology=v3:4x4"), ("--flops", "--topology=v3:4x4"), ()])
+def test_wrong_flags_are_named(arguments: tuple[str, ...]):
+    with pytest.raises(UserError, match=r"--slices=0|--topology"):
+        run_plan(*arguments)
+
+
+def plan_in_a_process(*arguments: str) -> dict:
+    """In a process of its own: the compiler is there once in a process, and one process at a time may have it."""
+    command_line = [sys.executable, "-m", "memorizing", "plan", "--json", *arguments]
+    ended = subprocess.run(command_line, capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+@needs_compiler
+@pytest.mark.parametrize("memory_size", [65536, 262144])
+def test_the_papers_setting_fits_its_pod(memory_size: int):
+    planned = plan_in_a_process("--topology=v3:4x4", f"--gin.KNNAttention.memory_size={memory_size}")
+    assert planned["num_devices"] == 32 and planned["num_rows"] == 256 and planned["tokens_per_step"] == 2**17
+    # Keys and values of 8 rows and 8 heads of 128, in bfloat16.
+    assert planned["hbm"]["external memory"] >= 2 * 8 * 8 * memory_size * 128 * 2
+    assert planned["fits"] and planned["hbm_total"] < 16e9
+    assert planned["memory_flops"] == pytest.approx(2 * memory_size * 8 * 128 * 2**17, rel=0.05)
+
+
+@needs_compiler
+def test_a_step_that_does_not_fit_is_told_with_what_helps():
+    small = ("--gin_file=smoke", "--topology=v3:2x2", "--gin.BatchConfig.tokens_per_step=1024")
+    planned = plan_in_a_process(*small, "--gin.KNNAttention.memory_size=8388608")
+    assert not planned["fits"]
+    assert any("KNNAttention.memory_size=4194304" in advice for advice in planned["advice"])
