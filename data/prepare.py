@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from etils import epath
+
 from . import corpora, describe, paths, pipeline, task_name, token_cache, vocabulary, workers
 from .beam import Beam
 from .errors import DataError
@@ -126,7 +128,7 @@ def _make(args: argparse.Namespace, progress: Progress) -> None:
     chosen: Workers = Processes(args.processes) if args.beam is None else Beam(args.beam)
     if args.vocab:
         output = args.output or paths.vocabulary_path(task.num_pieces or 0)
-        if os.path.exists(output) and not args.overwrite:
+        if epath.Path(output).exists() and not args.overwrite:
             raise DataError(
                 f"{output!r} is there already; name another file with --output, or replace it with --overwrite"
             )
