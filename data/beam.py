@@ -6,6 +6,7 @@ the package, the source and the output in an object store, and TensorFlow: `prep
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from .errors import DataError
 from .workers import Work
 
 _COUNTER = "documents"
+_TOLD = re.compile(rf"{DataError.__name__}: (.+?)(?: \[while running|\n|$)")
 
 
 class Beam:
@@ -39,7 +41,14 @@ class Beam:
         pipeline = apache_beam.Pipeline(options=self._options)
         # Without the shuffle one worker would take all parts.
         _ = pipeline | apache_beam.Create(list(parts)) | apache_beam.Reshuffle() | apache_beam.Map(_Counted(work))
-        pipeline.run().wait_until_finish()
+        try:
+            pipeline.run().wait_until_finish()
+        except Exception as error:
+            # Runners tell an error of a worker as a text, with where it happened.
+            told = _TOLD.search(f"{type(error).__name__}: {error}")
+            if told is None:
+                raise
+            raise DataError(told[1]) from None
         del advance  # Beam shows the progress of its own.
 
 

@@ -214,6 +214,20 @@ def test_beam_makes_the_same_bytes(corpus, in_parts, small_parts, tmp_path, mode
     assert content(output) == content(in_parts)
 
 
+def test_mistakes_are_told_in_a_line_by_beam_too(corpus, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install 'memorizing[prep]'")
+    monkeypatch.setattr(
+        GithubReader,
+        "documents",
+        lambda self, *at: iter([documents.Document("key", "text", {"split": "dev"})]),
+    )
+    flags = "--task=github_bytes", f"--source={corpus}", f"--output={tmp_path / 'cache'}"
+    assert run(*flags, "--beam=--direct_num_workers=1") == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == "memorizing: document 'key' is in the split 'dev': the splits are train, validation, test"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_beam_that_is_missing_is_told(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "apache_beam.options", None)
     assert run(f"--source={corpus}", f"--output={tmp_path / 'cache'}", "--beam=--runner=DirectRunner") == 2
