@@ -186,7 +186,7 @@ def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, .
         try:
             arrays, checksums = _read_wanted(manager, step, only)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0][:120]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             raise UserError(f"checkpoint {folder / str(step)} cannot be read ({reason})") from error
     for path, checksum in _named_checksums(arrays).items():
         if checksum != checksums[path]:

@@ -1,0 +1,170 @@
+"""`memorizing evaluate`: whole documents with several memories, intervals over documents, two runs side by side; and every mistake in a line."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from tiny_texts import LENGTH, MEMORY, TinyTexts, expect_error, finished_run
+
+from memorizing import bootstrap, main
+from memorizing.finished_run import open_run
+from memorizing.inspection import read
+
+SIZES = (0, MEMORY, 64)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return finished_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def result(workdir: str) -> dict:
+    arguments = ["evaluate", f"--workdir={workdir}", "--memory_sizes=" + ",".join(map(str, SIZES))]
+    assert main._run(arguments) == 0
+    return json.loads((pathlib.Path(workdir) / "evaluation" / "evaluation.json").read_text())
+
+
+def test_every_document_counts_once_with_every_memory(workdir: str, result: dict):
+    """The losses are those of reading one document after another; weights and documents are the same for all memories."""
+    assert list(result["evaluations"]) == [f"memory {size}" for size in SIZES]
+    run, data = open_run(workdir), TinyTexts()
+    assert result["step"] == run.step == 2
+    assert result["documents"]["key"] == data.document_keys()
+    for size in SIZES:
+        config = run.experiment.model.with_memory_size(size or LENGTH)
+        alone = [
+            read(config, run.params, data.document_tokens(i), LENGTH, is_cleared=size == 0).nats.astype(np.float64)
+            for i in range(3)
+        ]
+        figures = result["evaluations"][f"memory {size}"]
+        np.testing.assert_allclose(figures["by_document"], [each.mean() for each in alone], rtol=1e-5)
+        total = sum(each.sum() for each in alone)
+        assert figures["tokens"] == data.document_bytes.sum() == sum(map(len, alone))
+        assert figures["bits_per_byte"] == pytest.approx(total / np.log(2) / data.document_bytes.sum(), rel=1e-5)
+        assert figures["word_perplexity"] == pytest.approx(np.exp(total / data.document_words.sum()), rel=1e-4)
+        whole = np.concatenate([each[2 * LENGTH : 4 * LENGTH] for each in alone])
+        (place,) = [place for place in figures["by_position"] if place["from"] == 2 * LENGTH]
+        assert place["tokens"] == len(whole)
+        assert place["loss"] == pytest.approx(whole.mean(), rel=1e-5)
+
+
+def test_a_memory_changes_nothing_before_it_is_needed(result: dict):
+    """Bins that end before the smaller memory loses something have the same loss; later ones do not."""
+    small, large = (
+        [place["loss"] for place in result["evaluations"][f"memory {size}"]["by_position"]] for size in (MEMORY, 64)
+    )
+    starts = [place["from"] for place in result["evaluations"]["memory 64"]["by_position"]]
+    assert starts == [0, 8, 16, 32, 64, 128]
+    assert small[:2] == large[:2]
+    assert all(one != other for one, other in zip(small[3:], large[3:], strict=True))
+
+
+def test_what_is_left_in_the_workdir_and_told(workdir: str, result: dict, capsys: pytest.CaptureFixture):
+    folder = pathlib.Path(workdir) / "evaluation"
+    for name in ("loss_by_position.png", "loss_by_memory.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert main._run(["evaluate", f"--workdir={workdir}", f"--memory_sizes={MEMORY}", "--step=1", "--rows=1"]) == 0
+    told = capsys.readouterr().out
+    again = json.loads((folder / "evaluation.json").read_text())
+    assert again["step"] == 1
+    figures = again["evaluations"][f"memory {MEMORY}"]
+    assert figures["loss"] != result["evaluations"][f"memory {MEMORY}"]["loss"]
+    low, high = figures["perplexity_interval"]
+    assert low < figures["perplexity"] < high
+    assert f"{figures['perplexity']:.3f}  [{low:.3f}, {high:.3f}]" in told
+
+
+def test_two_runs_document_by_document(
+    tmp_path: pathlib.Path, workdir: str, result: dict, capsys: pytest.CaptureFixture
+):
+    other = finished_run(tmp_path / "other", model_file="models/transformer_tiny.gin", seed=1)
+    for first, second in ((workdir, other), (other, workdir)):
+        assert main._run(["evaluate", "--compare", first, second]) == 0
+    there, back = (
+        json.loads((pathlib.Path(first) / "evaluation" / f"compare_with_{pathlib.Path(second).name}.json").read_text())
+        for first, second in ((workdir, other), (other, workdir))
+    )
+    trained = result["evaluations"][f"memory {MEMORY}"]
+    np.testing.assert_allclose(there["runs"]["A"]["by_document"], trained["by_document"], rtol=1e-6)
+    by_document = np.subtract(there["runs"]["A"]["by_document"], there["runs"]["B"]["by_document"])
+    np.testing.assert_allclose(there["difference"]["by_document"], by_document, rtol=1e-6)
+    assert there["difference"]["loss"] == pytest.approx(-back["difference"]["loss"])
+    low, high = there["difference"]["interval"]
+    np.testing.assert_allclose(back["difference"]["interval"], [-high, -low])
+    assert f"difference {there['difference']['loss']:+.4f}" in capsys.readouterr().out
+    changed = finished_run(tmp_path / "changed", "TinyTexts.seed=1")
+    expect_error(capsys, ["--compare", workdir, changed], "TinyTexts.*seed=0.*seed=1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["--memory_sizes=12"], r"--memory_sizes.*12.*multiple.*8"),
+        (["--memory_sizes=many"], r"--memory_sizes=many.*numbers"),
+        (["--rows=0"], r"--rows=0"),
+        (["--step=7"], r"no step 7.*1, 2"),
+        (["--compare", "a", "b"], r"leave out --workdir"),
+        # A configuration that is not the checkpoint's.
+        (["--gin.LMConfig.embed_dim=32"], r"embedder/table.*\(259, 16\).*\(259, 32\)"),
+        (["--gin.LMConfig.num_layers=3"], r"no params/layer_02"),
+        (["--gin.LMConfig.attention_at=()"], r"no place for.*gate"),
+        (["--gin.LMConfig.embed_dmi=32"], r"did you mean LMConfig.embed_dim"),
+        # Another vocabulary, of the same size.
+        (["--gin.TinyTexts.is_shifted=True"], r"vocabulary.*bytes.*shifted"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(workdir: str, capsys: pytest.CaptureFixture, arguments: list[str], pattern: str):
+    expect_error(capsys, [f"--workdir={workdir}", *arguments], pattern)
+
+
+def test_a_folder_without_a_run_is_told(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture):
+    expect_error(capsys, [f"--workdir={tmp_path}"], "holds no run.*memorizing train")
+    run = pathlib.Path(finished_run(tmp_path / "run"))
+    for folder in (run / "checkpoints").iterdir():
+        folder.rename(run / f"away_{folder.name}")
+    expect_error(capsys, [f"--workdir={run}"], "no checkpoint")
+    assert not (run / "evaluation").exists()
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_can_be_used(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+):
+    run = pathlib.Path(finished_run(tmp_path / "run"))
+    record = run / "checkpoints" / "2" / "data" / "metadata"
+    data = json.loads(record.read_text())
+    # To the comparison the same as a flipped bit of the array, wherever Orbax keeps it.
+    data["checksums"]["state"]["params/final_norm/scale"] ^= 1
+    record.write_text(json.dumps(data))
+    expect_error(capsys, [f"--workdir={run}"], r"checkpoints/2 .*checksum.*params/final_norm/scale")
+    assert open_run(str(run), step=1).step == 1
+    for file in (run / "checkpoints" / "1" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    expect_error(capsys, [f"--workdir={run}", "--step=1"], r"checkpoints/1 cannot be read")
+
+
+def test_intervals_cover_what_they_should():
+    """The share of 95% intervals, of 200 made-up corpora of 40 documents of very different length, that hold the true loss."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        tokens = np.exp(rng.normal(6, 1, 40)).round() + 1
+        # Documents differ: their own losses scatter around 2.
+        nats = tokens * rng.normal(2, 0.5, 40)
+        low, high = bootstrap.ratio_interval(nats, tokens)
+        covered += low <= 2 <= high
+    assert 0.84 < covered / 200 < 0.99
+
+
+def test_intervals_of_few_documents():
+    assert np.isnan(bootstrap.ratio_interval(np.ones(1), np.ones(1))).all()
+    np.testing.assert_allclose(bootstrap.ratio_interval(np.array([2.0, 6.0]), np.array([1.0, 3.0])), [2, 2])
+    # A bin that one document alone reaches has none; its neighbour has.
+    nats, tokens = np.array([[1.0, 2.0], [3.0, 0.0]]), np.array([[1.0, 1.0], [1.0, 0.0]])
+    low, high = bootstrap.ratio_interval(nats, tokens)
+    assert [low[0], high[0]] == [1, 3]
+    assert np.isnan([low[1], high[1]]).all()

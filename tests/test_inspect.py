@@ -1,0 +1,372 @@
+"""`memorizing inspect`: two memories agree as long as they hold the same; the neighbours on the page are those that the model attended to; and mistakes are told."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mechanisms import LENGTH, MECHANISMS, VOCAB, XL, Mechanism
+from tiny_texts import TinyTexts, expect_error, finished_run
+
+from memorizing import external_memory, inspection_page, main
+from memorizing.attention.full import FullCore
+from memorizing.attention.knn import KNNAttention, KNNCore
+from memorizing.attention.xl import XLCore
+from memorizing.external_memory import positions_back
+from memorizing.finished_run import open_run
+from memorizing.inspection import Inspection, Lookups, inspect
+from memorizing.model import LanguageModel
+from memorizing.search import ExactSearch
+from memorizing.sharding import MeshConfig
+
+WITH_MEMORY = [mechanism for mechanism in MECHANISMS if mechanism.config.has_memory]
+SMALL, LARGE = 2 * LENGTH, 5 * LENGTH
+
+
+@pytest.fixture(params=WITH_MEMORY, ids=lambda mechanism: mechanism.name)
+def remembering(request: pytest.FixtureRequest) -> Mechanism:
+    return request.param
+
+
+def document(num_tokens: int = 9 * LENGTH - 3, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, VOCAB, num_tokens, np.int32)
+
+
+def run(
+    mechanism: Mechanism, memory_size: int, segments: np.ndarray, starts: list[bool]
+) -> tuple[np.ndarray, Any, Any]:
+    """Logits [U, B, T, V]; what was passed to and came out of the attention cores, and what was handed out, by segment. Segments are [U, B, T]."""
+    config, params = mechanism.config.with_memory_size(memory_size), mechanism.model.params
+
+    @jax.jit
+    def step(context: dict, tokens: jax.Array, start: jax.Array) -> tuple:
+        seen = {}
+
+        def look_on(next_method: Any, args: tuple, kwargs: dict, call: Any) -> Any:
+            output = next_method(*args, **kwargs)
+            if call.method_name == "__call__" and isinstance(call.module, (KNNCore, FullCore, XLCore)):
+                queries, keys, values, scale, *_ = args
+                seen[type(call.module).__name__] = {
+                    "q": queries,
+                    "k": keys,
+                    "v": values,
+                    "scale": scale,
+                    "y": output[0],
+                }
+            return output
+
+        with nn.intercept_methods(look_on):
+            output, variables = LanguageModel(config).apply(
+                {"params": params}, tokens, jnp.ones_like(tokens, bool), start, context, mutable=["intermediates"]
+            )
+        handed = variables["intermediates"]["layer_01"]["attention"]["core"][external_memory.NEIGHBOURS][0]
+        return output.logits, seen, handed, output.context
+
+    context = config.init_context(segments.shape[1], LENGTH)
+    collected = []
+    for tokens, start in zip(segments, starts, strict=True):
+        *results, context = step(context, tokens, np.full(segments.shape[1], start))
+        collected.append(jax.device_get(results))
+    logits, seen, handed = zip(*collected, strict=True)
+    return np.stack(logits), seen, handed
+
+
+# Two documents of a row, one after the other: when the second begins, the ring is turned.
+FIRST, SECOND = 3, 9
+STARTS = [index in (0, FIRST) for index in range(FIRST + SECOND)]
+
+
+@functools.cache
+def two_documents(mechanism: Mechanism, memory_size: int) -> tuple[np.ndarray, Any, Any]:
+    return run(mechanism, memory_size, document((FIRST + SECOND) * LENGTH).reshape(-1, 1, LENGTH), STARTS)
+
+
+def test_logits_are_equal_as_long_as_the_smaller_memory_holds_everything(remembering: Mechanism):
+    """The exact form of the paper's figure 7. The segment after the first M tokens still finds all of them."""
+    small, large = (two_documents(remembering, size)[0] for size in (SMALL, LARGE))
+    covered = FIRST + SMALL // LENGTH + 1
+    np.testing.assert_array_equal(small[:covered], large[:covered])
+    assert (small[covered:] != large[covered:]).any(axis=(1, 2, 3)).all()
+
+
+def test_neighbours_are_the_nearest_of_what_was_stored_and_what_was_attended_to(remembering: Mechanism):
+    """In the second document distances lead to its own nearest keys, and their values, by scale and scores, to the layer's output."""
+    _, seen, handed = two_documents(remembering, SMALL)
+    layout = remembering.config.recurrent_tokens
+    own = slice(layout.num_tokens, layout.num_tokens + LENGTH) if layout else slice(None)
+    mine = range(FIRST, FIRST + SECOND)
+    keys, values, queries = (np.concatenate([seen[i]["KNNCore"][name][0, own] for i in mine]) for name in "kvq")
+    gate = nn.sigmoid(remembering.model.params["layer_01"]["attention"]["core"]["gate"])[:, None]
+    local = {"XLCore", "FullCore"} & seen[0].keys()
+    for index in mine[1:]:
+        slots, scores = handed[index].slots[0], handed[index].scores[0]
+        # Clock `index`: as many segments, of both documents, came before.
+        back = positions_back(slots, index, SMALL, LENGTH)
+        start = (index - FIRST) * LENGTH
+        for t in range(LENGTH):
+            for head in range(2):
+                every = queries[start + t, head] @ keys[max(start - SMALL, 0) : start, head].T
+                count = min(4, len(every))
+                found = scores[t, head] > -np.inf
+                assert found.sum() == count
+                np.testing.assert_allclose(scores[t, head, found], np.sort(every)[::-1][:count], atol=1e-6)
+                at = start - back[t, head, found]
+                assert (at >= 0).all(), "nothing of the document before"
+                np.testing.assert_allclose(keys[at, head] @ queries[start + t, head], scores[t, head, found], atol=1e-6)
+                weights = np.exp(seen[index]["KNNCore"]["scale"][head] * scores[t, head, found])
+                read = weights / weights.sum() @ values[at, head]
+                y = seen[index]["KNNCore"]["y"][0, own][t, head]
+                # The last of the local cores that was called is that of the layer with the memory.
+                (name,) = local
+                y_local = seen[index][name]["y"][0, own][t, head]
+                np.testing.assert_allclose(y, gate[head] * read + (1 - gate[head]) * y_local, atol=1e-5)
+
+
+def test_slots_are_dated_rightly():
+    """Whatever the clock, the age of every slot is that of what was last written there."""
+    length, num_slots = 3, 12
+    memory = external_memory.empty(1, 1, num_slots, 1, jnp.float32)
+    for clock in range(11):
+        position = clock * length
+        valid = np.flatnonzero(memory.valid[0])
+        stored = np.asarray(memory.keys[0, 0, valid, 0])
+        np.testing.assert_array_equal(position - positions_back(valid, clock, num_slots, length), stored)
+        assert len(valid) == min(position, num_slots)
+        new = jnp.arange(position, position + length, dtype=jnp.float32)[None, :, None, None]
+        segment = external_memory.of_segment(new, new, jnp.ones((1, length), bool))
+        memory = external_memory.write(memory, segment, jnp.asarray(clock))
+
+
+def test_a_sharded_memory_hands_out_the_same_neighbours():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    memory = external_memory.Memory(draw(4, 2, 24, 8), draw(4, 2, 24, 8), jnp.asarray(rng.random((4, 24)) < 0.6))
+    inputs = draw(4, 6, 2, 8), jnp.ones(2), memory
+
+    def found(neighbours: external_memory.Neighbours) -> list:
+        order = np.argsort(-neighbours.scores, axis=-1, kind="stable")[..., :5]
+        scores, slots = (np.take_along_axis(np.asarray(x), order, -1) for x in (neighbours.scores, neighbours.slots))
+        return [scores, np.where(scores > -np.inf, slots, -1)]
+
+    whole = found(external_memory.read(*inputs, 5, ExactSearch())[2])
+    with jax.set_mesh(MeshConfig(model=2, memory=2).make_mesh()):
+        parts = found(jax.jit(lambda *args: external_memory.read(*args, 5, ExactSearch())[2])(*inputs))
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
+    np.testing.assert_array_equal(parts[1], whole[1])
+
+
+# The page.
+
+
+def data_of(page: str) -> dict[str, Any]:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL).group(1))
+
+
+def unpacked(text: str, dtype: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype)
+
+
+def neighbours_on(page: str, layer: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Kept positions, distances, scores (NaN where none) and weights, as the page's script reads them."""
+    data = data_of(page)
+    stored, kept = data["layers"][layer], unpacked(data["kept"], "<u4").astype(np.int64)
+    shape = (len(kept), len(stored["gate"]), stored["numNeighbours"])
+    distances = unpacked(stored["distances"], f"<u{stored['distanceBytes']}").reshape(shape).astype(np.int64)
+    raw = unpacked(stored["scores"], "<i2").reshape(shape)
+    scores = np.where(raw == data["noNeighbour"], np.nan, raw * data["scoreUnit"])
+    weights = np.nan_to_num(np.exp(np.array(stored["scale"])[:, None] * scores))
+    return kept, distances, scores, weights / weights.sum(axis=-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def inspected() -> tuple[Mechanism, np.ndarray, Inspection, str]:
+    mechanism = Mechanism("", XL, ((1, KNNAttention(SMALL, 4, XL)),))
+    tokens = document()
+    inspection = inspect(mechanism.config, mechanism.model.params, tokens, (SMALL, LARGE), LENGTH)
+    pieces = [f"{token}\n".encode() for token in tokens]
+    return mechanism, tokens, inspection, inspection_page.make("title", inspection, pieces, {}, {})
+
+
+def test_the_page_shows_what_the_model_used(inspected: tuple):
+    """Recomputed from the page's data: positions, nearest keys of the document so far, and the losses."""
+    mechanism, tokens, inspection, page = inspected
+    padded = np.pad(np.concatenate([[0], tokens]), (0, -(len(tokens) + 1) % LENGTH))
+    # Position i reads token i - 1; the first reads what stands before a document, here as any other token.
+    segments = padded[: -(-len(tokens) // LENGTH) * LENGTH].reshape(-1, 1, LENGTH)
+    kept, distances, scores, weights = neighbours_on(page)
+    assert kept.tolist() == list(range(LENGTH, len(tokens)))
+    _, seen, _ = run(mechanism, LARGE, segments, [index == 0 for index in range(len(segments))])
+    stream = {name: np.concatenate([each["KNNCore"][name][0] for each in seen]) for name in "qk"}
+    for position, found, score, weight in zip(kept, distances, scores, weights, strict=True):
+        start = position // LENGTH * LENGTH
+        for head in range(2):
+            exists = ~np.isnan(score[head])
+            at = position - found[head, exists]
+            assert len(set(at)) == min(4, start) and (max(0, start - LARGE) <= at).all() and (at < start).all()
+            query = stream["q"][position, head]
+            every = np.sort(stream["k"][max(0, start - LARGE) : start, head] @ query)[::-1]
+            np.testing.assert_allclose(score[head, exists], every[: exists.sum()], atol=1e-4)
+            np.testing.assert_allclose(stream["k"][at, head] @ query, score[head, exists], atol=1e-4)
+            logits = inspection.lookups[0].scale[head] * every[: exists.sum()]
+            softmax = np.exp(logits - logits.max())
+            np.testing.assert_allclose(weight[head, exists], softmax / softmax.sum(), atol=2e-3)
+    nats = np.stack([unpacked(packed, "<f4") for packed in data_of(page)["nats"]])
+    np.testing.assert_array_equal(nats, inspection.nats)
+    gain = nats[0] - nats[1]
+    assert data_of(page)["numEqual"] == inspection.num_equal == SMALL + LENGTH
+    assert (gain[: SMALL + LENGTH] == 0).all() and (gain[SMALL + LENGTH :] != 0).any()
+
+
+def lookups(num_tokens: int, num_heads: int = 2, k: int = 4) -> Lookups:
+    rng = np.random.default_rng(0)
+    distances = np.minimum(rng.integers(1, 100_000, (num_tokens, num_heads, k)), np.arange(num_tokens)[:, None, None])
+    scores = np.where(distances > 0, np.sort(rng.random(distances.shape))[..., ::-1], -np.inf)
+    ones = np.ones(num_heads, np.float32)
+    return Lookups("layer_01", ones / 2, 8 * ones, distances.astype(np.int32), scores.astype(np.float32))
+
+
+def test_a_long_document_keeps_what_fits():
+    """Of all tokens the losses; neighbours of those with the largest difference, and of others all over the document."""
+    num_tokens, heads, k = 5000, 2, 4
+    nats = np.random.default_rng(1).exponential(size=(2, num_tokens)).astype(np.float32)
+    inspection = Inspection(np.ones(num_tokens, np.int32), (0, 4096), 8, nats, (lookups(num_tokens),))
+    assert inspection_page.kept_positions(inspection, 10**9).tolist() == list(range(1, num_tokens))
+    budget = 400 * heads * k * (2 + 2)
+    kept = inspection_page.kept_positions(inspection, budget)
+    assert 390 <= len(kept) <= 400 and (np.diff(kept) > 0).all()
+    assert set(np.argsort(-np.abs(inspection.gain[1:]))[:200] + 1) <= set(kept)
+    assert np.diff(kept).max() < 60
+    page = inspection_page.make("", inspection, [b"word "] * num_tokens, {}, {})
+    _, distances, scores, _ = neighbours_on(page)
+    np.testing.assert_array_equal(distances, inspection.lookups[0].distances[1:])
+    np.testing.assert_allclose(np.nan_to_num(scores), np.maximum(inspection.lookups[0].scores[1:], 0), atol=1e-4)
+
+
+def test_any_text_stands_on_the_page_as_it_is():
+    """Text that would end a script, look like a place of the template, or lie in several tokens."""
+    text = 'a</script><script>alert(1)</script>{{DATA}}{{\n"\\ naïve € \U0001f600 <!-- \u2028'
+    pieces = [bytes([byte]) for byte in text.encode()]
+    nats = np.zeros((2, len(pieces)), np.float32)
+    inspection = Inspection(np.ones(len(pieces), np.int32), (0, 8), 8, nats, (lookups(len(pieces)),))
+    page = inspection_page.make("<b>{{DATA}}", inspection, pieces, {"<i>": "{{x"}, {"a": (b"png", '">')})
+    data = data_of(page)
+    assert "".join(data["table"][index] for index in unpacked(data["tokens"], "<u4")) == text
+    assert "&lt;b&gt;{{DATA}}" in page and "<i>" not in page and "<b>" not in page
+    assert page.count("<script") == 2 == page.count("</script>")
+    # Nothing is fetched, by the page's own word to the browser and by what it holds.
+    assert "default-src 'none'" in page
+    assert (
+        not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", page) and "url(" not in page and "@import" not in page
+    )
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return pathlib.Path(finished_run(tmp_path_factory.mktemp("runs") / "run"))
+
+
+@pytest.fixture(scope="module")
+def page_path(workdir: pathlib.Path) -> pathlib.Path:
+    assert main._run(["inspect", f"--workdir={workdir}"]) == 0
+    return workdir / "inspection" / "long.py" / "index.html"
+
+
+def test_a_document_of_the_corpus_and_a_file(
+    workdir: pathlib.Path, page_path: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+):
+    """Without a name it is the longest; a file with the same text gives the same page but for its name."""
+    data = data_of(page_path.read_text())
+    text = TinyTexts().texts["long.py"]
+    assert "".join(data["table"][index] for index in unpacked(data["tokens"], "<u4")) == text
+    for name in ("delta_by_position.png", "distances.png", "attention_by_age.png"):
+        assert (page_path.parent / name).read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "copy.txt").write_text(text)
+    arguments = ["inspect", f"--workdir={workdir}", f"--document={tmp_path / 'copy.txt'}", "--max_tokens=60"]
+    assert main._run([*arguments, "--memory_sizes=8,16"]) == 0
+    copy = data_of((workdir / "inspection" / "copy.txt" / "index.html").read_text())
+    assert copy["memorySizes"] == [8, 16]
+    run = open_run(str(workdir))
+    tokens = TinyTexts().vocabulary.encode(text)[:60]
+    expected = inspect(run.experiment.model, run.params, tokens, (8, 16), 8)
+    np.testing.assert_array_equal([unpacked(nats, "<f4") for nats in copy["nats"]], expected.nats)
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [(b"\xff\xfe\x00text", r"no UTF-8 text \(byte 0\)"), (b"a\0b", "zero bytes"), (b"", "empty"), (b" \n", "empty")],
+)
+def test_a_file_that_cannot_be_read_as_text(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, content: bytes, pattern: str
+):
+    (tmp_path / "file").write_bytes(content)
+    expect_error(capsys, [f"--workdir={workdir}", f"--document={tmp_path / 'file'}"], f"file.*{pattern}", "inspect")
+    assert not (workdir / "inspection" / "file").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["--document=shrot.py"], r"no such file.*short\.py"),
+        (["--document=.py"], "no one held-out document"),
+        (["--memory_sizes=16,8"], "smaller and a larger"),
+        (["--memory_sizes=0,12"], r"12.*multiple"),
+        (["--max_tokens=0"], "at least 1"),
+        (["--gin.TinyTexts.is_shifted=True"], r"vocabulary.*bytes.*shifted"),
+        (["--gin.LMConfig.mlp_dim=32"], r"mlp"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(
+    workdir: pathlib.Path, capsys: pytest.CaptureFixture, arguments: list[str], pattern: str
+):
+    expect_error(capsys, [f"--workdir={workdir}", *arguments], pattern, "inspect")
+
+
+def test_a_model_without_a_memory_has_nothing_to_show(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture):
+    plain = finished_run(tmp_path / "plain", model_file="models/transformer_tiny.gin")
+    expect_error(capsys, [f"--workdir={plain}"], "no external memory", "inspect")
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome", "chromium-browser"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_a_browser_shows_the_page_and_obeys_the_keyboard(page_path: pathlib.Path, tmp_path: pathlib.Path):
+    """End, and then one token back: its loss, its neighbours and their places are those of the page's data."""
+    page = page_path.read_text()
+    press = """<script>
+const press = key => textPane.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+press("End"); press("ArrowLeft"); document.title = String(chosen);
+</script></body>"""
+    (tmp_path / "page.html").write_text(page.replace("</body>", press))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    ended = subprocess.run(
+        [BROWSER, *flags, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=120
+    )
+    shown = ended.stdout
+    data = data_of(page)
+    nats = [unpacked(packed, "<f4") for packed in data["nats"]]
+    position = len(nats[0]) - 2
+    assert f"<title>{position}</title>" in shown, ended.stderr[-2000:]
+    assert 'class="chosen" aria-current="true"' in shown or 'aria-current="true"' in shown
+    gain = nats[0][position] - nats[1][position]
+    assert f"Δ {'+' if gain >= 0 else '−'}{abs(gain):.3f} nats" in shown
+    kept, distances, scores, weights = neighbours_on(page)
+    assert kept[-2] == position
+    for head in range(2):
+        score, weight, back = scores[-2, head, 0], weights[-2, head, 0], distances[-2, head, 0]
+        row = f'<td>{score:.3f}</td><td>{weight:.3f}</td><td>{back}</td><td><button title="show in the text">{position - back}</button>'
+        assert row in shown
