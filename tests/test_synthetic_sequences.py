@@ -111,6 +111,22 @@ def test_the_place_of_a_definition_does_not_follow_from_that_of_its_query() -> N
     assert collections.Counter(distances).most_common(1)[0][1] < 0.25 * len(distances)
 
 
+def test_similar_definitions_differ_in_one_word_of_key_and_value() -> None:
+    task = DictionaryLookup(similar_fraction=1.0, num_words=8)
+    for index in range(5):
+        targets = task.sample("train", 0, index, 20, 128).targets
+        places = [np.flatnonzero(row == task.num_words + 1) for row in targets]
+        defined = np.array([[row[i + 1 : i + 5] for i in at] for row, at in zip(targets, places, strict=True)])
+        assert len(np.unique(defined.reshape(-1, 4), axis=0)) == defined.size // 4
+        differences = (defined[:, :, None] != defined[:, None]).sum(-1)
+        nearest = np.where(differences, differences, 9).min(axis=-1)
+        # All but those whose neighbour of one word was defined before.
+        assert (nearest == 1).mean() > 0.9
+    alone = DictionaryLookup().sample("validation", 0, 0, 60, 128).targets
+    keys = [alone.ravel()[i + 1 : i + 5] for i in np.flatnonzero(alone.ravel() == KEY)]
+    assert np.median([(key != keys[0]).sum() for key in keys]) == 4
+
+
 def test_values_are_equally_likely() -> None:
     values = [DictionaryLookup().sample("train", 0, i, 60, 128) for i in range(10)]
     words = np.concatenate([sample.targets[sample.loss_weights == 1] for sample in values])

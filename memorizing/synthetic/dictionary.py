@@ -38,6 +38,8 @@ class DictionaryLookup(SyntheticTask):
       num_words: n, words that keys and values are made of, independent and equally often.
       key_length, value_length: words.
       short_fraction: share of the queries that ask about their own segment, in training.
+      similar_fraction: share of the definitions, in training, whose key and value are those of the definition before in the segment but for one word each: a look-up then takes the
+        whole key, as it does where there are many definitions.
       distances: least and greatest distance of the others in training, in segments; where the sample has not yet got that far, a query is a short one.
       eval_distance: distance of the scored queries of held-out samples, in segments; 0 for the own segment. Segments before that have short queries, which are not scored.
     """
@@ -49,6 +51,7 @@ class DictionaryLookup(SyntheticTask):
     key_length: int = 4
     value_length: int = 4
     short_fraction: float = 0.5
+    similar_fraction: float = 0.5
     distances: tuple[int, int] = (1, 50)
     eval_distance: int = 50
 
@@ -57,6 +60,7 @@ class DictionaryLookup(SyntheticTask):
         for name in ("num_words", "key_length", "value_length"):
             self.expect(getattr(self, name) >= 1, name, "at least 1")
         self.expect(0 <= self.short_fraction <= 1, "short_fraction", "a share from 0 to 1")
+        self.expect(0 <= self.similar_fraction <= 1, "similar_fraction", "a share from 0 to 1")
         least, greatest = self.distances
         self.expect(1 <= least <= greatest, "distances", "a least distance, at least 1 segment, and a greatest one")
         self.expect(
@@ -91,7 +95,7 @@ class DictionaryLookup(SyntheticTask):
 
     def write(self, rng: np.random.Generator, split: Split, num_segments: int, segment_length: int) -> Text:
         num_definitions, num_queries = self._records_of_a_segment(segment_length)
-        keys, values = self._entries(rng, num_segments * num_definitions)
+        keys, values = self._entries(rng, split, num_segments, num_definitions)
         asked, is_scored = self._queries(rng, split, num_segments, num_definitions, num_queries)
         defined = np.arange(len(keys)).reshape(num_segments, num_definitions)
         # [U, records a segment], definitions first; then in the order of the text.
@@ -111,9 +115,7 @@ class DictionaryLookup(SyntheticTask):
         is_answer[rows, place] = is_scored[..., None] & is_value
         return Text(ids.ravel(), is_answer.ravel())
 
-    def _places(
-        self, rng: np.random.Generator, num_segments: int, num_records: int, segment_length: int
-    ) -> np.ndarray:
+    def _places(self, rng: np.random.Generator, num_segments: int, num_records: int, segment_length: int) -> np.ndarray:
         """Position of every token of every record, int [U, records, record length]: one after the other, the filler of the segment spread over the gaps, one at the end."""
         num_filler = segment_length - num_records * self.record_length - 1
         gaps = rng.multinomial(num_filler, np.full(num_records + 1, 1 / (num_records + 1)), num_segments)[:, :-1]
@@ -132,16 +134,33 @@ class DictionaryLookup(SyntheticTask):
             )
         return records - records // 2, records // 2
 
-    def _entries(self, rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Different keys and any values, int [number, words]."""
-        num_keys = self.num_words**self.key_length
+    def _entries(
+        self, rng: np.random.Generator, split: Split, num_segments: int, num_definitions: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Different keys and any values, int [U * definitions, words]."""
+        number, num_keys = num_segments * num_definitions, self.num_words**self.key_length
         if number > num_keys:
             raise UserError(
                 f"DictionaryLookup.num_words = {self.num_words}: {num_keys} keys of {self.key_length} words are not enough for the {number} definitions of a sample"
             )
-        digits = self.num_words ** np.arange(self.key_length)
-        keys = 1 + rng.choice(num_keys, number, replace=False)[:, None] // digits % self.num_words
-        return keys, rng.integers(1, self.num_words + 1, (number, self.value_length))
+        place_values = self.num_words ** np.arange(self.key_length)
+        keys = rng.choice(num_keys, number, replace=False)[:, None] // place_values % self.num_words
+        values = rng.integers(0, self.num_words, (number, self.value_length))
+        if split == "train":
+            taken = set((keys @ place_values).tolist())
+            is_first = np.arange(number) % num_definitions == 0
+            for entry in np.flatnonzero(~is_first & (rng.random(number) < self.similar_fraction)):
+                key = self._with_one_changed(rng, keys[entry - 1])
+                if key @ place_values not in taken:
+                    taken.add(key @ place_values)
+                    keys[entry], values[entry] = key, self._with_one_changed(rng, values[entry - 1])
+        return 1 + keys, 1 + values
+
+    def _with_one_changed(self, rng: np.random.Generator, words: np.ndarray) -> np.ndarray:
+        """The same words but for one."""
+        changed, place = words.copy(), rng.integers(len(words))
+        changed[place] = (words[place] + rng.integers(1, self.num_words)) % self.num_words
+        return changed
 
     def _queries(
         self, rng: np.random.Generator, split: Split, num_segments: int, num_definitions: int, num_queries: int
