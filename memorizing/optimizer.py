@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from memorizing.array_typing import Tree
+from memorizing.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Cosine:
     final: float = 1e-5
     warmup_steps: int = 100
     decay_steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_steps < self.decay_steps:
+            raise UserError(
+                f"Cosine.warmup_steps = {self.warmup_steps}: it has to end before Cosine.decay_steps = {self.decay_steps} (the run's STEPS)"
+            )
 
     def __call__(self, step: jax.Array) -> jax.Array:
         schedule = optax.warmup_cosine_decay_schedule(0.0, self.peak, self.warmup_steps, self.decay_steps, self.final)

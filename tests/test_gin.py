@@ -203,6 +203,7 @@ def mistake(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture):
         ("BatchConfig.tokens_per_step=100", ["BatchConfig.tokens_per_step", "100"]),
         ("BatchConfig.tokens_per_step=64", ["rows", "4", "8"]),
         ("LMConfig.vocab_size=50", ["LMConfig.vocab_size", "50", "64"]),
+        ("Cosine.decay_steps=10", ["Cosine.warmup_steps = 20", "Cosine.decay_steps = 10"]),
         ("LoopConfig.start_from=/nowhere", ["LoopConfig.start_from", "/nowhere"]),
     ],
 )

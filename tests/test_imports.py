@@ -54,7 +54,7 @@ LAYERS = (
 # Leaves that know pytrees, not modules (design.md section 2).
 LEAVES = {
     "sharding": {"array_typing", "errors"},
-    "optimizer": {"array_typing"},
+    "optimizer": {"array_typing", "errors"},
     "search": set(),
     "losses": {"array_typing"},
 }
