@@ -53,14 +53,14 @@ def test_every_document_counts_once_with_every_memory(workdir: str, result: dict
 
 
 def test_a_memory_changes_nothing_before_it_is_needed(result: dict):
-    """Bins that end before the smaller memory loses something have the same loss; later ones do not."""
+    """Bins that end before the smaller memory loses something have the same loss, up to the rounding of the search's products; later ones do not."""
     small, large = (
         [place["loss"] for place in result["evaluations"][f"memory {size}"]["by_position"]] for size in (MEMORY, 64)
     )
     starts = [place["from"] for place in result["evaluations"]["memory 64"]["by_position"]]
     assert starts == [0, 8, 16, 32, 64, 128]
-    assert small[:2] == large[:2]
-    assert all(one != other for one, other in zip(small[3:], large[3:], strict=True))
+    np.testing.assert_allclose(small[:2], large[:2], rtol=1e-6)
+    assert (np.abs(np.subtract(small, large))[3:] > 1e-4).all()
 
 
 def test_what_is_left_in_the_workdir_and_told(workdir: str, result: dict, capsys: pytest.CaptureFixture):

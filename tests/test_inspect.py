@@ -93,11 +93,11 @@ def two_documents(mechanism: Mechanism, memory_size: int) -> tuple[np.ndarray, A
 
 
 def test_logits_are_equal_as_long_as_the_smaller_memory_holds_everything(remembering: Mechanism):
-    """The exact form of the paper's figure 7. The segment after the first M tokens still finds all of them."""
+    """The exact form of the paper's figure 7, up to the rounding of the search's products, which may depend on M. The segment after the first M tokens still finds all of them."""
     small, large = (two_documents(remembering, size)[0] for size in (SMALL, LARGE))
     covered = FIRST + SMALL // LENGTH + 1
-    np.testing.assert_array_equal(small[:covered], large[:covered])
-    assert (small[covered:] != large[covered:]).any(axis=(1, 2, 3)).all()
+    np.testing.assert_allclose(small[:covered], large[:covered], rtol=0, atol=1e-5)
+    assert (np.abs(small - large)[covered:].max(axis=(1, 2, 3)) > 1e-3).all()
 
 
 def test_neighbours_are_the_nearest_of_what_was_stored_and_what_was_attended_to(remembering: Mechanism):
@@ -225,7 +225,7 @@ def test_the_page_shows_what_the_model_used(inspected: tuple):
     np.testing.assert_array_equal(nats, inspection.nats)
     gain = nats[0] - nats[1]
     assert data_of(page)["numEqual"] == inspection.num_equal == SMALL + LENGTH
-    assert (gain[: SMALL + LENGTH] == 0).all() and (gain[SMALL + LENGTH :] != 0).any()
+    assert np.abs(gain[: SMALL + LENGTH]).max() < 1e-5 and np.abs(gain[SMALL + LENGTH :]).max() > 1e-3
 
 
 def lookups(num_tokens: int, num_heads: int = 2, k: int = 4) -> Lookups:
