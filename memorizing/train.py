@@ -362,8 +362,12 @@ def _table(evaluations: dict[str, Evaluation]) -> str:
 def _accuracy_table(accuracies: dict[str, dict[int, dict[str, float]]], chance: float) -> str:
     reaches = next(iter(accuracies.values()))
     width = max(map(len, accuracies)) + 2
+    measures = {"answers": "answers, whole", "tokens": f"words of answers (chance {chance:.3f})"}
+    if all(cell["answers"] == cell["tokens"] for row in accuracies.values() for cell in row.values()):
+        # Answers of one word.
+        measures = {"answers": f"answers (chance {chance:.3f})"}
     lines = []
-    for measure, what in (("answers", "answers, whole"), ("tokens", f"words of answers (chance {chance:.3f})")):
+    for measure, what in measures.items():
         lines.append(f"share of right {what}, by the number of segments to reach over:")
         lines.append(f"  {'':<{width}}" + "".join(f"{reach:>8}" for reach in reaches))
         for name, by_reach in accuracies.items():

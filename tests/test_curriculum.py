@@ -90,7 +90,7 @@ def run(experiment: Experiment, workdir: pathlib.Path, monkeypatch: pytest.Monke
 
         # On one device: it compiles faster.
         mesh = MeshConfig().make_mesh(jax.devices()[:1])
-        patch.setattr(MeshConfig, "make_mesh", lambda _: mesh)
+        patch.setattr(MeshConfig, "make_mesh", lambda *_: mesh)
         patch.setattr(SampleStream, "__next__", count)
         patch.setattr(SampleStream, "__init__", open_stream)
         try:

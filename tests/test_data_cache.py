@@ -256,6 +256,8 @@ def test_gin_builds_the_source():
     gin = pytest.importorskip("gin")
     import memorizing.data.gin_registry  # noqa: F401
 
+    # What an earlier test loaded stays with gin.
+    gin.clear_config()
     with gin.unlock_config():
         gin.parse_config("CachedCorpus.task = 'github_bytes'\nmacro = @CachedCorpus()")
     built = gin.query_parameter("macro/macro.value").scoped_configurable_fn()
