@@ -23,8 +23,8 @@ _POLL_S = 0.1
 _CRASH_GRACE_S = 5.0
 _TOLD_LINES = 20
 _PR_SET_PDEATHSIG = 1
-# JAX's transport between processes tells of every connection.
-_NOISE = b"[Gloo]"
+# JAX's transport between processes tells of every connection, in lines that its threads tear apart.
+_NOISE = (b"[Gloo]", b" is connected to ")
 
 
 @dataclasses.dataclass(frozen=True)
