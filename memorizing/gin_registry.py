@@ -188,7 +188,13 @@ def _fail_on_unused(names: Iterable[str]) -> None:
     used = set()
     for (scope, selector), parameters in gin.config._OPERATIVE_CONFIG.items():
         short = selector.split(".")[-1]
-        used |= {scope} if selector == "gin.macro" else {f"{scope}/{short}.{p}".lstrip("/") for p in parameters}
+        if selector == "gin.macro":
+            used.add(scope)
+            continue
+        # What is built through a macro is built in the macro's scope, where the bindings of every enclosing scope hold.
+        parts = scope.split("/") if scope else []
+        enclosing = ["/".join(parts[:depth]) for depth in range(len(parts) + 1)]
+        used |= {f"{outer}/{short}.{name}".lstrip("/") for outer in enclosing for name in parameters}
     for name in names:
         scope, _, rest = name.rpartition("/")
         short = ".".join(rest.split(".")[-2:])

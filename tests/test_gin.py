@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from memorizing import main
+from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch
 from memorizing.experiment import Experiment
 from memorizing.gin_registry import GIN_FOLDER, load_experiment, shipped_files
@@ -210,6 +211,12 @@ def mistake(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture):
 def test_a_wrong_binding_is_named(mistake, binding: str, told: list[str]):
     error = mistake(f"--gin.{binding}")
     assert [word for word in told if word not in error] == [], error
+
+
+def test_a_part_chosen_by_a_macro_takes_its_settings():
+    bindings = ["LOCAL=@XLAttention()", "XLAttention.window=8"]
+    experiment, _ = load_experiment(["smoke"], bindings)
+    assert experiment.model.attention == XLAttention(window=8)
 
 
 def test_a_misspelt_file_is_named_with_the_nearest(mistake):
