@@ -8,8 +8,8 @@ from setuptools import setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "memorizing" / "__init__.py").read_text()).group(1)
 
-# Everything installs under `memorizing`, so that no generic `data`, `launch` or `gin` lands in anyone's site-packages.
-FOLDERS = {"memorizing": "memorizing", "memorizing.data": "data", "memorizing.launch": "launch"}
+# Everything installs under `memorizing`, so that no generic `data`, `launch`, `gin` or `benchmarks` lands in anyone's site-packages.
+FOLDERS = {"memorizing": "memorizing", "memorizing.data": "data", "memorizing.launch": "launch", "memorizing.benchmarks": "benchmarks"}
 GIN_FILES = [str(path.relative_to(ROOT / "gin")) for path in (ROOT / "gin").rglob("*.gin")]
 
 setup(
@@ -23,6 +23,7 @@ setup(
     packages=[
         "memorizing",
         "memorizing.attention",
+        "memorizing.benchmarks",
         "memorizing.commands",
         "memorizing.synthetic",
         "memorizing.data",
@@ -58,6 +59,8 @@ setup(
         "tensorflow-datasets",
     ],
     extras_require={
+        # What `memorizing bench search` compares with.
+        "bench": ["faiss-cpu", "torch"],
         "prep": ["apache-beam>=2.77"],
         # The two of Kubernetes check what `launch gke` emits.
         "test": ["hypothesis", "kubeflow-trainer-api", "kubernetes-validate", "pytest", "pytest-xdist", "ruff"],

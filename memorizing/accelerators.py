@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
-from memorizing.attention.base import Attention
-from memorizing.attention.knn import KNNAttention
 from memorizing.flops import segment_flops
 from memorizing.model import LMConfig
 
@@ -86,7 +83,7 @@ def training_flops(config: LMConfig, segment_length: int) -> tuple[float, float]
     Recomputed activations do not count. A memory counts once: nothing is differentiated with respect to what is stored or found, and the attention to the k that were found
     is little beside the search.
     """
-    forward = segment_flops(_without_memory(config), segment_length)
+    forward = segment_flops(config.without_memory(), segment_length)
     with_memory = segment_flops(config, segment_length)
     return _PASSES * forward / segment_length, (with_memory - forward) / segment_length
 
@@ -100,11 +97,3 @@ def memory_in_use(devices: Sequence[jax.Device]) -> dict[str, float]:
         for name, key in names.items()
         if told and all(key in stats for stats in told)
     }
-
-
-def _without_memory(config: LMConfig) -> LMConfig:
-    def local(attention: Attention) -> Attention:
-        return attention.local if isinstance(attention, KNNAttention) else attention
-
-    layers = tuple((index, local(attention)) for index, attention in config.attention_at)
-    return dataclasses.replace(config, attention=local(config.attention), attention_at=layers)

@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": ("memorizing.commands.inspect", "see what the memory of a run looks up"),
     "plan": ("memorizing.commands.plan", "what a run will cost"),
     "prepare": ("memorizing.data.prepare", "make a token cache from a corpus"),
+    "bench": ("memorizing.benchmarks.bench", "measure what the README claims"),
     "launch": ("memorizing.launch.command", "start a run on a pod, or on several processes here"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -124,13 +125,18 @@ class LMConfig:
 
     def with_memory_size(self, memory_size: int) -> LMConfig:
         """The same model, which has the same parameters, with external memories of another size."""
+        return self._with_memories(lambda attention: dataclasses.replace(attention, memory_size=memory_size))
 
-        def resize(attention: Attention) -> Attention:
-            is_memory = isinstance(attention, KNNAttention)
-            return dataclasses.replace(attention, memory_size=memory_size) if is_memory else attention
+    def without_memory(self) -> LMConfig:
+        """The model with the local attention alone where it has an external memory."""
+        return self._with_memories(lambda attention: attention.local)
 
-        layers = tuple((index, resize(attention)) for index, attention in self.attention_at)
-        return dataclasses.replace(self, attention=resize(self.attention), attention_at=layers)
+    def _with_memories(self, change: Callable[[KNNAttention], Attention]) -> LMConfig:
+        def changed(attention: Attention) -> Attention:
+            return change(attention) if isinstance(attention, KNNAttention) else attention
+
+        layers = tuple((index, changed(attention)) for index, attention in self.attention_at)
+        return dataclasses.replace(self, attention=changed(self.attention), attention_at=layers)
 
     def check(self, segment_length: int) -> None:
         """Raises UserError if a mechanism cannot work with segments of this length."""

@@ -1,12 +1,13 @@
 """Top-k search of one head's memory: pure functions on matrices.
 
 Both searches return `-inf` as the score of a neighbour that does not exist (fewer valid slots than neighbours asked for). Scores are accumulated in float32 whatever the
-dtype of the keys, and never exist for a whole memory at once: the exact search walks over blocks of slots with a running top-k.
+dtype of the keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,30 @@ Scores = Float[Array, "T K"]
 Indices = Int[Array, "T K"]
 
 
+class Groups(NamedTuple):
+    """G groups of S neighbouring slots for each query, in the order of the memory.
+
+    Attributes:
+      number: int32, index of the group in the memory.
+      scores: float32, of each slot.
+      maximum: float32, the greatest of them, which stands for the group.
+    """
+
+    number: Int[Array, "T G"]
+    scores: Float[Array, "T G S"]
+    maximum: Float[Array, "T G"]
+
+
 @dataclasses.dataclass(frozen=True)
 class ExactSearch:
     """Finds exactly the k best slots (recall 1.0). Of equal scores the lower slot wins, as in `lax.top_k`.
 
+    Each of the k best scores lies in one of the k groups with the greatest maxima: blocks of slots are scored one after the other with a running choice of k groups, and only the
+    slots of the last choice are sorted.
+
     Attributes:
       block_size: slots scored at a time, at most; bounds the memory of the scores to T * block_size floats a head.
-      group_size: slots whose maximum stands for them in the first of the two levels of a block's top-k.
+      group_size: slots of a group, at most.
     """
 
     block_size: int = 8192
@@ -31,23 +49,36 @@ class ExactSearch:
     def top_k(
         self, queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], k: int
     ) -> tuple[Scores, Indices]:
-        num_slots, width = keys.shape
-        block_size = _largest_divisor(num_slots, self.block_size)
-        num_blocks = num_slots // block_size
+        num_queries, (num_slots, width) = len(queries), keys.shape
+        group_size = _largest_divisor(num_slots, self.group_size)
+        num_groups = num_slots // group_size
+        if num_groups <= k:
+            return _pad_neighbours(jax.lax.top_k(_scores(queries, keys, valid), min(k, num_slots)), k)
+        block_groups = _largest_divisor(num_groups, max(1, self.block_size // group_size))
+        num_blocks = num_groups // block_groups
 
-        def search_block(block: tuple) -> tuple[Scores, Indices]:
+        def add_block(best: Groups, block: tuple) -> tuple[Groups, None]:
             first, block_keys, block_valid = block
-            scores, indices = _top_k_by_groups(_scores(queries, block_keys, block_valid), k, self.group_size)
-            return scores, first + indices
+            scores = _scores(queries, block_keys, block_valid).reshape(num_queries, block_groups, group_size)
+            number = jnp.broadcast_to(first + jnp.arange(block_groups, dtype=jnp.int32), scores.shape[:2])
+            return _best_groups(best, Groups(number, scores, scores.max(axis=-1)), k), None
 
-        blocks = (
-            jnp.arange(num_blocks, dtype=jnp.int32) * block_size,
-            keys.reshape(num_blocks, block_size, width),
-            valid.reshape(num_blocks, block_size),
+        none = Groups(
+            number=jnp.zeros((num_queries, k), jnp.int32),
+            scores=jnp.full((num_queries, k, group_size), -jnp.inf),
+            maximum=jnp.full((num_queries, k), -jnp.inf),
         )
-        best = search_block(jax.tree.map(lambda leaf: leaf[0], blocks))
-        rest = jax.tree.map(lambda leaf: leaf[1:], blocks)
-        return jax.lax.scan(lambda best, block: (_merge(best, search_block(block), k), None), best, rest)[0]
+        blocks = (
+            jnp.arange(num_blocks, dtype=jnp.int32) * block_groups,
+            keys.reshape(num_blocks, -1, width),
+            valid.reshape(num_blocks, -1),
+        )
+        # The first one outside the loop: what is carried then varies over a mesh as the blocks do.
+        best, _ = add_block(none, jax.tree.map(lambda leaf: leaf[0], blocks))
+        best, _ = jax.lax.scan(add_block, best, jax.tree.map(lambda leaf: leaf[1:], blocks))
+        scores, place = jax.lax.top_k(best.scores.reshape(num_queries, -1), k)
+        group = jnp.take_along_axis(best.number, place // group_size, axis=1)
+        return scores, group * group_size + place % group_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,28 +127,15 @@ def _scores(queries: Float[Array, "T H"], keys: Float[Array, "S H"], valid: Bool
     return jnp.where(valid[None, :], scores, -jnp.inf)
 
 
-def _top_k_by_groups(scores: Float[Array, "T S"], k: int, group_size: int) -> tuple[Scores, Indices]:
-    """Exact top-k in two levels: each of the k best scores lies in one of the k groups with the greatest maxima, so only those groups are sorted."""
-    num_rows, num_slots = scores.shape
-    group_size = _largest_divisor(num_slots, group_size)
-    num_groups = num_slots // group_size
-    if num_groups <= k:
-        return _pad_neighbours(jax.lax.top_k(scores, min(k, num_slots)), k)
-    groups = scores.reshape(num_rows, num_groups, group_size)
-    _, best_groups = jax.lax.top_k(groups.max(axis=-1), k)
-    # In ascending order, so that of equal scores the lower slot still comes first.
-    best_groups = jnp.sort(best_groups, axis=-1)
-    candidates = jnp.take_along_axis(groups, best_groups[:, :, None], axis=1)
-    best, place = jax.lax.top_k(candidates.reshape(num_rows, k * group_size), k)
-    group = jnp.take_along_axis(best_groups, place // group_size, axis=1)
-    return best, group * group_size + place % group_size
-
-
-def _merge(first: tuple[Scores, Indices], second: tuple[Scores, Indices], k: int) -> tuple[Scores, Indices]:
-    """The k best of two lists; of equal scores the first list's."""
-    scores, indices = (jnp.concatenate(pair, axis=-1) for pair in zip(first, second, strict=True))
-    scores, place = jax.lax.top_k(scores, k)
-    return scores, jnp.take_along_axis(indices, place, axis=-1)
+def _best_groups(earlier: Groups, later: Groups, k: int) -> Groups:
+    """The k groups with the greatest maxima, still in the order of the memory: of equal scores the lower slot comes first."""
+    number, scores, maximum = (jnp.concatenate(both, axis=1) for both in zip(earlier, later, strict=True))
+    place = jnp.sort(jax.lax.top_k(maximum, k)[1], axis=-1)
+    return Groups(
+        number=jnp.take_along_axis(number, place, axis=1),
+        scores=jnp.take_along_axis(scores, place[:, :, None], axis=1),
+        maximum=jnp.take_along_axis(maximum, place, axis=1),
+    )
 
 
 def _pad_neighbours(found: tuple[Scores, Indices], k: int) -> tuple[Scores, Indices]:

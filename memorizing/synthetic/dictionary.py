@@ -38,8 +38,8 @@ class DictionaryLookup(SyntheticTask):
       num_words: n, words that keys and values are made of, independent and equally often.
       key_length, value_length: words.
       short_fraction: share of the queries that ask about their own segment, in training.
-      similar_fraction: share of the definitions, in training, whose key and value are those of the definition before in the segment but for one word each: a look-up then takes the
-        whole key, as it does where there are many definitions.
+      words_per_segment: words that the definitions of a segment are made of, in training; all if there are no more. With few, one word of a key is not enough to tell the definitions
+        of a segment apart, as it is not where hundreds of definitions are remembered.
       distances: least and greatest distance of the others in training, in segments; where the sample has not yet got that far, a query is a short one.
       eval_distance: distance of the scored queries of held-out samples, in segments; 0 for the own segment. Segments before that have short queries, which are not scored.
     """
@@ -51,16 +51,15 @@ class DictionaryLookup(SyntheticTask):
     key_length: int = 4
     value_length: int = 4
     short_fraction: float = 0.5
-    similar_fraction: float = 0.5
+    words_per_segment: int = 12
     distances: tuple[int, int] = (1, 50)
     eval_distance: int = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_words", "key_length", "value_length"):
+        for name in ("num_words", "key_length", "value_length", "words_per_segment"):
             self.expect(getattr(self, name) >= 1, name, "at least 1")
         self.expect(0 <= self.short_fraction <= 1, "short_fraction", "a share from 0 to 1")
-        self.expect(0 <= self.similar_fraction <= 1, "similar_fraction", "a share from 0 to 1")
         least, greatest = self.distances
         self.expect(1 <= least <= greatest, "distances", "a least distance, at least 1 segment, and a greatest one")
         self.expect(
@@ -138,29 +137,23 @@ class DictionaryLookup(SyntheticTask):
         self, rng: np.random.Generator, split: Split, num_segments: int, num_definitions: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Different keys and any values, int [U * definitions, words]."""
-        number, num_keys = num_segments * num_definitions, self.num_words**self.key_length
-        if number > num_keys:
+        size = min(self.words_per_segment, self.num_words) if split == "train" else self.num_words
+        number, num_keys = num_segments * num_definitions, size**self.key_length
+        if 2 * number > num_keys:
             raise UserError(
-                f"DictionaryLookup.num_words = {self.num_words}: {num_keys} keys of {self.key_length} words are not enough for the {number} definitions of a sample"
+                f"DictionaryLookup.num_words = {self.num_words}, words_per_segment = {self.words_per_segment}: {num_keys} keys of {self.key_length} words are not enough "
+                f"for the {number} definitions of a sample; at least {2 * number}"
             )
-        place_values = self.num_words ** np.arange(self.key_length)
-        keys = rng.choice(num_keys, number, replace=False)[:, None] // place_values % self.num_words
-        values = rng.integers(0, self.num_words, (number, self.value_length))
-        if split == "train":
-            taken = set((keys @ place_values).tolist())
-            is_first = np.arange(number) % num_definitions == 0
-            for entry in np.flatnonzero(~is_first & (rng.random(number) < self.similar_fraction)):
-                key = self._with_one_changed(rng, keys[entry - 1])
-                if key @ place_values not in taken:
-                    taken.add(key @ place_values)
-                    keys[entry], values[entry] = key, self._with_one_changed(rng, values[entry - 1])
-        return 1 + keys, 1 + values
+        words = np.argsort(rng.random((num_segments, self.num_words)), axis=1)[:, :size]
 
-    def _with_one_changed(self, rng: np.random.Generator, words: np.ndarray) -> np.ndarray:
-        """The same words but for one."""
-        changed, place = words.copy(), rng.integers(len(words))
-        changed[place] = (words[place] + rng.integers(1, self.num_words)) % self.num_words
-        return changed
+        def draw(segments: np.ndarray, length: int) -> np.ndarray:
+            return words[segments[:, None], rng.integers(0, size, (len(segments), length))]
+
+        segments = np.repeat(np.arange(num_segments), num_definitions)
+        keys, values = draw(segments, self.key_length), draw(segments, self.value_length)
+        while len(again := _repeated(keys)):
+            keys[again] = draw(segments[again], self.key_length)
+        return 1 + keys, 1 + values
 
     def _queries(
         self, rng: np.random.Generator, split: Split, num_segments: int, num_definitions: int, num_queries: int
@@ -201,3 +194,9 @@ def _times(rng: np.random.Generator, asked: np.ndarray, defined: np.ndarray) -> 
     is_own = asked >= defined[:, :1]
     not_before = np.where(is_own, times.ravel()[asked], 0.0)
     return np.concatenate([times, not_before + (1 - not_before) * rng.random(asked.shape)], axis=1)
+
+
+def _repeated(keys: np.ndarray) -> np.ndarray:
+    """Indices of the keys that stand further up already."""
+    _, first = np.unique(keys, axis=0, return_index=True)
+    return np.setdiff1d(np.arange(len(keys)), first)

@@ -1,0 +1,70 @@
+"""Timing side by side, and what a figure was measured on."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_PACKAGES = ("memorizing", "jax", "jaxlib", "flax", "libtpu", "faiss-cpu", "torch")
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions, date and how busy the machine is."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run of each variant: one of each in turn, so that what else the machine does falls on all of them alike. A first run of each is not counted.
+
+    Args:
+      variants: functions that return when their work is done.
+      rounds: runs of each.
+    """
+    for run in variants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: list[float], base: list[float]) -> float:
+    """Median of the ratios of the rounds."""
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def quartiles(seconds: list[float]) -> tuple[float, float]:
+    """The first and the third."""
+    first, _, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return first, third
+
+
+def _processor() -> str:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

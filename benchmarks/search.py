@@ -1,0 +1,160 @@
+"""Retrieval alone: the searches of this package beside faiss and PyTorch, time and recall.
+
+1024 queries in each of 4 heads, every head with keys of its own; the 32 best of 8192 and of 65536 keys of width 64. Keys lie in clusters on the unit sphere and queries are keys with
+noise. Recall is against the neighbours in float64. HNSW's time is that of the search; building the index and adding a segment to it are reported beside it.
+
+  pip install 'memorizing[bench]'       faiss-cpu and torch; without them their rows are left out
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memorizing import tables
+from memorizing.benchmarks import measure
+from memorizing.errors import UserError
+from memorizing.search import ApproximateSearch, ExactSearch
+
+QUERIES, HEADS, K = 1024, 4, 32
+# A search of one head at a time: `(queries [T, H], index of the head) -> slots [T, K]`.
+Found = Callable[[], np.ndarray]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the benchmark's flags."""
+    parser.add_argument("--slots", default="8192,65536", metavar="M,...", help="memory sizes (default: %(default)s)")
+    parser.add_argument("--head_dim", type=int, default=64, metavar="H", help="width of keys (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="runs of each (default: %(default)s)")
+
+
+def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
+    """Measures, prints a table for each memory size, and returns the figures."""
+    if bindings:
+        raise UserError(f"bench search takes no bindings, but was given --gin.{bindings[0]}")
+    results = {}
+    for num_slots in map(int, options.slots.split(",")):
+        queries, keys = vectors(num_slots, options.head_dim)
+        searches = ours(queries, keys) | theirs(queries, keys)
+        seconds = measure.interleaved({name: search for name, (search, _) in searches.items()}, options.rounds)
+        true = true_neighbours(queries, keys)
+        # Where torch is missing ratios are to the exact search.
+        base = seconds.get("torch matmul + topk", seconds["exact"])
+        results[num_slots] = {
+            name: {
+                "milliseconds": 1e3 * statistics.median(seconds[name]),
+                "quartiles": [1e3 * value for value in measure.quartiles(seconds[name])],
+                "ratio": measure.ratio(seconds[name], base),
+                "recall": recall(np.asarray(search()), true),
+                "note": note,
+            }
+            for name, (search, note) in searches.items()
+        }
+        print(f"\n{num_slots} keys of width {options.head_dim}\n{_table(results[num_slots])}", flush=True)
+    return results
+
+
+def vectors(num_slots: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries [N, T, H] and keys [N, M, H], float32 of norm 1."""
+    rng = np.random.default_rng(0)
+    head = np.arange(HEADS)[:, None]
+    centres = rng.normal(size=(HEADS, 64, width))
+    keys = _unit(centres[head, rng.integers(0, 64, (HEADS, num_slots))] + 0.5 * rng.normal(size=(HEADS, num_slots, width)))
+    noise = rng.normal(size=(HEADS, QUERIES, width)) / np.sqrt(width)
+    return _unit(keys[head, rng.integers(0, num_slots, (HEADS, QUERIES))] + 0.5 * noise), keys
+
+
+def true_neighbours(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Slots of the K best in float64, int [N, T, K], in no order."""
+    scores = (q.astype(np.float64) @ k.astype(np.float64).T for q, k in zip(queries, keys, strict=True))
+    return np.stack([np.argpartition(-of_head, K, axis=-1)[:, :K] for of_head in scores])
+
+
+def recall(found: np.ndarray, true: np.ndarray) -> float:
+    """Share of the true neighbours that were found."""
+    return float((found[..., :, None] == true[..., None, :]).any(axis=-2).mean())
+
+
+def ours(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]]:
+    """This package's searches as a layer runs them: head after head, in one program."""
+    on_device = jax.device_put((queries, keys))
+
+    def found(search: ExactSearch | ApproximateSearch) -> Found:
+        @jax.jit
+        def program(queries: jax.Array, keys: jax.Array) -> jax.Array:
+            valid = jnp.ones(keys.shape[1], bool)
+            return jax.lax.map(lambda head: search.top_k(*head, valid, K)[1], (queries, keys))
+
+        return lambda: jax.block_until_ready(program(*on_device))
+
+    return {"exact": (found(ExactSearch()), ""), "approximate": (found(ApproximateSearch()), "lax.approx_max_k")}
+
+
+def theirs(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]]:
+    """The libraries' searches, as far as they are installed."""
+    searches: dict[str, tuple[Found, str]] = {}
+    try:
+        import torch
+    except ImportError:
+        print("torch is not installed: pip install 'memorizing[bench]'")
+    else:
+        torch_queries, torch_keys = torch.from_numpy(queries), torch.from_numpy(keys)
+
+        def torch_search() -> np.ndarray:
+            heads = zip(torch_queries, torch_keys, strict=True)
+            return np.stack([torch.topk(q @ k.T, K).indices.numpy() for q, k in heads])
+
+        searches["torch matmul + topk"] = (torch_search, "")
+    try:
+        import faiss
+    except ImportError:
+        print("faiss is not installed: pip install 'memorizing[bench]'")
+        return searches
+    for name, make in {
+        "faiss exact": lambda: faiss.IndexFlatIP(keys.shape[-1]),
+        "faiss HNSW, ef 16": lambda: _hnsw(faiss, keys.shape[-1], 16),
+        "faiss HNSW, ef 128": lambda: _hnsw(faiss, keys.shape[-1], 128),
+    }.items():
+        indexes = [make() for _ in keys]
+        segment = 256
+        start = time.perf_counter()
+        for index, head_keys in zip(indexes, keys, strict=True):
+            index.add(head_keys[:-segment])
+        built = time.perf_counter()
+        for index, head_keys in zip(indexes, keys, strict=True):
+            index.add(head_keys[-segment:])
+        added = time.perf_counter()
+
+        def faiss_search(indexes: list[Any] = indexes) -> np.ndarray:
+            return np.stack([index.search(q, K)[1] for index, q in zip(indexes, queries, strict=True)])
+
+        note = f"built in {built - start:.1f} s, 256 keys added in {1e3 * (added - built):.0f} ms"
+        searches[name] = (faiss_search, note if "HNSW" in name else "")
+    return searches
+
+
+def _hnsw(faiss: Any, width: int, ef: int) -> Any:
+    # 15 links, as the PyTorch package of the Memorizing Transformer.
+    index = faiss.IndexHNSWFlat(width, 15, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efSearch = ef
+    return index
+
+
+def _unit(array: np.ndarray) -> np.ndarray:
+    return (array / np.linalg.norm(array, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def _table(result: dict[str, dict[str, Any]]) -> str:
+    rows = [["", "median", "quartiles", "ratio", "recall", ""]]
+    for name, row in result.items():
+        first, third = row["quartiles"]
+        quartiles = f"{first:,.0f}-{third:,.0f}"
+        rows.append([name, f"{row['milliseconds']:,.0f} ms", quartiles, f"{row['ratio']:.2f}", f"{row['recall']:.3f}", row["note"]])
+    return tables.align(rows)

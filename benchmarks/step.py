@@ -1,0 +1,116 @@
+"""The training step with external memories of several sizes against the same step without.
+
+Memories are full, as they are for most of a run; programs run in turn, each on a state of its own. Any run will do: --gin_file=runs/NAME.gin --gin.NAME=VALUE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memorizing import accelerators, tables
+from memorizing.attention.base import normalize
+from memorizing.attention.knn import KNNState
+from memorizing.batch import Batch
+from memorizing.benchmarks import measure
+from memorizing.commands import experiment_flags
+from memorizing.experiment import Experiment
+from memorizing.external_memory import Memory
+from memorizing.gin_registry import load_experiment
+from memorizing.program import Program
+
+DEFAULT_RUN = "runs/benchmark.gin"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the benchmark's flags."""
+    experiment_flags.add_gin_file(parser, DEFAULT_RUN)
+    parser.add_argument(
+        "--memory_sizes", default="0,2048,8192,65536", metavar="M,...", help="0: no memory (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="steps of each (default: %(default)s)")
+
+
+def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
+    """Measures, prints a table, and returns the figures."""
+    experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings, base="CACHE = None")
+    experiment_flags.use_devices(experiment.batch.num_rows)
+    steps = {size: step_of(with_memory(experiment, size)) for size in map(int, options.memory_sizes.split(","))}
+    seconds = measure.interleaved(steps, options.rounds)
+    base = seconds[min(seconds)]
+    tokens, devices = experiment.batch.tokens_at(1), jax.devices()
+    results = {}
+    for size, of_size in seconds.items():
+        median = statistics.median(of_size)
+        utilization = accelerators.Utilization(
+            with_memory(experiment, size).model, experiment.batch.segment_length, devices
+        )
+        results[size] = {
+            "milliseconds": 1e3 * median,
+            "quartiles": [1e3 * value for value in measure.quartiles(of_size)],
+            "ratio": measure.ratio(of_size, base),
+            "tokens_per_second": tokens / median,
+            **utilization.values(tokens / median),
+        }
+    print(f"{len(devices)} {devices[0].device_kind}, {tokens:,} tokens a step\n{_table(results)}")
+    return results
+
+
+def with_memory(experiment: Experiment, size: int) -> Experiment:
+    """The experiment with memories of this size, or without any."""
+    model = experiment.model.with_memory_size(size) if size else experiment.model.without_memory()
+    return dataclasses.replace(experiment, model=model)
+
+
+def step_of(experiment: Experiment) -> Callable[[], None]:
+    """A function that makes one training step and waits for it, memories being full."""
+    mesh = experiment.make_mesh()
+    batch = experiment.batch
+    shape = (batch.num_rows, batch.num_segments, batch.segment_length)
+    tokens = np.random.default_rng(0).integers(1, experiment.model.vocab_size, (2, *shape), np.int32)
+    with jax.set_mesh(mesh):
+        program = Program(experiment, mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+        fill = jax.jit(lambda state: state.replace(context=full(state.context)), out_shardings=shardings)
+        state = fill(program.init())
+        arrays = Batch(tokens[0], tokens[1], np.ones(shape, np.float32), np.zeros(shape[:2], bool))
+        arrays = jax.device_put(arrays, program.rows)
+        compiled = program.step.lower(state, arrays).compile()
+    holder = [state]
+
+    def step() -> None:
+        holder[0], metrics = compiled(holder[0], arrays)
+        jax.block_until_ready((holder[0].step, metrics))
+
+    return step
+
+
+def full(context: Any) -> Any:
+    """The same context with every memory full of random keys."""
+
+    def fill(memory: Memory) -> Memory:
+        keys = jax.random.normal(jax.random.key(0), memory.keys.shape, memory.keys.dtype)
+        return memory.replace(keys=normalize(keys), values=keys, valid=jnp.ones_like(memory.valid))
+
+    is_memory = lambda leaf: isinstance(leaf, KNNState)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: leaf.replace(memory=fill(leaf.memory)) if is_memory(leaf) else leaf, context, is_leaf=is_memory
+    )
+
+
+def _table(results: dict[int, dict[str, Any]]) -> str:
+    has_mfu = any("mfu" in row for row in results.values())
+    rows = [["memory", "step", "quartiles", "ratio", "tokens/s"] + ["MFU"][: int(has_mfu)]]
+    for size, row in results.items():
+        first, third = row["quartiles"]
+        cells = [f"{size:,}" if size else "none", f"{row['milliseconds']:,.1f} ms", f"{first:,.1f}-{third:,.1f}"]
+        cells += [f"{row['ratio']:.3f}", f"{row['tokens_per_second']:,.0f}"]
+        rows.append(cells + ([f"{row['mfu']:.1%}"] if has_mfu else []))
+    return tables.align(rows)

@@ -1,0 +1,119 @@
+"""benchmarks/results.py: its rows are experiments that differ in what they say, and its figures are what they are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from memorizing.attention.full import FullAttention
+from memorizing.attention.xl import XLAttention
+from memorizing.gin_registry import load_experiment
+from memorizing.train_state import init_params
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "results.py"
+SMALL = (
+    "VOCAB_SIZE=64",
+    "STEPS=100",
+    "SEED=3",
+    "LMConfig.embed_dim=16",
+    "LMConfig.num_heads=2",
+    "LMConfig.head_dim=8",
+    "LMConfig.mlp_dim=32",
+)
+
+
+@pytest.fixture(scope="module")
+def results():
+    spec = importlib.util.spec_from_file_location("results", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_differ_in_nothing_but_what_they_say(results):
+    """Memory and cache are as the title says; all else is equal, parameters up to the gate."""
+    no_memory, *_ = experiments = [
+        load_experiment([str(results.GIN_FILE), "tasks/repeated_passages.gin"], [*SMALL, *row.bindings])[0]
+        for row in results.ROWS
+    ]
+    sizes = []
+    for row, experiment in zip(results.ROWS, experiments, strict=True):
+        model = experiment.model
+        local = XLAttention(window=128) if "XL cache 128" in row.title else FullAttention()
+        assert model.attention == local
+        assert model.has_memory == ("memory_size" in str(row.bindings))
+        if model.has_memory:
+            ((_, memory),) = model.attention_at
+            assert memory.local == local
+            assert f"memory {memory.memory_size}" == results.ROWS[2].setting
+            assert row.title.startswith(row.setting)
+            # What the row is evaluated with fits the segments.
+            model.with_memory_size(int(row.setting.split()[1])).check(experiment.batch.segment_length)
+        for field in dataclasses.fields(experiment):
+            if field.name != "model":
+                assert getattr(experiment, field.name) == getattr(no_memory, field.name)
+        params = jax.eval_shape(
+            lambda model=model: init_params(model, 2, experiment.batch.segment_length, jax.random.key(0))  # noqa: B023
+        )
+        sizes.append(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)))
+    assert np.array_equal(np.subtract(sizes, sizes[0]), [0, 0, 2, 2, 2])
+    assert experiments[0].loop.seed == 3 and experiments[0].loop.num_steps == 100
+    # The last row has the weights of the one above.
+    assert results.ROWS[-1].run == results.ROWS[-2].run and results.ROWS[-1].bindings == results.ROWS[-2].bindings
+
+
+def _figures(losses: list[float], perplexity: float) -> dict:
+    return {
+        "document_tokens": [100, 300],
+        "by_document": losses,
+        "perplexity": perplexity,
+        "bits_per_byte": 2.0,
+        "by_position": [{"from": 0, "loss": losses[0]}, {"from": 128, "loss": losses[1]}],
+    }
+
+
+def test_means_spreads_and_paired_differences(results):
+    assert results.over_seeds([3.0, 4.0]) == {"mean": 3.5, "spread": 1.0}
+    base = {0: _figures([2.0, 3.0], 10.0), 1: _figures([2.5, 3.5], 12.0), 2: _figures([9.0, 9.0], 90.0)}
+    row = {0: _figures([1.0, 2.9], 8.0), 1: _figures([2.1, 3.6], 9.0)}
+    difference = results.paired(row, base)
+    # By seed and document -1.0, -0.1 and -0.4, +0.1, weighted by 100 and 300 tokens; the base's third seed has no partner.
+    by_seed = [-0.325, -0.025]
+    assert difference["mean"] == pytest.approx(np.mean(by_seed))
+    assert difference["spread"] == pytest.approx(0.3)
+    assert difference["documents"] == 2 and difference["documents_better"] == 1
+    low, high = difference["interval"]
+    # Resampled documents lie between the one that gains most and the one that gains least: means over seeds of -0.7 and 0.
+    assert low == pytest.approx(-0.7) and high == pytest.approx(0.0, abs=1e-9)
+    assert results.paired(row, {}) is None
+
+
+def test_report_has_what_is_finished(results, tmp_path: pathlib.Path):
+    """A row without a finished run, or one of other steps, is left out."""
+    losses = {"no_memory": [2.0, 3.0], "memory": [1.0, 2.0], "memory_xl": [0.0, 0.0]}
+    for run, values in losses.items():
+        folder = results.folder_of(tmp_path, "corpus", run, 0) / "evaluation"
+        folder.mkdir(parents=True)
+        row = next(row for row in results.ROWS if row.run == run)
+        evaluation = {
+            "step": 7 if run != "memory_xl" else 5,
+            "documents": {"tokens": [100, 300]},
+            "evaluations": {row.setting: _figures(values, 5.0)},
+        }
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    found = results.read_results(tmp_path, ["corpus"], [0, 1], 7)
+    summary = results.summarize(found["corpus"])
+    assert list(summary["rows"]) == ["no memory, no cache", "memory 2048"]
+    assert summary["contrasts"] == {}
+    table = results.markdown("corpus", summary)
+    assert (
+        "| memory 2048 | 5.000 (0.000) | 2.0000 (0.0000) | -1.0000 (0.0000) [-1.0000, -1.0000] | 2 of 2 | 1 |" in table
+    )
+    results.picture(found, tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
