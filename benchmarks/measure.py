@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from memorizing.errors import UserError
+
 _PACKAGES = ("memorizing", "jax", "jaxlib", "flax", "libtpu", "faiss-cpu", "torch")
 
 
@@ -25,6 +27,21 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
     }
+
+
+def sizes(flag: str, value: str) -> list[int]:
+    """The whole numbers of a flag such as `--memory_sizes=0,8192`.
+
+    Raises:
+      UserError: there is anything else.
+    """
+    try:
+        found = [int(size) for size in value.split(",")]
+    except ValueError:
+        found = [-1]
+    if min(found) < 0:
+        raise UserError(f"{flag}={value}: expected whole numbers with commas between them, such as 8192,65536")
+    return found
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     if bindings:
         raise UserError(f"bench search takes no bindings, but was given --gin.{bindings[0]}")
     results = {}
-    for num_slots in map(int, options.slots.split(",")):
+    for num_slots in measure.sizes("--slots", options.slots):
         queries, keys = vectors(num_slots, options.head_dim)
         searches = ours(queries, keys) | theirs(queries, keys)
         seconds = measure.interleaved({name: search for name, (search, _) in searches.items()}, options.rounds)

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Measures, prints a table, and returns the figures."""
     experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings, base="CACHE = None")
     experiment_flags.use_devices(experiment.batch.num_rows)
-    steps = {size: step_of(with_memory(experiment, size)) for size in map(int, options.memory_sizes.split(","))}
+    steps = {size: step_of(with_memory(experiment, size)) for size in measure.sizes("--memory_sizes", options.memory_sizes)}
     seconds = measure.interleaved(steps, options.rounds)
     base = seconds[min(seconds)]
     tokens, devices = experiment.batch.tokens_at(1), jax.devices()
@@ -107,7 +107,7 @@ def full(context: Any) -> Any:
 
 def _table(results: dict[int, dict[str, Any]]) -> str:
     has_mfu = any("mfu" in row for row in results.values())
-    rows = [["memory", "step", "quartiles", "ratio", "tokens/s"] + ["MFU"][: int(has_mfu)]]
+    rows = [["memory", "step", "quartiles", "ratio", "tokens/s", *(["MFU"] if has_mfu else [])]]
     for size, row in results.items():
         first, third = row["quartiles"]
         cells = [f"{size:,}" if size else "none", f"{row['milliseconds']:,.1f} ms", f"{first:,.1f}-{third:,.1f}"]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from memorizing import tables
+from memorizing.benchmarks import measure
 from memorizing.benchmarks.step import with_memory
 from memorizing.commands import experiment_flags
 from memorizing.commands.plan import DEFAULT_RUN
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Compiles, prints a line for each program as it comes, and returns the figures."""
     experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings, base="CACHE = None")
     jax.config.update("jax_platforms", "cpu")
-    sizes = [int(size) for size in options.memory_sizes.split(",")]
+    sizes = measure.sizes("--memory_sizes", options.memory_sizes)
     heading = ["slice", "memory", "step, estimated", "ratio", "HBM a device", "MFU", "compiled in"]
     widths, rows, results = [len(name) for name in heading], [heading], {}
     print("  ".join(heading))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,22 @@ class Neighbours:
     scores: Float[Array, "B T N K"]
 
 
+class Reading(NamedTuple):
+    """What a segment got from the memory.
+
+    Attributes:
+      values: [B, T, N, H], zero where nothing was found.
+      found: bool [B, T], whether the row had anything to find.
+      neighbours: what was found; costs nothing unless it is used.
+      recall: float32 scalar, share of the true neighbours that the search found for a few queries of each device; exactly 1 for an exact search, which is not checked.
+    """
+
+    values: Queries
+    found: Bool[Array, "B T"]
+    neighbours: Neighbours
+    recall: Float[Array, ""]
+
+
 def positions_back(slots: Any, clock: Any, num_slots: int, segment_length: int) -> Any:
     """How many positions before the first one of the segment that reads it a slot was written; at least 1, at most M. Integer arrays of NumPy or JAX.
 
@@ -80,7 +96,7 @@ def positions_back(slots: Any, clock: Any, num_slots: int, segment_length: int) 
 
 def read(
     queries: Queries, scale: HeadScale, memory: Memory, num_neighbors: int, search: Search
-) -> tuple[Queries, Bool[Array, "B T"], Neighbours]:
+) -> Reading:
     """Attends to the k nearest slots of each query: softmax over `scale * query . key` over the retrieved only.
 
     No gradient reaches the memory or the choice of the neighbours; queries and scale get theirs through the retrieved keys and values.
@@ -91,15 +107,12 @@ def read(
       memory: what earlier segments wrote.
       num_neighbors: k.
       search: how the k nearest are found.
-
-    Returns:
-      What was read, [B, T, N, H], zero where nothing was found; whether the row had anything to find, bool [B, T]; and what was found, which costs nothing unless it is used.
     """
     memory = jax.lax.stop_gradient(memory)
     return _sharded(
         functools.partial(_read_shard, num_neighbors=num_neighbors, search=search),
         in_specs=(_QUERIES, P("model"), _MEMORY),
-        out_specs=(_QUERIES, P("data", None), Neighbours(_NEIGHBOURS, _NEIGHBOURS)),
+        out_specs=Reading(_QUERIES, P("data", None), Neighbours(_NEIGHBOURS, _NEIGHBOURS), P()),
     )(queries, scale, memory)
 
 
@@ -129,10 +142,11 @@ def empty(batch_size: int, num_heads: int, num_slots: int, head_dim: int, dtype:
 
 def _read_shard(
     queries: Queries, scale: HeadScale, memory: Memory, axis_name: str | None, *, num_neighbors: int, search: Search
-) -> tuple[Queries, Bool[Array, "B T"], Neighbours]:
+) -> Reading:
     by_head = queries.swapaxes(1, 2)
     with jax.named_scope("search"):
         scores, indices = _search_heads(jax.lax.stop_gradient(by_head), memory, num_neighbors, search)
+        recall = jnp.ones(()) if search.is_exact else _recall(by_head, memory, scores)
         chosen = search_lib.winners(scores, num_neighbors, axis_name)
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * memory.valid.shape[-1]
         neighbours = Neighbours((first + indices).swapaxes(1, 2), jnp.where(chosen, scores, -jnp.inf).swapaxes(1, 2))
@@ -144,9 +158,10 @@ def _read_shard(
         rescale = jnp.exp(shift - jax.lax.pmax(shift, axis_name))
         weighted, weights = jax.lax.psum((weighted * rescale[..., None], weights * rescale), axis_name)
         found = jax.lax.pmax(found.astype(jnp.int32), axis_name) > 0
+        recall = recall if search.is_exact else jax.lax.pmean(recall, ("data", "model", "memory"))
     output = weighted / jnp.where(weights > 0, weights, 1.0)[..., None]
     found = jnp.broadcast_to(found[:, None], queries.shape[:2])
-    return output.swapaxes(1, 2).astype(queries.dtype), found, neighbours
+    return Reading(output.swapaxes(1, 2).astype(queries.dtype), found, neighbours, recall)
 
 
 def _search_heads(
@@ -165,6 +180,13 @@ def _search_heads(
         lambda leaf: leaf.reshape(*queries.shape[:2], *leaf.shape[1:]), jax.lax.map(search_head, heads)
     )
     return checkpoint_name(found, NEIGHBOURS)
+
+
+def _recall(queries: Float[Array, "B N T H"], memory: Memory, scores: NeighbourScores) -> Float[Array, ""]:
+    """Of a few queries of the first head of the first row: a check in every step has to be cheap."""
+    few = slice(0, None, max(queries.shape[2] // _CHECKED_QUERIES, 1))
+    head = (queries[0, 0, few], memory.keys[0, 0], memory.valid[0], scores[0, 0, few])
+    return search_lib.recall(*jax.lax.stop_gradient(head))
 
 
 def _attend_heads(
@@ -245,6 +267,7 @@ def _write_shard(memory: Memory, segment: Memory, clock: Clock, axis_name: str |
     )
 
 
+_CHECKED_QUERIES = 8
 # Logit of a neighbour that was not chosen: finite, so that a query without neighbours has a finite shift.
 _NOT_CHOSEN = -1e30
 _QUERIES = P("data", None, "model", None)

@@ -7,7 +7,7 @@ dtype of the keys.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ class ExactSearch:
       block_size: slots scored at a time, at most; bounds the memory of the scores to T * block_size floats a head.
       group_size: slots of a group, at most.
     """
+
+    is_exact: ClassVar[bool] = True
 
     block_size: int = 8192
     group_size: int = 32
@@ -89,6 +91,8 @@ class ApproximateSearch:
       recall_target: expected share of the true top-k that is found.
     """
 
+    is_exact: ClassVar[bool] = False
+
     recall_target: float = 0.95
 
     def top_k(
@@ -97,6 +101,23 @@ class ApproximateSearch:
         k_found = min(k, len(keys))
         found = jax.lax.approx_max_k(_scores(queries, keys, valid), k_found, recall_target=self.recall_target)
         return _pad_neighbours(found, k)
+
+
+def recall(
+    queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], found: Scores
+) -> Float[Array, ""]:
+    """Share of the true K best of each query that a search found, 1 where there is nothing to find; without sorting anything.
+
+    Args:
+      queries, keys, valid: what was searched.
+      found: [T, K] scores that the search returned.
+    """
+    num_neighbors, scores = found.shape[-1], _scores(queries, keys, valid)
+    # The same product may be rounded otherwise in another program; vectors have norm 1.
+    better = jnp.sum(scores[:, None, :] > found[:, :, None] + 1e-5, axis=-1)
+    num_right = jnp.sum((found > -jnp.inf) & (better < num_neighbors), dtype=jnp.float32)
+    num_true = len(queries) * jnp.minimum(jnp.sum(valid), num_neighbors)
+    return jnp.where(num_true > 0, num_right / jnp.maximum(num_true, 1), 1.0)
 
 
 def winners(scores: Float[Array, "*rows K"], k: int, axis_name: str | None) -> Bool[Array, "*rows K"]:

@@ -6,8 +6,10 @@ What a user relies on: each row remembers exactly the last M positions of its ow
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -27,7 +29,8 @@ from memorizing.attention.xl import XLAttention
 from memorizing.context import Layout, Segment
 from memorizing.external_memory import Memory
 from memorizing.model import LanguageModel, LMConfig
-from memorizing.search import ExactSearch
+from memorizing.search import ApproximateSearch, ExactSearch
+from memorizing.sharding import MeshConfig
 from memorizing.train_state import init_params
 
 B, T, N, H, M = 3, 4, 2, 8, 16
@@ -92,6 +95,17 @@ def test_holds_the_last_positions_of_the_document_far_past_capacity(
 # Reading.
 
 
+@dataclasses.dataclass(frozen=True)
+class HalfBlind:
+    """A search that does not see the odd half of what is to be found."""
+
+    is_exact: ClassVar[bool] = False
+
+    def top_k(self, queries: jax.Array, keys: jax.Array, valid: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        scores, slots = ExactSearch().top_k(queries, keys, valid, k)
+        return jnp.where(jnp.arange(k) % 2, -jnp.inf, scores), slots
+
+
 def random_memory(rng: np.random.Generator, num_slots: int = M, dtype: jnp.dtype = jnp.float32) -> Memory:
     """Row 0 full, row 1 with three valid slots, row 2 empty."""
     keys, values = rng.normal(size=(2, B, N, num_slots, H))
@@ -106,7 +120,7 @@ def random_queries(rng: np.random.Generator, dtype: jnp.dtype = jnp.float32) -> 
 
 @functools.partial(jax.jit, static_argnames="k")
 def read(queries: jax.Array, scale: jax.Array, memory: Memory, k: int) -> jax.Array:
-    return external_memory.read(queries, scale, memory, k, ExactSearch())[0]
+    return external_memory.read(queries, scale, memory, k, ExactSearch()).values
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -114,6 +128,37 @@ def read_gradient(queries: jax.Array, scale: jax.Array, memory: Memory, k: int) 
     return jax.grad(lambda *args: jnp.sum(jnp.sin(read(*args, k=k))), argnums=(0, 1, 2), allow_int=True)(
         queries, scale, memory
     )
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, model=2, memory=2)], ids=["one device", "8 devices"])
+def test_the_recall_of_a_search_that_is_not_exact_is_measured(mesh: MeshConfig | None):
+    rng, k = np.random.default_rng(0), 4
+    keys = normalize(jnp.asarray(rng.normal(size=(4, N, M, H)), jnp.float32))
+    queries = normalize(jnp.asarray(rng.normal(size=(4, T, N, H)), jnp.float32))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def recall(search: Any, valid: jax.Array) -> jax.Array:
+        return external_memory.read(queries, SCALE, Memory(keys, keys, valid), k, search).recall
+
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh.make_mesh()):
+        full, empty = jnp.ones((4, M), bool), jnp.zeros((4, M), bool)
+        assert recall(HalfBlind(), full) == 0.5
+        assert recall(HalfBlind(), empty) == 1
+        assert recall(ApproximateSearch(), full) == 1, "exact on CPU"
+
+
+def test_training_reports_the_recall_of_the_approximate_search():
+    def metrics(search: Any) -> dict:
+        config = LMConfig(16, 1, 8, N, H, 8, attention=KNNAttention(memory_size=T, num_neighbors=2, search=search))
+        params = nn.unbox(init_params(config, 1, T, jax.random.key(0)))
+        tokens = jnp.ones((1, T), jnp.int32)
+        context = config.init_context(1, T)
+        output = LanguageModel(config).apply({"params": params}, tokens, tokens > 0, jnp.ones(1, bool), context)
+        return output.report.metrics
+
+    (recall,) = (value for name, value in metrics(ApproximateSearch()).items() if name.endswith("search_recall"))
+    assert recall == 1
+    assert not any("recall" in name for name in metrics(ExactSearch()))
 
 
 def dense(queries: np.ndarray, memory: Memory) -> np.ndarray:
@@ -286,7 +331,7 @@ def test_no_gradient_goes_through_the_choice_of_neighbours():
 
 
 def test_a_larger_memory_is_the_same_until_the_smaller_one_forgets():
-    """Off by one segment, a leak or a wrong slot would show before or after that point (papers.md A.8)."""
+    """Off by one segment, a leak or a wrong slot would show before or after that point."""
     rng, length, segments = np.random.default_rng(0), T, 7
     tokens = rng.integers(1, 32, (segments, B, length), np.int32)
 

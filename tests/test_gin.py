@@ -74,7 +74,7 @@ def test_every_run_traces_a_full_size_step(file: str):
     is_paper = "runs/pretrain.gin" in closure(file)
     millions = trace_step(experiment, POD if is_paper else 8)
     if is_paper and "models/transformer_200m.gin" in closure(file) and "1b" not in file:
-        # papers.md A.1: 151M and 33M of embeddings.
+        # 151M and 33M of embeddings.
         assert 180 < millions < 190
         assert experiment.batch.num_rows * experiment.batch.segment_length == 2**17
 

@@ -159,9 +159,9 @@ def test_a_sharded_memory_hands_out_the_same_neighbours():
         scores, slots = (np.take_along_axis(np.asarray(x), order, -1) for x in (neighbours.scores, neighbours.slots))
         return [scores, np.where(scores > -np.inf, slots, -1)]
 
-    whole = found(external_memory.read(*inputs, 5, ExactSearch())[2])
+    whole = found(external_memory.read(*inputs, 5, ExactSearch()).neighbours)
     with jax.set_mesh(MeshConfig(model=2, memory=2).make_mesh()):
-        parts = found(jax.jit(lambda *args: external_memory.read(*args, 5, ExactSearch())[2])(*inputs))
+        parts = found(jax.jit(lambda *args: external_memory.read(*args, 5, ExactSearch()).neighbours)(*inputs))
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
     np.testing.assert_array_equal(parts[1], whole[1])
 

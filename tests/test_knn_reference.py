@@ -1,6 +1,6 @@
 """The kNN layer against its equations, written out once more in float64 with loops and no library of ours: forward, and every gradient by finite differences.
 
-papers.md A.1 in numbers. For head n and query t, with unit queries and keys and the per-head scale s:
+Wu et al. 2022, section 3, in numbers. For head n and query t, with unit queries and keys and the per-head scale s:
 
   local    softmax over visible j <= t of s (q_t . k_j + bias(distance)), times v_j; the Transformer-XL cache comes before the segment
   memory   softmax over the k slots with the greatest q_t . K_m of s (q_t . K_m), times V_m; no bias

@@ -45,7 +45,7 @@ def positions_of(layout: Layout, num_cached: int) -> list[tuple[str, int]]:
 
 
 def sees(layout: Layout, query: tuple[str, int], key: tuple[str, int]) -> bool:
-    """The definition, in words: papers.md, B.1 and B.2."""
+    """The definition, in words (Bulatov et al. 2022, section 3; 2023, section 3)."""
     (query_kind, query_time), (key_kind, key_time) = query, key
     if layout.bidirectional:
         return True

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec as P
 
 from memorizing.attention.base import normalize
-from memorizing.search import ApproximateSearch, ExactSearch, winners
+from memorizing.search import ApproximateSearch, ExactSearch, recall, winners
 from memorizing.sharding import MeshConfig
 
 T, H, M = 6, 16, 768
@@ -107,6 +107,24 @@ def test_of_equal_scores_the_lower_slot_wins(search: ExactSearch, keys: np.ndarr
     scores, indices = compiled(search, 8)(queries, keys, valid)
     np.testing.assert_array_equal(scores, np.take_along_axis(reference, expected, axis=-1))
     np.testing.assert_array_equal(np.where(scores > -np.inf, indices, -1), np.where(scores > -np.inf, expected, -1))
+
+
+@pytest.mark.parametrize("valid", VALID.values(), ids=VALID)
+@pytest.mark.parametrize("kind", [random_keys, clustered, duplicated])
+def test_recall_is_the_share_of_the_true_neighbours(kind: Callable, valid: np.ndarray):
+    """Of a search that overlooks every third slot, and of one that overlooks nothing."""
+    rng, k = np.random.default_rng(0), 32
+    keys, queries = (normalize(jnp.asarray(x, jnp.float32)) for x in (kind(rng), rng.normal(size=(T, H))))
+    measure = jax.jit(lambda found: recall(queries, keys, valid, found))
+    scores = np.where(valid, np.asarray(queries) @ np.asarray(keys).T, -np.inf)
+    best = -np.sort(-scores, axis=-1)[:, :k]
+    seen = -np.sort(-np.where(np.arange(M) % 3, scores, -np.inf), axis=-1)[:, :k]
+    assert measure(best) == 1
+    if kind is not duplicated:  # Equal keys are as good as each other: nobody can tell which were overlooked.
+        true = np.isin(seen, best[best > -np.inf]).sum() / max((best > -np.inf).sum(), 1)
+        # In a cluster one neighbour of all may be as good as the true one, to rounding.
+        np.testing.assert_allclose(measure(seen), true if valid.any() else 1, rtol=0, atol=1.5 / (T * k))
+        assert valid.sum() < 100 or true < 0.9
 
 
 @pytest.fixture(scope="module")

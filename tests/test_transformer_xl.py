@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from memorizing import positions
 from memorizing.attention.base import LayerDims
 from memorizing.attention.transformer_xl import TransformerXLAttention, TransformerXLState
+from memorizing.attention.xl import XLAttention
 from memorizing.context import Layout, Segment
 from memorizing.errors import UserError
 from memorizing.model import LanguageModel, LMConfig, ModelOutput
@@ -132,7 +133,7 @@ VOCAB = 16
 class Reader:
     """A model that reads a text in segments."""
 
-    attention: TransformerXLAttention
+    attention: TransformerXLAttention | XLAttention
     num_layers: int = 2
 
     @functools.cached_property
@@ -148,7 +149,7 @@ class Reader:
             flags = jnp.ones(tokens.shape, bool)
             return LanguageModel(self.config).apply({"params": params}, tokens, flags, ~flags[:, 0], context)
 
-        return functools.partial(segment, parameters(self.num_layers))
+        return functools.partial(segment, parameters(type(self.attention), self.num_layers))
 
     def __call__(self, text: np.ndarray, lengths: list[int], context: dict | None = None) -> np.ndarray:
         """Logits of the whole text [B, sum(lengths), V]."""
@@ -163,12 +164,12 @@ class Reader:
 
 
 @functools.cache
-def parameters(num_layers: int) -> dict:
+def parameters(mechanism: type, num_layers: int) -> dict:
     """Those of any window. Not those of the start, where u and v are nearly 0; the larger ones make attention sharp."""
 
     @jax.jit
     def init() -> dict:
-        params = nn.unbox(init_params(Reader(TransformerXLAttention(), num_layers).config, 1, 2, jax.random.key(0)))
+        params = nn.unbox(init_params(Reader(mechanism(), num_layers).config, 1, 2, jax.random.key(0)))
         keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
         return jax.tree.map(lambda leaf: 1.5 * leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), params)
 
@@ -203,10 +204,13 @@ SEGMENT = 3
 
 
 @pytest.mark.parametrize("same_length", [False, True])
+@pytest.mark.parametrize("mechanism", [TransformerXLAttention, XLAttention])
 @pytest.mark.parametrize(("num_layers", "window"), [(1, 3), (3, 3), (2, 6)])
-def test_reaches_as_far_as_layers_times_window_and_not_further(num_layers: int, window: int, same_length: bool):
+def test_reaches_as_far_as_layers_times_window_and_not_further(
+    mechanism: type, num_layers: int, window: int, same_length: bool
+):
     """The last segment's logits, when one earlier token is another: row i has its i-th token changed. Beyond the reach they are equal to the last bit."""
-    read = Reader(TransformerXLAttention(window=window, same_length=same_length), num_layers)
+    read = Reader(mechanism(window=window, same_length=same_length), num_layers)
     length = -(-(num_layers * window + SEGMENT) // SEGMENT + 1) * SEGMENT
     text = np.repeat(random_text(length, rows=1), length, axis=0)
     changed = text.copy()

@@ -1,4 +1,4 @@
-"""Evaluation in windows (papers.md, C.1): every token is scored once, with the context it is promised and no other."""
+"""Evaluation in windows: every token is scored once, with the context it is promised and no other."""
 
 from __future__ import annotations
 

@@ -127,20 +127,20 @@ class KNNCore(nn.Module):
         config = self.attention
         y_local, local_state, local_report = self.local(queries, keys, values, scale, segment, state.local)
         with jax.named_scope("external_memory"):
-            y_memory, found, neighbours = external_memory.read(
-                queries, scale, state.memory, config.num_neighbors, config.search
-            )
+            reading = external_memory.read(queries, scale, state.memory, config.num_neighbors, config.search)
         # For those who look on (memorizing.inspection); nothing where the collection is not asked for.
-        self.sow("intermediates", NEIGHBOURS, jax.tree.map(segment.layout.own, neighbours))
+        self.sow("intermediates", NEIGHBOURS, jax.tree.map(segment.layout.own, reading.neighbours))
         gate = nn.sigmoid(self.gate)
-        memory_share = jnp.where(found[:, :, None, None], gate[None, None, :, None], 0.0).astype(y_local.dtype)
+        memory_share = jnp.where(reading.found[:, :, None, None], gate[None, None, :, None], 0.0).astype(y_local.dtype)
         metrics = {
             **local_report.metrics,
             "gate": jax.lax.stop_gradient(gate),
             "memory_fill": jnp.mean(state.memory.valid, dtype=jnp.float32),
         }
+        if not config.search.is_exact:
+            metrics["search_recall"] = reading.recall
         report = local_report.replace(metrics=metrics)
-        y = memory_share * y_memory + (1 - memory_share) * y_local
+        y = memory_share * reading.values + (1 - memory_share) * y_local
         if segment.slice:
             return y, None, report
         own = segment.layout.own

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from memorizing import masks
 from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
 from memorizing.attention.base import Attention, LayerDims, T5Bias, hide, local_attention, visible_keys
 from memorizing.context import Report, Segment
@@ -36,11 +37,13 @@ class XLAttention(Attention):
     Attributes:
       window: W, in positions.
       num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      same_length: lets every position see exactly the last W positions up to itself (a sliding window), instead of the whole cache.
     """
 
     window: int = 512
     num_buckets: int = 32
     max_distance: int = 128
+    same_length: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -86,6 +89,8 @@ class XLCore(nn.Module):
         all_keys, all_values = seen("keys", cached_keys, keys), seen("values", cached_values, values)
         bias = T5Bias(self.dims.num_heads, config.num_buckets, config.max_distance, name="bias")
         bias, mask = bias(segment, length, all_keys.shape[1]), visible_keys(segment, length, state.valid)
+        if config.same_length:
+            mask &= segment.cut(masks.within(config.window, segment.layout.size, mask.shape[2]), length)[None]
         y = local_attention(queries, all_keys, all_values, scale, bias, mask)
         if segment.slice:
             return y, None, Report(kept={"keys": all_keys, "values": all_values})
