@@ -74,7 +74,7 @@ XL = XLAttention(window=LENGTH)
 MECHANISMS = (
     Mechanism("full", carries_context=False),
     Mechanism("xl", attention=XL, two_segments_equal_one=True),
-    Mechanism("xl of same length", attention=XLAttention(window=3, same_length=True), two_segments_equal_one=True),
+    Mechanism("xl of same length", attention=XLAttention(window=LENGTH, same_length=True), two_segments_equal_one=True),
     Mechanism("knn over full", attention_at=((1, KNNAttention(memory_size=2 * LENGTH, num_neighbors=4)),)),
     Mechanism(
         "knn over xl",
