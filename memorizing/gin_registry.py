@@ -27,6 +27,7 @@ from memorizing.search import ApproximateSearch, ExactSearch
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import (
     Copy,
+    Curriculum,
     DetectAndMemorize,
     DictionaryLookup,
     Memorize,
@@ -66,6 +67,7 @@ for configurable in (
     Copy,
     Reverse,
     DictionaryLookup,
+    Curriculum,
     SyntheticWords,
     # Any data, read in windows.
     Windows,

@@ -111,19 +111,6 @@ def test_the_place_of_a_definition_does_not_follow_from_that_of_its_query() -> N
     assert collections.Counter(distances).most_common(1)[0][1] < 0.25 * len(distances)
 
 
-def test_definitions_of_a_segment_share_words_in_training_only() -> None:
-    def words_of_segments(split: str) -> list[int]:
-        task = DictionaryLookup(words_per_segment=10)
-        targets = task.sample(split, 0, 0, 60, 128).targets
-        places = [np.flatnonzero(row == KEY) for row in targets]
-        defined = np.array([[row[i + 1 : i + 5] for i in at] for row, at in zip(targets, places, strict=True)])
-        assert len(np.unique(defined.reshape(-1, 4), axis=0)) == defined.size // 4, "a key is defined twice"
-        return [len(np.unique(keys)) for keys in defined]
-
-    assert max(words_of_segments("train")) == 10
-    assert min(words_of_segments("validation")) > 10
-
-
 def test_values_are_equally_likely() -> None:
     values = [DictionaryLookup().sample("train", 0, i, 60, 128) for i in range(10)]
     words = np.concatenate([sample.targets[sample.loss_weights == 1] for sample in values])

@@ -1,5 +1,6 @@
 """Tasks made in numpy: the whole training loop runs without any corpus, and without TensorFlow."""
 
+from memorizing.synthetic.curriculum import Curriculum
 from memorizing.synthetic.dictionary import DictionaryLookup
 from memorizing.synthetic.facts import DetectAndMemorize, Memorize, Reasoning
 from memorizing.synthetic.noise import NoiseSource, SyntheticWords
@@ -9,6 +10,7 @@ from memorizing.synthetic.task import SyntheticTask
 
 __all__ = [
     "Copy",
+    "Curriculum",
     "DetectAndMemorize",
     "DictionaryLookup",
     "Memorize",

@@ -38,8 +38,6 @@ class DictionaryLookup(SyntheticTask):
       num_words: n, words that keys and values are made of, independent and equally often.
       key_length, value_length: words.
       short_fraction: share of the queries that ask about their own segment, in training.
-      words_per_segment: words that the definitions of a segment are made of, in training; all if there are no more. With few, one word of a key is not enough to tell the definitions
-        of a segment apart, as it is not where hundreds of definitions are remembered.
       distances: least and greatest distance of the others in training, in segments; where the sample has not yet got that far, a query is a short one.
       eval_distance: distance of the scored queries of held-out samples, in segments; 0 for the own segment. Segments before that have short queries, which are not scored.
     """
@@ -51,13 +49,12 @@ class DictionaryLookup(SyntheticTask):
     key_length: int = 4
     value_length: int = 4
     short_fraction: float = 0.5
-    words_per_segment: int = 12
     distances: tuple[int, int] = (1, 50)
     eval_distance: int = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_words", "key_length", "value_length", "words_per_segment"):
+        for name in ("num_words", "key_length", "value_length"):
             self.expect(getattr(self, name) >= 1, name, "at least 1")
         self.expect(0 <= self.short_fraction <= 1, "short_fraction", "a share from 0 to 1")
         least, greatest = self.distances
@@ -94,7 +91,7 @@ class DictionaryLookup(SyntheticTask):
 
     def write(self, rng: np.random.Generator, split: Split, num_segments: int, segment_length: int) -> Text:
         num_definitions, num_queries = self._records_of_a_segment(segment_length)
-        keys, values = self._entries(rng, split, num_segments, num_definitions)
+        keys, values = self._entries(rng, num_segments, num_definitions)
         asked, is_scored = self._queries(rng, split, num_segments, num_definitions, num_queries)
         defined = np.arange(len(keys)).reshape(num_segments, num_definitions)
         # [U, records a segment], definitions first; then in the order of the text.
@@ -134,26 +131,16 @@ class DictionaryLookup(SyntheticTask):
         return records - records // 2, records // 2
 
     def _entries(
-        self, rng: np.random.Generator, split: Split, num_segments: int, num_definitions: int
+        self, rng: np.random.Generator, num_segments: int, num_definitions: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Different keys and any values, int [U * definitions, words]."""
-        size = min(self.words_per_segment, self.num_words) if split == "train" else self.num_words
-        number, num_keys = num_segments * num_definitions, size**self.key_length
-        if 2 * number > num_keys:
+        number, num_keys = num_segments * num_definitions, self.num_words**self.key_length
+        if number > num_keys:
             raise UserError(
-                f"DictionaryLookup.num_words = {self.num_words}, words_per_segment = {self.words_per_segment}: {num_keys} keys of {self.key_length} words are not enough "
-                f"for the {number} definitions of a sample; at least {2 * number}"
+                f"DictionaryLookup.num_words = {self.num_words}: {num_keys} keys of {self.key_length} words are not enough for the {number} definitions of a sample"
             )
-        words = np.argsort(rng.random((num_segments, self.num_words)), axis=1)[:, :size]
-
-        def draw(segments: np.ndarray, length: int) -> np.ndarray:
-            return words[segments[:, None], rng.integers(0, size, (len(segments), length))]
-
-        segments = np.repeat(np.arange(num_segments), num_definitions)
-        keys, values = draw(segments, self.key_length), draw(segments, self.value_length)
-        while len(again := _repeated(keys)):
-            keys[again] = draw(segments[again], self.key_length)
-        return 1 + keys, 1 + values
+        keys = rng.choice(num_keys, number, replace=False)[:, None] // self.num_words ** np.arange(self.key_length)
+        return 1 + keys % self.num_words, 1 + rng.integers(0, self.num_words, (number, self.value_length))
 
     def _queries(
         self, rng: np.random.Generator, split: Split, num_segments: int, num_definitions: int, num_queries: int
@@ -194,9 +181,3 @@ def _times(rng: np.random.Generator, asked: np.ndarray, defined: np.ndarray) -> 
     is_own = asked >= defined[:, :1]
     not_before = np.where(is_own, times.ravel()[asked], 0.0)
     return np.concatenate([times, not_before + (1 - not_before) * rng.random(asked.shape)], axis=1)
-
-
-def _repeated(keys: np.ndarray) -> np.ndarray:
-    """Indices of the keys that stand further up already."""
-    _, first = np.unique(keys, axis=0, return_index=True)
-    return np.setdiff1d(np.arange(len(keys)), first)
