@@ -140,10 +140,10 @@ def read_results(output: pathlib.Path, corpora: Iterable[str], seeds: Iterable[i
     return results
 
 
-def over_seeds(values: Iterable[float]) -> dict[str, float]:
-    """Mean of a figure over the seeds, and its spread: the largest less the smallest."""
+def over_seeds(values: Iterable[float]) -> dict[str, float | None]:
+    """Mean of a figure over the seeds, and its spread: the largest less the smallest, or None for a single seed."""
     values = list(values)
-    return {"mean": float(np.mean(values)), "spread": float(np.ptp(values))}
+    return {"mean": float(np.mean(values)), "spread": float(np.ptp(values)) if len(values) > 1 else None}
 
 
 def paired(row: Mapping[int, Any], base: Mapping[int, Any]) -> dict[str, Any] | None:
@@ -190,10 +190,7 @@ def markdown(corpus: str, summary: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for title, row in summary["rows"].items():
-        figures = [
-            f"{row['perplexity']['mean']:.3f} ({row['perplexity']['spread']:.3f})",
-            f"{row['bits_per_byte']['mean']:.4f} ({row['bits_per_byte']['spread']:.4f})",
-        ]
+        figures = [_shown(row["perplexity"], ".3f"), _shown(row["bits_per_byte"], ".4f")]
         difference = row["difference"]
         if title == first or difference is None:
             figures += ["", ""]
@@ -208,10 +205,14 @@ def markdown(corpus: str, summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _shown(difference: Mapping[str, Any]) -> str:
-    interval = difference["interval"]
-    bracketed = "" if interval is None else f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
-    return f"{difference['mean']:+.4f} ({difference['spread']:.4f}){bracketed}"
+def _shown(figure: Mapping[str, Any], form: str = "+.4f") -> str:
+    """Mean, spread in parentheses, interval in brackets, as far as there are such."""
+    text = f"{figure['mean']:{form}}"
+    if figure["spread"] is not None:
+        text += f" ({figure['spread']:{form.lstrip('+')}})"
+    if interval := figure.get("interval"):
+        text += f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
+    return text
 
 
 def picture(results: Mapping[str, Any], path: pathlib.Path) -> None:

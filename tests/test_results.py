@@ -80,6 +80,7 @@ def _figures(losses: list[float], perplexity: float) -> dict:
 
 def test_means_spreads_and_paired_differences(results):
     assert results.over_seeds([3.0, 4.0]) == {"mean": 3.5, "spread": 1.0}
+    assert results.over_seeds([3.0]) == {"mean": 3.0, "spread": None}
     base = {0: _figures([2.0, 3.0], 10.0), 1: _figures([2.5, 3.5], 12.0), 2: _figures([9.0, 9.0], 90.0)}
     row = {0: _figures([1.0, 2.9], 8.0), 1: _figures([2.1, 3.6], 9.0)}
     difference = results.paired(row, base)
@@ -92,6 +93,7 @@ def test_means_spreads_and_paired_differences(results):
     # Resampled documents lie between the one that gains most and the one that gains least: means over seeds of -0.7 and 0.
     assert low == pytest.approx(-0.7) and high == pytest.approx(0.0, abs=1e-9)
     assert results.paired(row, {}) is None
+    assert results._shown(difference) == "-0.1750 (0.3000) [-0.7000, +0.0000]"
 
 
 def test_report_has_what_is_finished(results, tmp_path: pathlib.Path):
@@ -112,8 +114,6 @@ def test_report_has_what_is_finished(results, tmp_path: pathlib.Path):
     assert list(summary["rows"]) == ["no memory, no cache", "memory 2048"]
     assert summary["contrasts"] == {}
     table = results.markdown("corpus", summary)
-    assert (
-        "| memory 2048 | 5.000 (0.000) | 2.0000 (0.0000) | -1.0000 (0.0000) [-1.0000, -1.0000] | 2 of 2 | 1 |" in table
-    )
+    assert "| memory 2048 | 5.000 | 2.0000 | -1.0000 [-1.0000, -1.0000] | 2 of 2 | 1 |" in table
     results.picture(found, tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
