@@ -149,10 +149,13 @@ def _devices(topology: str, num_slices: int) -> list[Any]:
     os.environ |= {name: value for name, value in quiet.items() if name not in os.environ}
     from jax.experimental import topologies
 
-    slices = {} if num_slices == 1 else {"num_slices": num_slices}
+    options: dict[str, Any] = {} if num_slices == 1 else {"num_slices": num_slices}
+    if topology.startswith("v4"):
+        # As on a real v4, where the two cores of a chip are one device.
+        options["chip_config_name"] = "megacore"
     try:
         with _stderr_to_nowhere():
-            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **slices).devices
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception as error:  # What the compiler raises depends on what is wrong.
         reason = str(error).splitlines()[0]
         raise UserError(

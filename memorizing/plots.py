@@ -34,14 +34,16 @@ def loss_by_position(evaluations: Mapping[str, Evaluation], reference: str | Non
     starts = base.bin_starts
     # A bin's point stands at its middle.
     middles = [start * 1.5 if start else starts[1] / 2 if len(starts) > 1 else 1 for start in starts]
-    counts = base.cell_tokens.sum(axis=0)
+    # Where no token is scored there is nothing to show: only the answers of a made-up task are.
+    seen = np.flatnonzero(base.cell_tokens.sum(axis=0))
+    middles, counts = np.array(middles)[seen], base.cell_tokens.sum(axis=0)[seen]
     for i, (name, evaluation) in enumerate(evaluations.items()):
         label = f"{name} (perplexity {evaluation.values()['perplexity']:.2f})"
-        axes[0].plot(middles, evaluation.nats_by_position / counts, label=label, **_style(i))
+        axes[0].plot(middles, evaluation.nats_by_position[seen] / counts, label=label, **_style(i))
         if evaluation is not base:
-            difference = evaluation.cell_nats - base.cell_nats
+            difference = (evaluation.cell_nats - base.cell_nats)[:, seen]
             axes[1].plot(middles, difference.sum(axis=0) / counts, label=name, **_style(i))
-            low, high = bootstrap.ratio_interval(difference, base.cell_tokens, seed)
+            low, high = bootstrap.ratio_interval(difference, base.cell_tokens[:, seen], seed)
             axes[1].fill_between(middles, low, high, alpha=0.15, color=COLORS[i % len(COLORS)], linewidth=0)
     axes[0].set_ylabel("loss (nats per token)")
     axes[0].set_title("Held-out loss against position in the document")
