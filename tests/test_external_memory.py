@@ -27,6 +27,7 @@ from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention, KNNState, forget_memories, permute_memories
 from memorizing.attention.xl import XLAttention
 from memorizing.context import Layout, Segment
+from memorizing.errors import UserError
 from memorizing.external_memory import Memory
 from memorizing.model import LanguageModel, LMConfig
 from memorizing.search import ApproximateSearch, ExactSearch
@@ -273,6 +274,19 @@ def test_the_gate_mixes_per_head():
     np.testing.assert_allclose(memory, read(inputs[0], SCALE, inputs[-1].memory, k=4)[0], rtol=0, atol=1e-6)
     mixed, _ = core(core.params() | {"gate": jnp.array([ONLY_MEMORY, -ONLY_MEMORY])}, *inputs)
     np.testing.assert_allclose(mixed[0], np.stack([memory[:, 0], local[:, 1]], axis=1), rtol=0, atol=1e-6)
+
+
+def test_the_gate_starts_where_it_is_told():
+    def gate(initial: float) -> np.ndarray:
+        config = LMConfig(16, 1, 8, N, H, 8, attention=KNNAttention(memory_size=T, initial_gate=initial))
+        params = nn.unbox(init_params(config, 1, T, jax.random.key(0)))
+        (bias,) = (leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "gate" in str(path))
+        return np.asarray(nn.sigmoid(bias))
+
+    np.testing.assert_allclose(gate(0.1), 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(gate(0.5), 0.5)
+    with pytest.raises(UserError, match="KNNAttention.initial_gate = 1"):
+        KNNAttention(initial_gate=1)
 
 
 def test_gradients_reach_queries_scale_and_gate_and_nothing_that_is_stored():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -51,6 +52,8 @@ class KNNAttention(Attention):
       num_neighbors: k.
       local: the mechanism of the local attention, one with a `core`.
       search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
+      initial_gate: g at the start, between 0 and 1. The authors start at a half, which takes half of the local attention away until the memory holds something useful: a model
+        that trains for a short time does better with less.
     """
 
     stackable: ClassVar[bool] = False
@@ -59,6 +62,7 @@ class KNNAttention(Attention):
     num_neighbors: int = 32
     local: Attention = FullAttention()
     search: Search = ExactSearch()
+    initial_gate: float = 0.5
 
     def __post_init__(self) -> None:
         if self.memory_size < 1:
@@ -73,6 +77,8 @@ class KNNAttention(Attention):
             )
         if self.num_neighbors < 1:
             raise UserError(f"KNNAttention.num_neighbors = {self.num_neighbors}: at least 1")
+        if not 0 < self.initial_gate < 1:
+            raise UserError(f"KNNAttention.initial_gate = {self.initial_gate}: expected a number between 0 and 1")
 
     def check(self, segment_length: int) -> None:
         if self.memory_size % segment_length:
@@ -118,7 +124,8 @@ class KNNCore(nn.Module):
         self.local = self.attention.local.core(self.dims)
         # The local attention keeps the parameter names that it has without a memory: a finished model can be given one.
         nn.share_scope(self, self.local)
-        initializer = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+        bias = math.log(self.attention.initial_gate / (1 - self.attention.initial_gate))
+        initializer = nn.with_logical_partitioning(nn.initializers.constant(bias), ("heads",))
         self.gate = self.param("gate", initializer, (self.dims.num_heads,), jnp.float32)
 
     def __call__(
