@@ -9,6 +9,7 @@ noise. Recall is against the neighbours in float64. HNSW's time is that of the s
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from memorizing import tables
 from memorizing.benchmarks import measure
+from memorizing.commands import experiment_flags
 from memorizing.errors import UserError
 from memorizing.search import ApproximateSearch, ExactSearch
 
@@ -39,6 +42,7 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Measures, prints a table for each memory size, and returns the figures."""
     if bindings:
         raise UserError(f"bench search takes no bindings, but was given --gin.{bindings[0]}")
+    experiment_flags.use_devices(HEADS)
     results = {}
     for num_slots in measure.sizes("--slots", options.slots):
         queries, keys = vectors(num_slots, options.head_dim)
@@ -83,16 +87,18 @@ def recall(found: np.ndarray, true: np.ndarray) -> float:
 
 
 def ours(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]]:
-    """This package's searches as a layer runs them: head after head, in one program."""
-    on_device = jax.device_put((queries, keys))
+    """This package's searches as a layer runs them: heads shared by the devices (on a CPU its cores), and on each of them head after head, in one program."""
+    mesh = jax.make_mesh((math.gcd(HEADS, jax.device_count()),), ("model",), axis_types=(AxisType.Auto,))
+    heads = PartitionSpec("model")
+    on_devices = jax.device_put((queries, keys), NamedSharding(mesh, heads))
 
     def found(search: ExactSearch | ApproximateSearch) -> Found:
-        @jax.jit
-        def program(queries: jax.Array, keys: jax.Array) -> jax.Array:
+        def search_heads(queries: jax.Array, keys: jax.Array) -> jax.Array:
             valid = jnp.ones(keys.shape[1], bool)
             return jax.lax.map(lambda head: search.top_k(*head, valid, K)[1], (queries, keys))
 
-        return lambda: jax.block_until_ready(program(*on_device))
+        program = jax.jit(jax.shard_map(search_heads, mesh=mesh, in_specs=heads, out_specs=heads))
+        return lambda: jax.block_until_ready(program(*on_devices))
 
     return {"exact": (found(ExactSearch()), ""), "approximate": (found(ApproximateSearch()), "lax.approx_max_k")}
 

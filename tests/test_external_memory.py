@@ -285,7 +285,7 @@ def test_the_gate_starts_where_it_is_told():
 
     np.testing.assert_allclose(gate(0.1), 0.1, rtol=1e-6)
     np.testing.assert_array_equal(gate(0.5), 0.5)
-    with pytest.raises(UserError, match="KNNAttention.initial_gate = 1"):
+    with pytest.raises(UserError, match=r"KNNAttention.initial_gate = 1"):
         KNNAttention(initial_gate=1)
 
 
