@@ -254,7 +254,7 @@ def picture(results: Mapping[str, Any], path: pathlib.Path) -> None:
         lower.set_xscale("log")
         for each in (upper, lower):
             each.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def machine() -> dict[str, Any]:
