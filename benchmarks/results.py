@@ -247,13 +247,15 @@ def picture(results: Mapping[str, Any], path: pathlib.Path) -> None:
                 lower.fill_between(middles, difference.min(axis=0), difference.max(axis=0), color=COLORS[i], alpha=0.15)
         upper.set_title(f"{corpus}: held-out loss by position in the document")
         upper.set_ylabel("loss (nats per token)")
-        upper.legend(fontsize="small")
         lower.axhline(0, color="gray", linewidth=0.8, linestyle="--")
         lower.set_ylabel("less that of no memory")
         lower.set_xlabel("position in the document (tokens)")
         lower.set_xscale("log")
         for each in (upper, lower):
             each.grid(alpha=0.3)
+    # One for all panels: it would cover the lines.
+    handles, names = max((each.get_legend_handles_labels() for each in axes[0]), key=lambda found: len(found[1]))
+    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=80)
 
 
