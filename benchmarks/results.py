@@ -11,12 +11,9 @@ is finished, with --report_only without running anything.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import time
@@ -26,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from memorizing import bootstrap
+from memorizing.benchmarks import measure
 from memorizing.data import task_name, token_cache
 from memorizing.errors import EXIT_START_AGAIN
 from memorizing.plots import COLORS, MARKERS
@@ -259,23 +257,6 @@ def picture(results: Mapping[str, Any], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what this was run."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return {
-        "date": datetime.date.today().isoformat(),
-        "platform": platform.platform(),
-        "processor": models[0].split(":")[1].strip() if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "cores_used": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("memorizing", "jax", "flax", "optax", "numpy")
-        },
-    }
-
-
 def report(output: pathlib.Path, caches: Mapping[str, str], seeds: Sequence[int], steps: int) -> None:
     """Prints and writes what is finished."""
     results = read_results(output, caches, seeds, steps)
@@ -287,7 +268,7 @@ def report(output: pathlib.Path, caches: Mapping[str, str], seeds: Sequence[int]
     text = "\n\n".join([*(markdown(corpus, summary) for corpus, summary in summaries.items()), notes]) + "\n"
     times = output / "times.jsonl"
     record = {
-        "machine": machine(),
+        "machine": measure.machine(),
         "steps": steps,
         "seeds": list(seeds),
         "common": GIN_FILE.read_text(),

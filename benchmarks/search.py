@@ -27,7 +27,7 @@ from memorizing.errors import UserError
 from memorizing.search import ApproximateSearch, ExactSearch
 
 QUERIES, HEADS, K = 1024, 4, 32
-# A search of one head at a time: `(queries [T, H], index of the head) -> slots [T, K]`.
+# Searches all heads and gives the slots, [N, T, K].
 Found = Callable[[], np.ndarray]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from memorizing import accelerators, tables
 from memorizing.attention.base import normalize
-from memorizing.attention.knn import KNNState
+from memorizing.attention.knn import map_memories
 from memorizing.batch import Batch
 from memorizing.benchmarks import measure
 from memorizing.commands import experiment_flags
@@ -99,10 +99,7 @@ def full(context: Any) -> Any:
         keys = jax.random.normal(jax.random.key(0), memory.keys.shape, memory.keys.dtype)
         return memory.replace(keys=normalize(keys), values=keys, valid=jnp.ones_like(memory.valid))
 
-    is_memory = lambda leaf: isinstance(leaf, KNNState)  # noqa: E731
-    return jax.tree.map(
-        lambda leaf: leaf.replace(memory=fill(leaf.memory)) if is_memory(leaf) else leaf, context, is_leaf=is_memory
-    )
+    return map_memories(context, fill)
 
 
 def _table(results: dict[int, dict[str, Any]]) -> str:

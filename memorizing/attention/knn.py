@@ -52,8 +52,7 @@ class KNNAttention(Attention):
       num_neighbors: k.
       local: the mechanism of the local attention, one with a `core`.
       search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
-      initial_gate: g at the start, between 0 and 1. The authors start at a half, which takes half of the local attention away until the memory holds something useful: a model
-        that trains for a short time does better with less.
+      initial_gate: g at the start, between 0 and 1. A half, as the authors have it, takes half of the local attention away before the memory holds anything useful.
     """
 
     stackable: ClassVar[bool] = False
@@ -157,7 +156,7 @@ class KNNCore(nn.Module):
 
 def forget_memories(context: Any) -> Any:
     """The same context with every external memory empty: local attention and caches keep theirs. For measuring what the memory is worth."""
-    return _map_memories(context, lambda memory: memory.replace(valid=jnp.zeros_like(memory.valid)))
+    return map_memories(context, lambda memory: memory.replace(valid=jnp.zeros_like(memory.valid)))
 
 
 def permute_memories(context: Any) -> Any:
@@ -170,10 +169,12 @@ def permute_memories(context: Any) -> Any:
         source = jnp.take_along_axis(shuffled, jnp.maximum(jnp.cumsum(memory.valid, axis=-1) - 1, 0), axis=-1)
         return memory.replace(values=jnp.take_along_axis(memory.values, source[:, None, :, None], axis=2))
 
-    return _map_memories(context, permute)
+    return map_memories(context, permute)
 
 
-def _map_memories(context: Any, change: Callable[[Memory], Memory]) -> Any:
+def map_memories(context: Any, change: Callable[[Memory], Memory]) -> Any:
+    """The same context with every external memory changed, last segments too."""
+
     def change_state(state: Any) -> Any:
         if not isinstance(state, KNNState):
             return state
