@@ -147,21 +147,22 @@ def _read_shard(
     with jax.named_scope("search"):
         scores, indices = _search_heads(jax.lax.stop_gradient(by_head), memory, num_neighbors, search)
         recall = jnp.ones(()) if search.is_exact else _recall(by_head, memory, scores)
-        chosen = search_lib.winners(scores, num_neighbors, axis_name)
+        scores = search_lib.winners(scores, num_neighbors, axis_name)
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * memory.valid.shape[-1]
-        neighbours = Neighbours((first + indices).swapaxes(1, 2), jnp.where(chosen, scores, -jnp.inf).swapaxes(1, 2))
+        neighbours = Neighbours((first + indices).swapaxes(1, 2), scores.swapaxes(1, 2))
     with jax.named_scope("attend"):
-        weighted, weights, shift = _attend_heads(by_head, scale, memory, scores, indices, chosen)
+        attended, log_sum = _attend_heads(by_head, scale, memory, scores, indices)
     found = jnp.any(memory.valid, axis=-1)
     if axis_name is not None:
-        # Every shard has attended to the neighbours that it holds: bring the partial sums to a common shift, then add.
-        rescale = jnp.exp(shift - jax.lax.pmax(shift, axis_name))
-        weighted, weights = jax.lax.psum((weighted * rescale[..., None], weights * rescale), axis_name)
+        if jax.lax.axis_size(axis_name) > 1:
+            # Every shard has attended to the neighbours that it holds: the softmax over all of them weighs it by its sum of exponentials.
+            share = jnp.exp(log_sum - jax.lax.pmax(jax.lax.stop_gradient(log_sum), axis_name))
+            attended = attended * (share / jax.lax.psum(share, axis_name))[..., None]
+        attended = jax.lax.psum(attended, axis_name)
         found = jax.lax.pmax(found.astype(jnp.int32), axis_name) > 0
         recall = recall if search.is_exact else jax.lax.pmean(recall, ("data", "model", "memory"))
-    output = weighted / jnp.where(weights > 0, weights, 1.0)[..., None]
     found = jnp.broadcast_to(found[:, None], queries.shape[:2])
-    return Reading(output.swapaxes(1, 2).astype(queries.dtype), found, neighbours, recall)
+    return Reading(attended.swapaxes(1, 2).astype(queries.dtype), found, neighbours, recall)
 
 
 def _search_heads(
@@ -195,33 +196,35 @@ def _attend_heads(
     memory: Memory,
     scores: NeighbourScores,
     indices: NeighbourIndices,
-    chosen: Bool[Array, "B N T K"],
-) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"], Float[Array, "B N T"]]:
-    """Attention to the chosen neighbours before its division: sum of weight * value, sum of weights = exp(logit - shift), and the shift; in float32."""
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
+    """Softmax attention to the neighbours with a score above -inf (0 where there is none), and the logarithm of its sum of exponentials in float32."""
     num_heads, num_slots = queries.shape[1], memory.valid.shape[1]
     # Slots of all heads in one table: sliced by head, the memory would be copied head by head before a few of its slots are gathered.
     all_keys, all_values = (slots.reshape(-1, slots.shape[-1]) for slots in (memory.keys, memory.values))
 
-    # The neighbours of a head are gathered again for its gradient: kept, they would be K times the size of the activations.
+    # Neighbours are gathered row by row, and again for the gradient: those of all rows would be K times the size of the activations.
     @jax.checkpoint
-    def attend_head(head: tuple) -> tuple[Float[Array, "T H"], Float[Array, "T"], Float[Array, "T"]]:
-        number, head_queries, head_scores, head_indices, head_chosen = head
-        slots = number * num_slots + head_indices
-        # where() because a slot that was not chosen may hold anything, and 0 * NaN is NaN.
-        products = _with_gradient(jnp.where(head_chosen, head_scores, 0.0), head_queries, all_keys, slots, head_chosen)
-        values = jnp.where(head_chosen[..., None], all_values[slots], 0)  # [T, K, H]
-        logits = jnp.where(head_chosen, scale[number % num_heads] * products, _NOT_CHOSEN)
-        shift = jax.lax.stop_gradient(logits.max(axis=-1))
-        weights = jnp.where(head_chosen, jnp.exp(logits - shift[:, None]), 0.0)
-        weighted = jnp.einsum("TK,TKH->TH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        return weighted, weights.sum(axis=-1), shift
+    def attend_head(head: tuple) -> tuple[Float[Array, "T H"], Float[Array, "T"]]:
+        number, head_queries, head_scores, head_indices = head
+        is_neighbour = head_scores > -jnp.inf
+        # What is no neighbour may hold anything, and 0 * NaN is NaN: the query's best, which comes first, stands in for it.
+        slots = number * num_slots + jnp.where(is_neighbour, head_indices, head_indices[:, :1])
+        products = _with_gradient(jnp.where(is_neighbour, head_scores, 0.0), head_queries, all_keys, slots)
+        logits = jnp.where(is_neighbour, scale[number % num_heads] * products, _NO_NEIGHBOUR)
+        weights = jax.nn.softmax(logits).astype(all_values.dtype)
+        attended = jnp.einsum("TK,TKH->TH", weights, all_values[slots], preferred_element_type=jnp.float32)
+        return attended.astype(all_values.dtype), jax.nn.logsumexp(logits, axis=-1)
 
+    # Queries of a row whose memory is empty meet whatever lies in a slot: they get nothing, and no gradient.
+    holds_any = jnp.any(memory.valid, axis=-1)[:, None, None, None]
     numbers = jnp.arange(queries.shape[0] * num_heads)
-    heads = (numbers, _by_head(queries), _by_head(scores), _by_head(indices), _by_head(chosen))
+    heads = (numbers, _by_head(jnp.where(holds_any, queries, 0)), _by_head(scores), _by_head(indices))
     attended = jax.tree.map(
-        lambda leaf: leaf.reshape(*queries.shape[:2], *leaf.shape[1:]), jax.lax.map(attend_head, heads)
+        lambda leaf: leaf.reshape(*queries.shape[:2], *leaf.shape[1:]),
+        jax.lax.map(attend_head, heads, batch_size=num_heads),
     )
-    return checkpoint_name(attended, NEIGHBOURS)
+    attended, log_sum = checkpoint_name(attended, NEIGHBOURS)
+    return jnp.where(holds_any, attended, 0), log_sum
 
 
 @jax.custom_jvp
@@ -230,7 +233,6 @@ def _with_gradient(
     queries: Float[Array, "T H"],
     keys: Float[Array, "slots H"],
     slots: Int[Array, "T K"],
-    chosen: Bool[Array, "T K"],
 ) -> Float[Array, "T K"]:
     """The scores that the search found, as functions of the queries: they are query . key already, so that the keys are gathered for the gradient only."""
     return scores
@@ -238,9 +240,8 @@ def _with_gradient(
 
 @_with_gradient.defjvp
 def _with_gradient_jvp(primals: tuple, tangents: tuple) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
-    scores, _, keys, slots, chosen = primals
-    neighbours = jnp.where(chosen[..., None], keys[slots], 0)  # [T, K, H]
-    change = jnp.einsum("TH,TKH->TK", tangents[1], neighbours, preferred_element_type=jnp.float32)
+    scores, _, keys, slots = primals
+    change = jnp.einsum("TH,TKH->TK", tangents[1], keys[slots], preferred_element_type=jnp.float32)
     return scores, change
 
 
@@ -268,8 +269,8 @@ def _write_shard(memory: Memory, segment: Memory, clock: Clock, axis_name: str |
 
 
 _CHECKED_QUERIES = 8
-# Logit of a neighbour that was not chosen: finite, so that a query without neighbours has a finite shift.
-_NOT_CHOSEN = -1e30
+# Logit where there is no neighbour: of weight 0 beside any other, and finite for a query that has none.
+_NO_NEIGHBOUR = -1e30
 _QUERIES = P("data", None, "model", None)
 _NEIGHBOURS = P("data", None, "model", "memory")
 _MEMORY = Memory(

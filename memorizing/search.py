@@ -98,9 +98,13 @@ class ApproximateSearch:
     def top_k(
         self, queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], k: int
     ) -> tuple[Scores, Indices]:
-        k_found = min(k, len(keys))
-        found = jax.lax.approx_max_k(_scores(queries, keys, valid), k_found, recall_target=self.recall_target)
-        return _pad_neighbours(found, k)
+        # Queries beside each other, slots below: the TPU sorts what is left of them along this axis, and would else copy it into this order first.
+        scores = jnp.einsum("SH,TH->ST", keys, queries, preferred_element_type=jnp.float32)
+        scores = jnp.where(valid[:, None], scores, -jnp.inf)
+        found = jax.lax.approx_max_k(
+            scores, min(k, len(keys)), reduction_dimension=0, recall_target=self.recall_target
+        )
+        return _pad_neighbours(jax.tree.map(jnp.transpose, tuple(found)), k)
 
 
 def recall(
@@ -120,8 +124,8 @@ def recall(
     return jnp.where(num_true > 0, num_right / jnp.maximum(num_true, 1), 1.0)
 
 
-def winners(scores: Float[Array, "*rows K"], k: int, axis_name: str | None) -> Bool[Array, "*rows K"]:
-    """Which of this shard's neighbours are among the k best of all shards of the memory; only scores are exchanged.
+def winners(scores: Float[Array, "*rows K"], k: int, axis_name: str | None) -> Float[Array, "*rows K"]:
+    """The scores of those of this shard's neighbours that are among the k best of all shards of the memory, -inf for the others; only scores are exchanged.
 
     Of equal scores the lower shard wins, then the earlier place in the shard's list, so that the result is the top-k of the whole memory.
 
@@ -129,9 +133,8 @@ def winners(scores: Float[Array, "*rows K"], k: int, axis_name: str | None) -> B
       scores: this shard's k best, in descending order, -inf where there is none.
       axis_name: mesh axis over which slots are sharded, or None if they are not.
     """
-    exists = scores > -jnp.inf
     if axis_name is None or jax.lax.axis_size(axis_name) == 1:
-        return exists
+        return scores
     # [shards, *rows, K] -> [*rows, 1, shards * K]
     everyone = jnp.moveaxis(jax.lax.all_gather(scores, axis_name), 0, -2)
     everyone = everyone.reshape(*scores.shape[:-1], 1, -1)
@@ -140,7 +143,7 @@ def winners(scores: Float[Array, "*rows K"], k: int, axis_name: str | None) -> B
     earlier = jnp.arange(everyone.shape[-1])[None, :] < place[:, None]
     earlier = jnp.broadcast_to(earlier, (*scores.shape, everyone.shape[-1]))
     rank = jnp.sum((everyone > mine) | ((everyone == mine) & earlier), axis=-1)
-    return exists & (rank < k)
+    return jnp.where(rank < k, scores, -jnp.inf)
 
 
 def _scores(queries: Float[Array, "T H"], keys: Float[Array, "S H"], valid: Bool[Array, "S"]) -> Float[Array, "T S"]:
