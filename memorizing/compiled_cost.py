@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.+?) (?P<opcode>[a-z][\w\-]*)\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
@@ -19,6 +19,7 @@ _CONSTANT = re.compile(r"s32\[\][^=]* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+_MOVES = ("gather", "scatter", "scatter-add", "sort")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2}
 
 
@@ -46,8 +47,8 @@ class Instruction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """All collectives of a kind: how many run, and the bytes of their results on one device."""
+class Traffic:
+    """All instructions of a kind: how many run, and the bytes of their results on one device."""
 
     count: int
     num_bytes: int
@@ -73,15 +74,32 @@ def cycles(program: list[Instruction], scope: str = "") -> int:
     return sum(instruction.total_cycles for instruction in program if re.search(scope, instruction.op_name))
 
 
-def collectives(program: list[Instruction]) -> dict[str, Collective]:
+def collectives(program: list[Instruction]) -> dict[str, Traffic]:
     """The collectives by kind."""
+    return _traffic(program, lambda instruction: instruction.opcode.removesuffix("-start"), _COLLECTIVES)
+
+
+def moves(program: list[Instruction]) -> dict[str, Traffic]:
+    """Gathers, scatters and sorts that the compiler names no cycles for, alone or as what a fusion is made for, by kind."""
+
+    def kind(instruction: Instruction) -> str:
+        is_fusion = instruction.opcode == "fusion"
+        name = instruction.op_name.rpartition("/")[2] if is_fusion else instruction.opcode
+        return name if not instruction.cycles else ""
+
+    return _traffic(program, kind, _MOVES)
+
+
+def _traffic(
+    program: list[Instruction], kind_of: Callable[[Instruction], str], kinds: tuple[str, ...]
+) -> dict[str, Traffic]:
     counts, num_bytes = Counter(), Counter()
     for instruction in program:
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in _COLLECTIVES:
+        kind = kind_of(instruction)
+        if kind in kinds:
             counts[kind] += instruction.count
             num_bytes[kind] += instruction.count * instruction.num_bytes
-    return {kind: Collective(counts[kind], num_bytes[kind]) for kind in sorted(counts)}
+    return {kind: Traffic(counts[kind], num_bytes[kind]) for kind in sorted(counts)}
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:

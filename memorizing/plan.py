@@ -1,7 +1,8 @@
 """What a training step will need on TPUs: the real step, compiled by the real TPU compiler, on a machine without any (with libtpu, the extra `tpu`).
 
 Memory is the compiler's own account. Times are estimates: the cycles that the compiler expects of each instruction, counted as often as it runs (`compiled_cost`), over the clock of
-the chip. The compiler prices neither collectives nor the fused matrix product and partial top-k of the approximate search; the latter is added here at the chip's peak.
+the chip. The compiler prices neither collectives nor some gathers and sorts, which are counted but not timed here, nor the fused matrix product and partial top-k of the
+approximate search, which is added at the chip's peak.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from memorizing.accelerators import Accelerator, accelerator, training_flops
 from memorizing.array_typing import Tree
 from memorizing.attention.knn import KNNAttention, KNNState
 from memorizing.batch import Batch
-from memorizing.compiled_cost import Collective
+from memorizing.compiled_cost import Traffic
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
 from memorizing.program import Program
@@ -44,7 +45,7 @@ class Plan:
       hbm_total, hbm_limit: the compiler's account of all of it, and what a device has.
       model_flops, memory_flops: of a step, without what is recomputed; the second is what the external memory adds.
       seconds, memory_seconds: estimates for the step, and for what the external memory takes of it.
-      collectives: by kind, for one device and step.
+      collectives, moves: by kind, for one device and step; neither is in `seconds`. Moves are gathers, scatters and sorts.
       advice: what to change where the step does not fit.
     """
 
@@ -62,7 +63,8 @@ class Plan:
     memory_flops: float
     seconds: float
     memory_seconds: float
-    collectives: dict[str, Collective]
+    collectives: dict[str, Traffic]
+    moves: dict[str, Traffic]
     advice: list[str]
 
     @property
@@ -131,6 +133,7 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
         seconds=seconds,
         memory_seconds=memory_seconds,
         collectives=compiled_cost.collectives(instructions),
+        moves=compiled_cost.moves(instructions),
         advice=_advice(experiment, hbm, chip.hbm_bytes) if total > chip.hbm_bytes else [],
     )
 

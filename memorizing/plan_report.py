@@ -37,15 +37,15 @@ def as_text(plan: Plan) -> str:
         ("  FLOPs of the memory a step", with_unit(plan.memory_flops)),
         ("  MFU, the memory's FLOPs apart", f"{plan.mfu:.1%}"),
     ]
-    collectives = [
-        (f"  {kind}", f"{collective.count}", f"{collective.num_bytes / _GIB:.3f} GiB")
-        for kind, collective in plan.collectives.items()
-    ] or [("  none", "", "")]
+    not_priced = [
+        (f"  {kind}", f"{traffic.count}", f"{traffic.num_bytes / _GIB:.3f} GiB")
+        for kind, traffic in (plan.collectives | plan.moves).items()
+    ] or [("  nothing", "", "")]
     parts = [
         header,
         "memory of a device:\n" + align(memory),
-        "time, ESTIMATED from the compiler's cycles (collectives not included), never measured:\n" + align(times),
-        "collectives of a device and step, with the bytes of their results:\n" + align(collectives),
+        "time, ESTIMATED from the compiler's cycles, never measured:\n" + align(times),
+        "not in this time, since the compiler has no price for it, for a device and step, with the bytes of the results:\n" + align(not_priced),
     ]
     if plan.advice:
         parts.append("it does not fit; what would help, the largest gain first:\n  " + "\n  ".join(plan.advice))

@@ -59,7 +59,19 @@ def test_loops_count_as_often_as_they_run():
     program = compiled_cost.instructions(PROGRAM)
     assert compiled_cost.cycles(program) == 7 + 3 * 5 * 10
     assert compiled_cost.cycles(program, "/search/") == 3 * 5 * 10
-    assert compiled_cost.collectives(program) == {"all-reduce": compiled_cost.Collective(3, 3 * (4 * 8 * 2 + 2 * 4))}
+    assert compiled_cost.collectives(program) == {"all-reduce": compiled_cost.Traffic(3, 3 * (4 * 8 * 2 + 2 * 4))}
+
+
+def test_what_has_no_price_is_counted():
+    gather = '  %gather_fusion = bf16[16,8]{1,0} fusion(%p), kind=kCustom, calls=%fused, metadata={op_name="jit(step)/while/body/gather"}\n'
+    sort = '  %sorted = (f32[4,8]{1,0}, s32[4,8]{1,0}) sort(%p), dimensions={1}, metadata={op_name="jit(step)/approx_top_k"}\n'
+    priced = gather.replace("%gather_fusion", "%priced") + ', backend_config={"estimated_cycles":"9"}'
+    in_a_loop = PROGRAM.replace("  %fusion.1", gather + sort + priced.replace("\n", "") + "\n  %fusion.1")
+    assert compiled_cost.moves(compiled_cost.instructions(in_a_loop)) == {
+        "gather": compiled_cost.Traffic(15, 15 * 16 * 8 * 2),
+        "sort": compiled_cost.Traffic(15, 15 * 4 * 8 * 8),
+    }
+    assert compiled_cost.moves(compiled_cost.instructions(PROGRAM)) == {}
 
 
 def test_a_loop_whose_bound_is_unclear_is_not_guessed():
