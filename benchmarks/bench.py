@@ -16,6 +16,8 @@ BENCHMARKS = {
     "search": ("memorizing.benchmarks.search", "retrieval alone, beside faiss and PyTorch"),
     "step": ("memorizing.benchmarks.step", "the training step with and without external memories"),
     "tpu": ("memorizing.benchmarks.tpu", "the same on slices of TPUs, as the TPU compiler estimates it"),
+    "stream": ("memorizing.benchmarks.stream", "a stream of a million tokens: memory, and time per segment"),
+    "data": ("memorizing.benchmarks.data", "tokens a second that a host's stream hands out"),
 }
 
 

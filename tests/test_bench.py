@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
 
 from memorizing import main
-from memorizing.benchmarks import measure, search, step
+from memorizing.benchmarks import data, measure, search, step, stream
 from memorizing.gin_registry import load_experiment
 
 
@@ -51,6 +53,32 @@ def test_a_benchmark_prints_a_table_and_writes_a_record(tmp_path: pathlib.Path, 
     assert {"date", "processor", "cores", "packages"} <= record.keys()
 
 
+def test_a_stream_is_timed_in_blocks_that_begin_side_by_side():
+    """What happens between blocks is in no block's time, and a block that is cut short is not counted."""
+
+    class Slow:
+        def evaluation_batches(self, num_rows: int, segment_length: int) -> Iterator[int]:
+            for i in range(2 * stream.BLOCK + 5):
+                time.sleep(1e-3)
+                yield i
+
+    waits = []
+    blocks = stream.InBlocks(Slow(), lambda: waits.append(time.sleep(0.2)))
+    assert list(blocks.evaluation_batches(1, 32)) == list(range(2 * stream.BLOCK + 5))
+    assert len(waits) == 3 and len(blocks.seconds) == 2
+    assert all(1e-3 <= seconds < 0.1 for seconds in blocks.seconds)
+
+
+def test_tokens_of_a_cache_are_counted(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture):
+    data.write_cache(tmp_path / "cache", np.full(300, 2_000))
+    output = tmp_path / "data.json"
+    assert main._run(["bench", "data", f"--cache={tmp_path / 'cache'}", "--seconds=0.05", f"--output={output}"]) == 0
+    rows = json.loads(output.read_text())["results"]["rows"]
+    assert [row["read_ahead"] for row in rows] == [False, True]
+    assert all(row["longest_document"] == 2_000 and row["tokens_per_second"] > 0 for row in rows)
+    assert "cache" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -59,6 +87,9 @@ def test_a_benchmark_prints_a_table_and_writes_a_record(tmp_path: pathlib.Path, 
         (["search", "--gin.A.b=1"], "--gin.A.b=1"),
         (["step", "--output=/nowhere/x.json"], "/nowhere"),
         (["step", "--gin_file=smoke", "--memory_sizes=0,65"], "65"),
+        (["stream", "--tokens=4096"], "--tokens=4096"),
+        (["data", "--gin.A.b=1"], "--gin.A.b=1"),
+        (["data", "--cache=/nowhere"], "/nowhere"),
     ],
 )
 def test_a_wrong_flag_is_named(arguments: list[str], told: str, capsys: pytest.CaptureFixture):

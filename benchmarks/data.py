@@ -1,7 +1,5 @@
 """How many tokens a second a host's stream hands out, and the memory it takes, against what the model of 200M parameters needs.
 
-python benchmarks/data_rate.py [--cache=FOLDER] [--seconds=5] [--output=FILE.json]
-
 The runs of the paper's size take 2^17 tokens a step in segments of 512, so 256 rows; a pod of 32 cores of TPU v3 has four hosts, of 64 rows each, and takes about a quarter of
 a second for a step. Without --cache token caches of made-up documents are written: books, web pages, repositories of which some have millions of tokens; and an index of ten
 million documents is streamed without files. Every stream also goes through the thread that reads ahead, as in training.
@@ -10,24 +8,24 @@ million documents is streamed without files. Every stream also goes through the 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import pathlib
-import platform
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
+from memorizing import tables
 from memorizing.data import cache_writer, staging, token_cache
 from memorizing.data.cache_writer import TokenisedDocument
 from memorizing.data.order import Line
 from memorizing.data.read_ahead import ReadAhead
 from memorizing.data.streams import Documents, DocumentStream
 from memorizing.data.vocabulary import ByteVocabulary
+from memorizing.errors import UserError
 
 TOKENS_PER_STEP, SECONDS_PER_STEP, NUM_HOSTS, LENGTH = 1 << 17, 0.25, 4, 512
 NEEDED = TOKENS_PER_STEP / NUM_HOSTS / SECONDS_PER_STEP
@@ -108,49 +106,55 @@ def measure(open_documents: Callable[[], Documents], seconds: float, ahead: bool
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", help="a token cache to read instead of made-up ones")
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--output")
-    options = parser.parse_args()
-    print(f"needed by a host: {NEEDED:,.0f} tokens a second\n")
-    print(
-        f"{'':<16}{'read ahead':>11}{'tokens/s':>14}{'x needed':>10}{'per CPU second':>16}{'slowest':>10}{'memory':>9}{'longest document':>18}"
-    )
-    results = []
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the benchmark's flags."""
+    parser.add_argument("--cache", metavar="FOLDER", help="a token cache to read instead of made-up ones")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="for each row (default: %(default)s)")
+
+
+def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
+    """Measures, prints a table, and returns the figures."""
+    if bindings:
+        raise UserError(f"bench data takes no bindings, but was given --gin.{bindings[0]}")
     with tempfile.TemporaryDirectory() as folder:
-        sources: dict[str, Callable[[], Documents]] = {}
-        if options.cache:
-            sources[pathlib.Path(options.cache).name] = lambda: token_cache.open_cache(options.cache).split("train")
-        else:
-            for name, (count, median, sigma) in CORPORA.items():
-                path = pathlib.Path(folder) / name
-                lengths = np.random.default_rng(1).lognormal(np.log(median), sigma, count).astype(np.int64) + 1
-                write_cache(path, lengths)
-                sources[name] = lambda path=path: token_cache.open_cache(str(path)).split("train")
-            sources["10M documents"] = Made
-        for name, open_documents in sources.items():
-            for ahead in (False, True):
-                found = measure(open_documents, options.seconds, ahead)
-                results.append({"documents": name, "read_ahead": ahead, **found})
-                print(
-                    f"{name:<16}{'yes' if ahead else 'no':>11}{found['tokens_per_second']:>14,.0f}{found['times_needed']:>10,.0f}{found['tokens_per_processor_second']:>16,.0f}"
-                    f"{found['slowest_ms']:>7,.0f} ms{found['mebibytes']:>5,.0f} MiB{found['longest_document']:>14,} tokens"
-                )
+        sources = {pathlib.Path(options.cache).name: _opener(options.cache)} if options.cache else made_up(folder)
+        results = [
+            {"documents": name, "read_ahead": ahead} | measure(open_documents, options.seconds, ahead)
+            for name, open_documents in sources.items()
+            for ahead in (False, True)
+        ]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"\npeak memory of the process: {peak:,.0f} MiB; {os.cpu_count()} cores, {platform.processor() or platform.machine()}"
-    )
-    if options.output:
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "needed": NEEDED,
-            "peak_mebibytes": peak,
-            "results": results,
-        }
-        pathlib.Path(options.output).write_text(json.dumps(record, indent=2) + "\n")
+    print(f"needed by a host: {NEEDED:,.0f} tokens a second\n\n{_table(results)}\n\npeak memory of the process: {peak:,.0f} MiB")
+    return {"needed": NEEDED, "peak_mebibytes": peak, "rows": results}
 
 
-if __name__ == "__main__":
-    main()
+def made_up(folder: str) -> dict[str, Callable[[], Documents]]:
+    """Token caches of made-up documents, and ten million documents without any."""
+    sources: dict[str, Callable[[], Documents]] = {}
+    for name, (count, median, sigma) in CORPORA.items():
+        path = pathlib.Path(folder) / name
+        write_cache(path, np.random.default_rng(1).lognormal(np.log(median), sigma, count).astype(np.int64) + 1)
+        sources[name] = _opener(str(path))
+    return sources | {"10M documents": Made}
+
+
+def _opener(path: str) -> Callable[[], Documents]:
+    return lambda: token_cache.open_cache(path).split("train")
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    rows = [["", "read ahead", "tokens/s", "x needed", "per CPU second", "slowest", "memory", "longest document"]]
+    for row in results:
+        rows.append(
+            [
+                row["documents"],
+                "yes" if row["read_ahead"] else "no",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['times_needed']:,.0f}",
+                f"{row['tokens_per_processor_second']:,.0f}",
+                f"{row['slowest_ms']:,.0f} ms",
+                f"{row['mebibytes']:,.0f} MiB",
+                f"{row['longest_document']:,} tokens",
+            ]
+        )
+    return tables.align(rows)
