@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 import jax
@@ -20,7 +19,7 @@ from memorizing.experiment import Experiment
 from memorizing.gin_registry import load_experiment
 from memorizing.train_state import init_params
 from memorizing.transfer import fit
-from memorizing.workdir import CONFIG, VOCABULARY, resolve
+from memorizing.workdir import CONFIG, VOCABULARY, read_record, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ class FinishedRun:
         vocabulary = text.vocabulary
         record = self.workdir / VOCABULARY
         if record.exists():
-            trained = json.loads(record.read_text())
+            trained = read_record(record, "name", "digest")
             if trained["digest"] != vocabulary.digest:
                 raise UserError(
                     f"--workdir={self.workdir} was trained with the vocabulary {trained['name']} ({trained['digest'][:12]}), but its data now has "

@@ -107,7 +107,7 @@ def load_experiment(gin_files: Sequence[str], bindings: Sequence[str], base: str
     # gin logs an error for every place where it looked for a file before it found it.
     logging.disable(logging.ERROR)
     try:
-        gin.parse_config(base)
+        _parse_base(base)
         gin.parse_config_files_and_bindings([str(file) for file in files], [], finalize_config=False)
         for binding in quoted:
             _parse_binding(binding)
@@ -154,6 +154,13 @@ def _quote_bare_word(binding: str) -> str:
     except (ValueError, SyntaxError):
         return f"{name} = {value!r}"
     return binding
+
+
+def _parse_base(base: str) -> None:
+    try:
+        gin.parse_config(base)
+    except Exception as error:
+        raise UserError(f"the run's own config.gin cannot be read: {_explain(error)}") from error
 
 
 def _parse_binding(binding: str) -> None:

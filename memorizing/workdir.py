@@ -34,7 +34,7 @@ def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.P
         workdir.mkdir(parents=True, exist_ok=True)
         # Without a checkpoint there is nothing yet that could be mixed up.
         if record.exists() and any(child.name.isdigit() for child in (workdir / FOLDER).glob("*")):
-            _check_same(json.loads(record.read_text()), identity, path)
+            _check_same(read_record(record), identity, path)
         (workdir / CONFIG).write_text(config_text)
         replace_text(record, json.dumps(identity, indent=2) + "\n")
         if text := text_of(experiment.data):
@@ -43,6 +43,25 @@ def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.P
     except OSError as error:
         raise UserError(f"--workdir={path}: cannot be written ({error.strerror or error})") from error
     return workdir
+
+
+def read_record(path: epath.Path, *names: str) -> dict[str, Any]:
+    """A record that a run has left in its folder.
+
+    Args:
+      path: of a JSON file.
+      *names: what it has to hold.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not record.keys() >= {*names}:
+        raise UserError(f"{path} is damaged: restore it, or delete it to go on without the check that it is for")
+    return record
 
 
 def resolve(path: str) -> epath.Path:

@@ -147,6 +147,26 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_can_be_used(
     expect_error(capsys, [f"--workdir={run}", "--step=1"], r"checkpoints/1 cannot be read")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "pattern"),
+    [
+        ("vocabulary.json", '{"name": "by', r"vocabulary.json is damaged.*delete it"),
+        ("vocabulary.json", "{}", r"vocabulary.json is damaged"),
+        ("vocabulary.json", "\x00" * 80, r"vocabulary.json is damaged"),
+        ("config.gin", "LMConfig.embed_dim = ", r"own config.gin cannot be read.*line 1"),
+    ],
+    ids=["cut short", "empty object", "zeros", "configuration"],
+)
+def test_a_damaged_record_is_told(workdir: str, capsys: pytest.CaptureFixture, name: str, content: str, pattern: str):
+    record = pathlib.Path(workdir) / name
+    whole = record.read_bytes()
+    record.write_text(content)
+    try:
+        expect_error(capsys, [f"--workdir={workdir}"], pattern)
+    finally:
+        record.write_bytes(whole)
+
+
 def test_intervals_cover_what_they_should():
     """The share of 95% intervals, of 200 made-up corpora of 40 documents of very different length, that hold the true loss."""
     rng = np.random.default_rng(0)

@@ -267,6 +267,10 @@ def test_a_workdir_of_another_experiment_is_left_alone(mistake, tmp_path: pathli
     error = mistake("--gin.LMConfig.embed_dim=32", workdir=tmp_path / "run")
     assert "LMConfig.embed_dim" in error and "64" in error and "32" in error
     assert (tmp_path / "run" / "config.gin").read_text() == text, "the other run's configuration was overwritten"
+    # A record that was cut short may be of any experiment.
+    (tmp_path / "run" / "experiment.json").write_text('{"data": {"name"')
+    assert "experiment.json is damaged" in mistake(workdir=tmp_path / "run")
+    assert (tmp_path / "run" / "config.gin").read_text() == text
 
 
 def test_mistakes_after_the_first_checkpoint_folder_leave_no_traceback_either(tmp_path: pathlib.Path):
