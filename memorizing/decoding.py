@@ -21,7 +21,7 @@ from memorizing.context import Context, Slice
 from memorizing.errors import UserError
 from memorizing.losses import next_token_nats
 from memorizing.model import LanguageModel, LMConfig
-from memorizing.sampling import Sampling, SamplingArrays, draw
+from memorizing.sampling import Sampler, Sampling, draw
 
 # What the layers have kept of an open segment: by layer group, `Report.kept`.
 Kept = dict[str, Any]
@@ -36,8 +36,8 @@ class Decoder:
       read: `(params, inputs [B, T], targets [B, T], context) -> (nats [B, T], context)`, a whole segment; the context is donated.
       begin: `(context) -> context` as the next segment reads it; donated.
       open: `(params, inputs, targets, context) -> (nats, kept)`, the first positions of a segment, padded to T; the context as `begin` gives it, as from here on.
-      write: `(params, inputs [B], index, kept, context, allowed, seed, position, sampling) -> (Drawn, kept)`, the input at `index` of the segment, and a draw from what it
-        predicts; what was kept is donated.
+      write: `(params, inputs [B], index, kept, context, position, sampler) -> (Drawn, kept)`, the input at `index` of the segment, and a draw from what it predicts, the token at
+        `position` of the document; what was kept is donated.
     """
 
     def __init__(self, config: LMConfig, segment_length: int) -> None:
@@ -158,7 +158,7 @@ class Reader:
         Yields:
           The next token of every row, on the device: the caller may ask for the next before it looks at one.
         """
-        arrays = sampling.arrays()
+        sampler = sampling.sampler(allowed, seed)
         for _ in range(num_tokens):
             kept, index = self._next_place()
             self._inputs.append(self._pending)
@@ -168,10 +168,8 @@ class Reader:
                 np.int32(index),
                 kept,
                 self._context,
-                allowed,
-                np.uint32(seed),
                 np.int32(self.num_tokens),
-                arrays,
+                sampler,
             )
             self._pending = drawn.tokens
             self.num_tokens += 1
@@ -251,18 +249,11 @@ def _write(
     index: Int[Array, ""],
     kept: Kept,
     context: Context,
-    allowed: Bool[Array, "V"],
-    seed: Int[Array, ""],
     position: Int[Array, ""],
-    sampling: SamplingArrays,
+    sampler: Sampler,
 ) -> tuple[Drawn, Kept]:
     recurrent = model.config.recurrent_tokens
     this = Slice(index + (recurrent.layout(segment_length).num_read if recurrent else 0), kept)
     output = model.apply({"params": params}, inputs[:, None], *_flags(len(inputs), segment_length), context, this)
     logits = output.logits[:, 0]
-
-    def key(row: Int[Array, ""]) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
-
-    keys = jax.vmap(key)(jnp.arange(len(inputs)))
-    return Drawn(draw(logits, allowed, keys, sampling), logits), output.report.kept
+    return Drawn(draw(logits, position, sampler), logits), output.report.kept

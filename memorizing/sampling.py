@@ -36,43 +36,50 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: above 0 and at most 1")
 
-    def arrays(self) -> SamplingArrays:
-        """The settings as a compiled program takes them, which is the same one for all settings."""
+    def sampler(self, allowed: Bool[np.ndarray, "V"], seed: int) -> Sampler:
+        """The settings as a compiled program takes them, which is the same one for all settings.
+
+        Args:
+          allowed: which tokens may be drawn at all, at least one.
+          seed: of the random numbers.
+        """
         is_greedy = self.temperature == 0
         limit = 1 if is_greedy else self.top_k or np.iinfo(np.int32).max
-        return SamplingArrays(
-            np.float32(1.0 if is_greedy else self.temperature), np.int32(limit), np.float32(self.top_p)
-        )
+        temperature = np.float32(1.0 if is_greedy else self.temperature)
+        return Sampler(temperature, np.int32(limit), np.float32(self.top_p), allowed, np.uint32(seed))
 
 
-class SamplingArrays(NamedTuple):
-    """`Sampling` as scalars: temperature above 0, and how many tokens may be drawn at most."""
+class Sampler(NamedTuple):
+    """`Sampling` as arrays: temperature above 0, and how many tokens may be drawn at most; with the tokens that may be drawn at all, and the seed."""
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
+    allowed: Bool[Array, "V"]
+    seed: Int[Array, ""]
 
 
-def draw(
-    logits: Float[Array, "B V"], allowed: Bool[Array, "V"], keys: Array, sampling: SamplingArrays
-) -> Int[Array, "B"]:
-    """Draws a token for every row, by the row's own random key.
+def draw(logits: Float[Array, "B V"], position: Int[Array, ""], sampler: Sampler) -> Int[Array, "B"]:
+    """Draws a token for every row. What is drawn depends on its logits, the seed, the row and the position.
 
     Args:
       logits: float32.
-      allowed: which tokens may be drawn at all, at least one.
-      keys: random keys [B].
-      sampling: the settings.
+      position: of the token in its document.
+      sampler: how it is drawn.
     """
-    logits = jnp.where(allowed[None], logits, -jnp.inf)
+    logits = jnp.where(sampler.allowed[None], logits, -jnp.inf)
     # By rank, so that of equal logits the lower token comes first and exactly k are left.
     tokens = jnp.argsort(-logits, axis=-1, stable=True)
-    scaled = jnp.take_along_axis(logits, tokens, axis=-1) / sampling.temperature
+    scaled = jnp.take_along_axis(logits, tokens, axis=-1) / sampler.temperature
     rank = jnp.arange(logits.shape[-1])[None]
-    scaled = jnp.where(rank < sampling.top_k, scaled, -jnp.inf)
+    scaled = jnp.where(rank < sampler.top_k, scaled, -jnp.inf)
     probabilities = jax.nn.softmax(scaled, axis=-1)
     # The probability of all tokens before a token: what has reached top_p needs no more.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    scaled = jnp.where((before < sampling.top_p) | (rank == 0), scaled, -jnp.inf)
-    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+    scaled = jnp.where((before < sampler.top_p) | (rank == 0), scaled, -jnp.inf)
+
+    def key(row: Int[Array, ""]) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(sampler.seed), row), position)
+
+    drawn = jax.vmap(jax.random.categorical)(jax.vmap(key)(jnp.arange(len(logits))), scaled)
     return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -179,8 +179,8 @@ def test_what_is_kept_has_one_shape_and_dtype_while_a_segment_is_open(case: Case
     decoder, tokens = Decoder(config, LENGTH), np.zeros((1, LENGTH), np.int32)
     context = jax.eval_shape(lambda: config.init_context(1, LENGTH))
     _, opened = jax.eval_shape(decoder.open, case.params, tokens, tokens, context)
-    place, sampling = (np.int32(0),), Sampling().arrays()
-    arguments = (case.params, tokens[:, 0], *place, opened, context, ANYTHING, np.uint32(0), *place, sampling)
+    place, sampler = np.int32(0), Sampling().sampler(ANYTHING, 0)
+    arguments = (case.params, tokens[:, 0], place, opened, context, place, sampler)
     _, kept = jax.eval_shape(decoder.write, *arguments)
     assert opened == kept and all(leaf.dtype == "bfloat16" for leaf in jax.tree.leaves(kept))
 
