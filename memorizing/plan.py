@@ -28,8 +28,10 @@ from memorizing.errors import UserError
 from memorizing.experiment import Experiment
 from memorizing.program import Program
 
-# Where the parts of the external memory's cost stand in the scopes of a program.
-_SEARCH, _MEMORY = "external_memory/.*search", "external_memory"
+# The scope of the external memory in a program.
+_MEMORY = "external_memory"
+# JAX cannot print programs in which a SparseCore (v5p, v6e) gathers: here the TensorCore does.
+_COMPILER_OPTIONS = {"xla_tpu_offload_gather_to_sparsecore": "False"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,7 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
         program = Program(experiment, mesh)
         abstract_batch = _abstract_batch(program, (batch.num_rows, segments, batch.segment_length))
         start = time.perf_counter()
-        compiled = program.step.lower(program.abstract_state, abstract_batch).compile()
+        compiled = program.step.lower(program.abstract_state, abstract_batch).compile(_COMPILER_OPTIONS)
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     instructions = compiled_cost.instructions(compiled.as_text())

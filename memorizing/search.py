@@ -36,7 +36,7 @@ class ExactSearch:
     """Finds exactly the k best slots (recall 1.0). Of equal scores the lower slot wins, as in `lax.top_k`.
 
     Each of the k best scores lies in one of the k groups with the greatest maxima: blocks of slots are scored one after the other with a running choice of k groups, and only the
-    slots of the last choice are sorted.
+    slots of the last choice are sorted. The defaults were the fastest of several on CPUs, for 256 and 1024 queries and 2048 to 65536 slots.
 
     Attributes:
       block_size: slots scored at a time, at most; bounds the memory of the scores to T * block_size floats a head.
@@ -45,8 +45,8 @@ class ExactSearch:
 
     is_exact: ClassVar[bool] = True
 
-    block_size: int = 8192
-    group_size: int = 32
+    block_size: int = 2048
+    group_size: int = 16
 
     def top_k(
         self, queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], k: int
