@@ -9,7 +9,12 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "memorizing" / "__init__.py").read_text()).group(1)
 
 # Everything installs under `memorizing`, so that no generic `data`, `launch`, `gin` or `benchmarks` lands in anyone's site-packages.
-FOLDERS = {"memorizing": "memorizing", "memorizing.data": "data", "memorizing.launch": "launch", "memorizing.benchmarks": "benchmarks"}
+FOLDERS = {
+    "memorizing": "memorizing",
+    "memorizing.data": "data",
+    "memorizing.launch": "launch",
+    "memorizing.benchmarks": "benchmarks",
+}
 GIN_FILES = [str(path.relative_to(ROOT / "gin")) for path in (ROOT / "gin").rglob("*.gin")]
 
 setup(

@@ -124,7 +124,9 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
             for ahead in (False, True)
         ]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"needed by a host: {NEEDED:,.0f} tokens a second\n\n{_table(results)}\n\npeak memory of the process: {peak:,.0f} MiB")
+    print(
+        f"needed by a host: {NEEDED:,.0f} tokens a second\n\n{_table(results)}\n\npeak memory of the process: {peak:,.0f} MiB"
+    )
     return {"needed": NEEDED, "peak_mebibytes": peak, "rows": results}
 
 

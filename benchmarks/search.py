@@ -70,7 +70,9 @@ def vectors(num_slots: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     head = np.arange(HEADS)[:, None]
     centres = rng.normal(size=(HEADS, 64, width))
-    keys = _unit(centres[head, rng.integers(0, 64, (HEADS, num_slots))] + 0.5 * rng.normal(size=(HEADS, num_slots, width)))
+    keys = _unit(
+        centres[head, rng.integers(0, 64, (HEADS, num_slots))] + 0.5 * rng.normal(size=(HEADS, num_slots, width))
+    )
     noise = rng.normal(size=(HEADS, QUERIES, width)) / np.sqrt(width)
     return _unit(keys[head, rng.integers(0, num_slots, (HEADS, QUERIES))] + 0.5 * noise), keys
 
@@ -162,5 +164,14 @@ def _table(result: dict[str, dict[str, Any]]) -> str:
     for name, row in result.items():
         first, third = row["quartiles"]
         quartiles = f"{first:,.0f}-{third:,.0f}"
-        rows.append([name, f"{row['milliseconds']:,.0f} ms", quartiles, f"{row['ratio']:.2f}", f"{row['recall']:.3f}", row["note"]])
+        rows.append(
+            [
+                name,
+                f"{row['milliseconds']:,.0f} ms",
+                quartiles,
+                f"{row['ratio']:.2f}",
+                f"{row['recall']:.3f}",
+                row["note"],
+            ]
+        )
     return tables.align(rows)

@@ -42,7 +42,9 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Measures, prints a table, and returns the figures."""
     experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings, base="CACHE = None")
     experiment_flags.use_devices(experiment.batch.num_rows)
-    steps = {size: step_of(with_memory(experiment, size)) for size in measure.sizes("--memory_sizes", options.memory_sizes)}
+    steps = {
+        size: step_of(with_memory(experiment, size)) for size in measure.sizes("--memory_sizes", options.memory_sizes)
+    }
     seconds = measure.interleaved(steps, options.rounds)
     base = seconds[min(seconds)]
     tokens, devices = experiment.batch.tokens_at(1), jax.devices()

@@ -74,7 +74,9 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     length = experiment.batch.segment_length
     num_segments = options.tokens // length
     if num_segments < 10 * BLOCK:
-        raise UserError(f"--tokens={options.tokens}: at least {10 * BLOCK * length}, ten times {BLOCK} segments of {length}")
+        raise UserError(
+            f"--tokens={options.tokens}: at least {10 * BLOCK * length}, ten times {BLOCK} segments of {length}"
+        )
     evaluator, params = evaluator_of(experiment)
 
     def read(num_segments: int, between: Callable[[], None] = lambda: None) -> list[float]:
@@ -93,10 +95,14 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
             "fresh_milliseconds": 1e3 * statistics.median(short),
             "ratio": statistics.median(long / short),
         }
-        for long, short in zip(*(np.array_split(blocks, 10) for blocks in (seconds, fresh[: len(seconds)])), strict=True)
+        for long, short in zip(
+            *(np.array_split(blocks, 10) for blocks in (seconds, fresh[: len(seconds)])), strict=True
+        )
     ]
     print(f"{options.tokens:,} tokens in {num_segments:,} segments of {length}")
-    print(f"peak memory after 8 segments {after_8:.0f} MiB, at the end {at_the_end:.0f} MiB ({at_the_end / after_8 - 1:+.1%})")
+    print(
+        f"peak memory after 8 segments {after_8:.0f} MiB, at the end {at_the_end:.0f} MiB ({at_the_end / after_8 - 1:+.1%})"
+    )
     rows = [["tenth of the stream", *map(str, range(1, 11))]]
     for name, key, digits in (
         ("ms a segment", "milliseconds", 2),
@@ -105,7 +111,12 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     ):
         rows.append([name, *(f"{tenth[key]:.{digits}f}" for tenth in tenths)])
     print(tables.align(rows))
-    return {"segments": num_segments, "mebibytes_after_8": after_8, "mebibytes_at_the_end": at_the_end, "tenths": tenths}
+    return {
+        "segments": num_segments,
+        "mebibytes_after_8": after_8,
+        "mebibytes_at_the_end": at_the_end,
+        "tenths": tenths,
+    }
 
 
 def evaluator_of(experiment: Experiment) -> tuple[Evaluator, Tree]:

@@ -94,9 +94,7 @@ def positions_back(slots: Any, clock: Any, num_slots: int, segment_length: int) 
     return segments_back * segment_length - slots % segment_length
 
 
-def read(
-    queries: Queries, scale: HeadScale, memory: Memory, num_neighbors: int, search: Search
-) -> Reading:
+def read(queries: Queries, scale: HeadScale, memory: Memory, num_neighbors: int, search: Search) -> Reading:
     """Attends to the k nearest slots of each query: softmax over `scale * query . key` over the retrieved only.
 
     No gradient reaches the memory or the choice of the neighbours; queries and scale get theirs through the retrieved keys and values.

@@ -45,7 +45,8 @@ def as_text(plan: Plan) -> str:
         header,
         "memory of a device:\n" + align(memory),
         "time, ESTIMATED from the compiler's cycles, never measured:\n" + align(times),
-        "not in this time, since the compiler has no price for it, for a device and step, with the bytes of the results:\n" + align(not_priced),
+        "not in this time, since the compiler has no price for it, for a device and step, with the bytes of the results:\n"
+        + align(not_priced),
     ]
     if plan.advice:
         parts.append("it does not fit; what would help, the largest gain first:\n  " + "\n  ".join(plan.advice))

@@ -7,6 +7,7 @@ dtype of the keys.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -85,7 +86,7 @@ class ExactSearch:
 
 @dataclasses.dataclass(frozen=True)
 class ApproximateSearch:
-    """TPU's partial reduction (Chern et al. 2022) through `lax.approx_max_k`; exact on other hardware.
+    """TPU's partial reduction (Chern et al. 2022) through `lax.approx_max_k`; elsewhere, where that is an exact and slower search, the exact one.
 
     Attributes:
       recall_target: expected share of the true top-k that is found.
@@ -98,12 +99,17 @@ class ApproximateSearch:
     def top_k(
         self, queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], k: int
     ) -> tuple[Scores, Indices]:
+        of_tpu, elsewhere = functools.partial(self.partial_reduction, k=k), functools.partial(ExactSearch().top_k, k=k)
+        return jax.lax.platform_dependent(queries, keys, valid, tpu=of_tpu, default=elsewhere)
+
+    def partial_reduction(
+        self, queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], k: int
+    ) -> tuple[Scores, Indices]:
+        """What `top_k` is on TPUs."""
         # Queries beside each other, slots below: the TPU sorts what is left of them along this axis, and would else copy it into this order first.
         scores = jnp.einsum("SH,TH->ST", keys, queries, preferred_element_type=jnp.float32)
         scores = jnp.where(valid[:, None], scores, -jnp.inf)
-        found = jax.lax.approx_max_k(
-            scores, min(k, len(keys)), reduction_dimension=0, recall_target=self.recall_target
-        )
+        found = jax.lax.approx_max_k(scores, min(k, len(keys)), reduction_dimension=0, recall_target=self.recall_target)
         return _pad_neighbours(jax.tree.map(jnp.transpose, tuple(found)), k)
 
 

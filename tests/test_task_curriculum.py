@@ -12,8 +12,12 @@ from memorizing.batch import Batch
 from memorizing.errors import UserError
 from memorizing.synthetic import Curriculum, DictionaryLookup
 
-EASY = DictionaryLookup(num_segments=2, distances=(1, 1), key_length=1, value_length=1, eval_segments=3, eval_distance=1)
-HARD = DictionaryLookup(num_segments=3, distances=(1, 2), key_length=2, value_length=2, eval_segments=4, eval_distance=2)
+EASY = DictionaryLookup(
+    num_segments=2, distances=(1, 1), key_length=1, value_length=1, eval_segments=3, eval_distance=1
+)
+HARD = DictionaryLookup(
+    num_segments=3, distances=(1, 2), key_length=2, value_length=2, eval_segments=4, eval_distance=2
+)
 CURRICULUM = Curriculum(((0, EASY), (3, HARD), (8, EASY)))
 ROWS, LENGTH = 4, 32
 
