@@ -40,13 +40,13 @@ class ExactSearch:
     slots of the last choice are sorted. The defaults were the fastest of several on CPUs, for 256 and 1024 queries and 2048 to 65536 slots.
 
     Attributes:
-      block_size: slots scored at a time, at most; bounds the memory of the scores to T * block_size floats a head.
+      block_scores: scores computed at a time for a head, at most: queries times the slots of a block, as many as stay in a cache.
       group_size: slots of a group, at most.
     """
 
     is_exact: ClassVar[bool] = True
 
-    block_size: int = 2048
+    block_scores: int = 1 << 21
     group_size: int = 16
 
     def top_k(
@@ -57,7 +57,7 @@ class ExactSearch:
         num_groups = num_slots // group_size
         if num_groups <= k:
             return _pad_neighbours(jax.lax.top_k(_scores(queries, keys, valid), min(k, num_slots)), k)
-        block_groups = _largest_divisor(num_groups, max(1, self.block_size // group_size))
+        block_groups = _largest_divisor(num_groups, max(1, self.block_scores // (num_queries * group_size)))
         num_blocks = num_groups // block_groups
 
         def add_block(best: Groups, block: tuple) -> tuple[Groups, None]:

@@ -26,7 +26,7 @@ ROWS, LENGTH = 16, 8
 
 
 def experiment(memory_size: int = 64, remat: str = "none", num_segments: int = 1) -> Experiment:
-    attention = KNNAttention(memory_size=memory_size, num_neighbors=2, search=ExactSearch(block_size=256))
+    attention = KNNAttention(memory_size=memory_size, num_neighbors=2, search=ExactSearch(block_scores=256 * LENGTH))
     return Experiment(
         data=RepeatedPassages(vocab_size=32),
         model=LMConfig(32, 2, 16, 2, 8, 32, attention_at=((1, attention),), remat=remat),

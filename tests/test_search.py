@@ -33,9 +33,9 @@ class OnTPU(ApproximateSearch):
 
 SEARCHES = [
     ExactSearch(),
-    ExactSearch(block_size=64, group_size=8),
-    ExactSearch(block_size=100, group_size=7),
-    ExactSearch(block_size=M, group_size=1),
+    ExactSearch(block_scores=64 * T, group_size=8),
+    ExactSearch(block_scores=100 * T, group_size=7),
+    ExactSearch(block_scores=M * T, group_size=1),
     ApproximateSearch(),
     OnTPU(),
 ]
@@ -104,7 +104,7 @@ small_integers = hnp.arrays(np.float32, (96, 2), elements=st.integers(-2, 2).map
 
 @pytest.mark.parametrize(
     "search",
-    [ExactSearch(), ExactSearch(block_size=32, group_size=4), ExactSearch(block_size=20, group_size=3)],
+    [ExactSearch(), ExactSearch(block_scores=3 * 32, group_size=4), ExactSearch(block_scores=3 * 20, group_size=3)],
     ids=str,
 )
 @settings(max_examples=25)
