@@ -102,7 +102,7 @@ def ours(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]]:
         program = jax.jit(jax.shard_map(search_heads, mesh=mesh, in_specs=heads, out_specs=heads))
         return lambda: jax.block_until_ready(program(*on_devices))
 
-    return {"exact": (found(ExactSearch()), ""), "approximate": (found(ApproximateSearch()), "lax.approx_max_k")}
+    return {"exact": (found(ExactSearch()), ""), "approximate": (found(ApproximateSearch()), "off TPUs the exact one")}
 
 
 def theirs(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import signal
 import subprocess
 import time
 
@@ -54,6 +55,8 @@ def run(job: Job, zone: Zone, pace: Pace, keep: bool) -> int:
       keep: leave the machines when the job has ended, for whatever reason.
     """
     record = Record(job.name)
+    # `memorizing launch stop` asks by SIGTERM: what a script starts in the background ignores Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with record.held():
         record.save("tpu-vm", zone, job)
         supervisor = Supervisor(job, zone, pace, record)

@@ -73,20 +73,20 @@ def stop(name: str) -> int:
     if backend == "gke":
         return _show(gke.stop_command(job, Cluster(**place)))
     if backend == "local":
-        return _stop_here(record, signal.SIGTERM)
+        return _stop_here(record)
     # First the supervisor, which would start the program again.
-    _stop_here(record, signal.SIGINT)
+    _stop_here(record)
     zone = Zone(**place)
     _show_all([tpu_vm.on_hosts(node, zone, tpu_vm.stop_script(job)) for node in tpu_vm.nodes(job)])
     return _show(tpu_vm.delete_command(job, zone))
 
 
-def _stop_here(record: Record, number: int) -> int:
+def _stop_here(record: Record) -> int:
     holder = record.holder()
     if holder is None:
         print(f"{record.name}: nothing runs it here")
         return DONE
-    os.kill(holder, number)
+    os.kill(holder, signal.SIGTERM)
     while record.holder() == holder:
         time.sleep(_POLL_S)
     print(f"{record.name}: {_last(record)}")

@@ -306,7 +306,9 @@ def test_a_supervisor_can_go_and_come_back(google: Workplace):
 
 
 def test_stopping_a_job_lets_it_save_and_gives_the_machines_back(google: Workplace):
-    running = google.start(*FLAGS, "--slice=v4-16", *google.trainer(100_000))
+    # As a script starts it in the background: Ctrl-C is ignored.
+    background = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    running = google.start(*FLAGS, "--slice=v4-16", *google.trainer(100_000), **background)
     until(lambda: all((google.workdir / f"state-{process}.json").exists() for process in range(2)))
     status = google.launch("status", "first")
     assert "run by process" in status.stdout and "ACTIVE" in status.stdout
