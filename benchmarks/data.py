@@ -116,6 +116,8 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Measures, prints a table, and returns the figures."""
     if bindings:
         raise UserError(f"bench data takes no bindings, but was given --gin.{bindings[0]}")
+    if not options.seconds > 0:
+        raise UserError(f"--seconds={options.seconds}: more than 0")
     with tempfile.TemporaryDirectory() as folder:
         sources = {pathlib.Path(options.cache).name: _opener(options.cache)} if options.cache else made_up(folder)
         results = [

@@ -29,11 +29,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def sizes(flag: str, value: str) -> list[int]:
+def sizes(flag: str, value: str, least: int = 0) -> list[int]:
     """The whole numbers of a flag such as `--memory_sizes=0,8192`.
 
     Raises:
-      UserError: there is anything else.
+      UserError: there is anything else, or less than `least`.
     """
     try:
         found = [int(size) for size in value.split(",")]
@@ -41,7 +41,14 @@ def sizes(flag: str, value: str) -> list[int]:
         found = [-1]
     if min(found) < 0:
         raise UserError(f"{flag}={value}: expected whole numbers with commas between them, such as 8192,65536")
+    at_least(flag, min(found), least)
     return found
+
+
+def at_least(flag: str, value: float, least: float) -> None:
+    """Raises UserError if the value of a flag is less."""
+    if not value >= least:
+        raise UserError(f"{flag}={value}: at least {least}")
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -49,8 +56,12 @@ def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[
 
     Args:
       variants: functions that return when their work is done.
-      rounds: runs of each.
+      rounds: runs of each, at least 2: one has no quartiles.
+
+    Raises:
+      UserError: there are fewer.
     """
+    at_least("--rounds", rounds, 2)
     for run in variants.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}

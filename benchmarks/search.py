@@ -42,9 +42,10 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Measures, prints a table for each memory size, and returns the figures."""
     if bindings:
         raise UserError(f"bench search takes no bindings, but was given --gin.{bindings[0]}")
+    measure.at_least("--head_dim", options.head_dim, 1)
     experiment_flags.use_devices(HEADS)
     results = {}
-    for num_slots in measure.sizes("--slots", options.slots):
+    for num_slots in measure.sizes("--slots", options.slots, least=K):
         queries, keys = vectors(num_slots, options.head_dim)
         searches = ours(queries, keys) | theirs(queries, keys)
         seconds = measure.interleaved({name: search for name, (search, _) in searches.items()}, options.rounds)

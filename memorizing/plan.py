@@ -143,7 +143,7 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
 def _devices(topology: str, num_slices: int) -> list[Any]:
     """The devices of a slice that need not exist."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("--topology needs the TPU compiler: pip install 'memorizing[tpu]'")
+        raise UserError("a slice of TPUs needs the TPU compiler: pip install 'memorizing[tpu]'")
     # Otherwise the library asks the machine what TPU it is, and says at length that it is none.
     quiet = {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -164,10 +164,10 @@ def _devices(topology: str, num_slices: int) -> list[Any]:
     except Exception as error:  # What the compiler raises depends on what is wrong.
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--topology={topology}: {reason}; expected a generation and the shape of a slice, such as v3:4x4, v4:2x2x4, v5e:4x8, v5p:2x2x4 or v6e:4x8"
+            f"topology {topology!r}: {reason}; expected a generation and the shape of a slice, such as v3:4x4, v4:2x2x4, v5e:4x8, v5p:2x2x4 or v6e:4x8"
         ) from error
     if accelerator(devices[0].device_kind) is None or accelerator(devices[0].device_kind).clock is None:
-        raise UserError(f"--topology={topology}: clock and memory of {devices[0].device_kind} are not known here")
+        raise UserError(f"topology {topology!r}: clock and memory of {devices[0].device_kind} are not known here")
     return list(devices)
 
 

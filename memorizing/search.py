@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from memorizing.errors import UserError
+
 Scores = Float[Array, "T K"]
 Indices = Int[Array, "T K"]
 
@@ -48,6 +50,10 @@ class ExactSearch:
 
     block_scores: int = 1 << 21
     group_size: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.block_scores, self.group_size) < 1:
+            raise UserError(f"{self}: block_scores and group_size have to be at least 1")
 
     def top_k(
         self, queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], k: int
@@ -95,6 +101,12 @@ class ApproximateSearch:
     is_exact: ClassVar[bool] = False
 
     recall_target: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not 0 < self.recall_target <= 1:
+            raise UserError(
+                f"ApproximateSearch.recall_target = {self.recall_target}: a share, more than 0 and at most 1"
+            )
 
     def top_k(
         self, queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], k: int

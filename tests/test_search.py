@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec as P
 
 from memorizing.attention.base import normalize
+from memorizing.errors import UserError
 from memorizing.search import ApproximateSearch, ExactSearch, recall, winners
 from memorizing.sharding import MeshConfig
 
@@ -161,3 +162,17 @@ def test_shards_agree_on_the_top_k_of_the_whole_memory(sharded_winners: Callable
 def test_unsharded_neighbours_all_win():
     scores = jnp.array([[2.0, 1.0, -jnp.inf]])
     np.testing.assert_array_equal(winners(scores, 3, None), scores)
+
+
+@pytest.mark.parametrize(
+    ("search", "settings"),
+    [
+        (ExactSearch, {"block_scores": 0}),
+        (ExactSearch, {"group_size": 0}),
+        (ApproximateSearch, {"recall_target": 0.0}),
+        (ApproximateSearch, {"recall_target": 1.1}),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(search: type, settings: dict[str, float]):
+    with pytest.raises(UserError, match=next(iter(settings))):
+        search(**settings)
