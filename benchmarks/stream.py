@@ -71,6 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Measures, prints a table, and returns the figures."""
     experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings)
+    if not hasattr(experiment.data, "eval_segments"):
+        raise UserError(
+            f"bench stream needs data made of samples, such as that of {DEFAULT_RUN}; {type(experiment.data).__name__} is none"
+        )
     length = experiment.batch.segment_length
     num_segments = options.tokens // length
     if num_segments < 10 * BLOCK:

@@ -6,7 +6,6 @@ Slices have 32 TensorCores. The run is the paper's: 200M parameters, 2^17 tokens
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from memorizing.commands import experiment_flags
 from memorizing.commands.plan import DEFAULT_RUN
 from memorizing.gin_registry import load_experiment
 from memorizing.plan import plan
+from memorizing.plan_report import as_json
 
 SLICES = "v3:4x4,v4:2x2x4,v5e:4x8,v5p:2x2x4,v6e:4x8"
 
@@ -35,7 +35,8 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Compiles, prints a line for each program as it comes, and returns the figures."""
     experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings, base="CACHE = None")
     jax.config.update("jax_platforms", "cpu")
-    sizes = measure.sizes("--memory_sizes", options.memory_sizes)
+    # Ratios are to the smallest.
+    sizes = sorted(measure.sizes("--memory_sizes", options.memory_sizes))
     heading = ["slice", "memory", "step, estimated", "ratio", "HBM a device", "MFU", "compiled in"]
     widths, rows, results = [len(name) for name in heading], [heading], {}
     print("  ".join(heading))
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
         for size in sizes:
             planned = plan(with_memory(experiment, size), topology)
             base = base or planned.seconds
-            results.setdefault(topology, {})[size] = dataclasses.asdict(planned) | {"ratio": planned.seconds / base}
+            results.setdefault(topology, {})[size] = as_json(planned) | {"ratio": planned.seconds / base}
             rows.append(
                 [
                     topology,

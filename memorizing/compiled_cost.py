@@ -20,7 +20,6 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _MOVES = ("gather", "scatter", "scatter-add", "sort")
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Traffic:
 
 
 def instructions(text: str) -> list[Instruction]:
-    """All instructions that the entry computation runs, those in loops with the number of their runs.
+    """All instructions that the entry computation runs, those in loops with the number of their runs, and those of every branch.
 
     Args:
       text: `as_text()` of a compiled program.
@@ -136,7 +135,7 @@ def _run(name: str, count: int, computations: dict[str, list[str]]) -> Iterator[
             opcode=opcode,
             op_name=scope[1] if scope else "",
             cycles=int(cost[1]) if cost else 0,
-            num_bytes=_num_bytes(found["type"]),
+            num_bytes=_num_bytes(found["type"], opcode),
             count=count,
         )
 
@@ -153,10 +152,14 @@ def _trip_count(condition: str, computations: dict[str, list[str]]) -> int:
     return bounds.pop()
 
 
-def _num_bytes(result: str) -> int:
+def _num_bytes(result: str, opcode: str) -> int:
+    arrays = _ARRAY.findall(result)
+    if opcode in ("all-gather-start", "collective-permute-start"):
+        # What is sent, what arrives, and for some of them counters.
+        arrays = arrays[1:2]
     total = 0.0
-    for dtype, shape in _ARRAY.findall(result):
-        size = _BYTES.get(dtype) or int(re.search(r"\d+", dtype)[0]) / 8
+    for dtype, shape in arrays:
+        size = 1 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) / 8
         for length in filter(None, shape.split(",")):
             size *= int(length)
         total += size

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from memorizing import compiled_cost
 from memorizing.accelerators import Accelerator, accelerator, training_flops
 from memorizing.array_typing import Tree
-from memorizing.attention.knn import KNNAttention, KNNState
+from memorizing.attention.knn import KNNState
 from memorizing.batch import Batch
 from memorizing.compiled_cost import Traffic
 from memorizing.errors import UserError
@@ -42,6 +43,7 @@ class Plan:
       topology, num_slices: as given.
       device_kind, num_devices: what JAX sees; on v3 a device is a core.
       num_rows, tokens_per_step: of the whole step.
+      rows_per_device: which devices that share a layer or a memory have in common.
       compile_seconds: on this machine.
       hbm: bytes on one device by kind.
       hbm_total, hbm_limit: the compiler's account of all of it, and what a device has.
@@ -57,6 +59,7 @@ class Plan:
     num_devices: int
     num_rows: int
     tokens_per_step: int
+    rows_per_device: int
     compile_seconds: float
     hbm: dict[str, int]
     hbm_total: int
@@ -75,7 +78,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Share of the peak that the model without its memory would reach, an estimate."""
+        """The FLOPs of the model without its memory, as a share of what the devices could do in the time of the whole step; an estimate."""
         chip = accelerator(self.device_kind)
         peak = chip.peak_flops / chip.devices_per_chip * self.num_devices
         return self.model_flops / (self.seconds * peak)
@@ -126,6 +129,7 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
         num_devices=len(devices),
         num_rows=batch.num_rows,
         tokens_per_step=batch.tokens_at(1),
+        rows_per_device=batch.num_rows // mesh.shape["data"],
         compile_seconds=compile_seconds,
         hbm=hbm,
         hbm_total=total,
@@ -136,7 +140,7 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
         memory_seconds=memory_seconds,
         collectives=compiled_cost.collectives(instructions),
         moves=compiled_cost.moves(instructions),
-        advice=_advice(experiment, hbm, chip.hbm_bytes) if total > chip.hbm_bytes else [],
+        advice=_advice(experiment, devices, hbm) if total > chip.hbm_bytes else [],
     )
 
 
@@ -226,32 +230,77 @@ def _hbm(state: Any, batch: Batch, memory: Any) -> dict[str, int]:
 
 
 def _device_bytes(tree: Tree) -> int:
-    return sum(
-        leaf.dtype.itemsize * int(jnp.prod(jnp.array(leaf.sharding.shard_shape(leaf.shape), int)))
-        for leaf in jax.tree.leaves(tree)
-    )
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def _advice(experiment: Experiment, hbm: dict[str, int], limit: int) -> list[str]:
-    """What to change, the largest gain first."""
+class _Change(NamedTuple):
+    """What to tell about a change, how the experiment is made, which may be refused, and a guess at the bytes that it saves on a device."""
+
+    advice: str
+    make: Callable[[], Experiment]
+    gain: int
+
+
+def _advice(experiment: Experiment, devices: list[Any], hbm: dict[str, int]) -> list[str]:
+    """What to change, the largest gain first; nothing that the experiment has already or that it would refuse."""
     model, batch = experiment.model, experiment.batch
-    memories = [group.attention for group in model.groups if isinstance(group.attention, KNNAttention)]
-    gains = {}
-    if hbm["parameters"] + hbm["optimizer"] > limit / 8 and experiment.mesh.parameters != "fsdp":
-        gains["--gin_file=meshes/fsdp: share the parameters and the optimizer over the devices"] = (
-            hbm["parameters"] + hbm["optimizer"]
+    weights, memory, temporaries = hbm["parameters"] + hbm["optimizer"], hbm["external memory"], hbm["temporaries"]
+    half, twice, fewer = model.memory_size // 2, 2 * batch.num_microbatches, batch.tokens_per_step // 2
+
+    def changed(**parts: Any) -> Callable[[], Experiment]:
+        """With other settings of some parts of the experiment."""
+        return lambda: dataclasses.replace(
+            experiment,
+            **{name: dataclasses.replace(getattr(experiment, name), **settings) for name, settings in parts.items()},
         )
-    if memories and model.dtype != "bfloat16":
-        gains["--gin.LMConfig.dtype=bfloat16: half the memory and the activations"] = hbm["external memory"] // 2
-    if memories:
-        size = memories[0].memory_size
-        gains[f"--gin.KNNAttention.memory_size={size // 2}: half the slots"] = hbm["external memory"] // 2
-    if model.remat == "none":
-        gains["--gin.LMConfig.remat=layer: compute the activations again for the gradient"] = hbm["temporaries"] // 2
-    gains[f"--gin.BatchConfig.num_microbatches={2 * batch.num_microbatches}: half the rows at a time"] = (
-        hbm["temporaries"] // 3
-    )
-    gains[f"--gin.BatchConfig.tokens_per_step={batch.tokens_per_step // 2}: half the rows, or a larger slice"] = (
-        hbm["external memory"] + hbm["temporaries"]
-    ) // 3
-    return sorted(gains, key=gains.get, reverse=True)
+
+    changes = [
+        _Change(
+            "--gin_file=meshes/fsdp after the run's own: share the parameters and the optimizer over the devices",
+            changed(mesh={"parameters": "fsdp"}),
+            weights,
+        ),
+        _Change(
+            "--gin.LMConfig.dtype=bfloat16: half the memory and the activations",
+            changed(model={"dtype": "bfloat16"}),
+            (memory + temporaries) // 2,
+        ),
+        _Change(
+            "--gin.LMConfig.remat=layer: compute the activations again for the gradient",
+            changed(model={"remat": "layer"}),
+            temporaries // 2,
+        ),
+        _Change(
+            f"--gin.BatchConfig.tokens_per_step={fewer}: half the rows, or a larger slice",
+            changed(batch={"tokens_per_step": fewer}),
+            (memory + temporaries) // 3,
+        ),
+    ]
+    if model.has_memory:
+        changes.append(
+            _Change(
+                f"--gin.KNNAttention.memory_size={half}: half the slots",
+                lambda: dataclasses.replace(experiment, model=model.with_memory_size(half)),
+                memory // 2,
+            )
+        )
+    else:
+        # The rows of a microbatch are copied out of the context and back: of a memory that would be gigabytes.
+        changes.append(
+            _Change(
+                f"--gin.BatchConfig.num_microbatches={twice}: half the rows at a time",
+                changed(batch={"num_microbatches": twice}),
+                temporaries // 3,
+            )
+        )
+    possible = [change for change in changes if _is_new(change, experiment, devices)]
+    return [change.advice for change in sorted(possible, key=lambda change: change.gain, reverse=True)]
+
+
+def _is_new(change: _Change, experiment: Experiment, devices: list[Any]) -> bool:
+    try:
+        changed = change.make()
+        changed.make_mesh(devices)
+    except UserError:
+        return False
+    return changed != experiment

@@ -19,10 +19,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def as_text(plan: Plan) -> str:
     """A plan for people to read."""
     slices = f"{plan.num_slices} slices of " if plan.num_slices > 1 else ""
-    rows = plan.num_rows / plan.num_devices
+    tokens = plan.tokens_per_step // plan.num_rows * plan.rows_per_device
     header = (
         f"{slices}{plan.topology}: {plan.num_devices} devices ({plan.device_kind}), {plan.num_rows} rows and {plan.tokens_per_step:,} tokens a step, "
-        f"{rows:g} rows and {plan.tokens_per_step // plan.num_devices:,} tokens a device; compiled in {plan.compile_seconds:.0f} s"
+        f"{plan.rows_per_device} rows and {tokens:,} tokens a device; compiled in {plan.compile_seconds:.0f} s"
     )
     memory = [(f"  {kind}", f"{size / _GIB:.2f} GiB") for kind, size in plan.hbm.items()]
     memory.append(("  all, by the compiler's account", f"{plan.hbm_total / _GIB:.2f} GiB"))

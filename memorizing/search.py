@@ -1,7 +1,7 @@
 """Top-k search of one head's memory: pure functions on matrices.
 
 Both searches return `-inf` as the score of a neighbour that does not exist (fewer valid slots than neighbours asked for). Scores are accumulated in float32 whatever the
-dtype of the keys.
+dtype of the keys, and float32 keys are multiplied as such: TPUs and GPUs would else round them first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.errors import UserError
+
+_PRECISION = jax.lax.Precision.HIGHEST
 
 Scores = Float[Array, "T K"]
 Indices = Int[Array, "T K"]
@@ -119,7 +121,7 @@ class ApproximateSearch:
     ) -> tuple[Scores, Indices]:
         """What `top_k` is on TPUs."""
         # Queries beside each other, slots below: the TPU sorts what is left of them along this axis, and would else copy it into this order first.
-        scores = jnp.einsum("SH,TH->ST", keys, queries, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("SH,TH->ST", keys, queries, precision=_PRECISION, preferred_element_type=jnp.float32)
         scores = jnp.where(valid[:, None], scores, -jnp.inf)
         found = jax.lax.approx_max_k(scores, min(k, len(keys)), reduction_dimension=0, recall_target=self.recall_target)
         return _pad_neighbours(jax.tree.map(jnp.transpose, tuple(found)), k)
@@ -165,7 +167,7 @@ def winners(scores: Float[Array, "*rows K"], k: int, axis_name: str | None) -> F
 
 
 def _scores(queries: Float[Array, "T H"], keys: Float[Array, "S H"], valid: Bool[Array, "S"]) -> Float[Array, "T S"]:
-    scores = jnp.einsum("TH,SH->TS", queries, keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("TH,SH->TS", queries, keys, precision=_PRECISION, preferred_element_type=jnp.float32)
     return jnp.where(valid[None, :], scores, -jnp.inf)
 
 

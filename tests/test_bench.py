@@ -91,6 +91,7 @@ def test_tokens_of_a_cache_are_counted(tmp_path: pathlib.Path, capsys: pytest.Ca
         (["search", "--slots=8192,16"], "--slots=16"),
         (["search", "--head_dim=0"], "--head_dim=0"),
         (["stream", "--tokens=4096"], "--tokens=4096"),
+        (["stream", "--gin_file=smoke"], "RepeatedPassages"),
         (["data", "--seconds=0"], "--seconds=0"),
         (["data", "--gin.A.b=1"], "--gin.A.b=1"),
         (["data", "--cache=/nowhere"], "/nowhere"),

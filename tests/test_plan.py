@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
-from memorizing import compiled_cost
+from memorizing import compiled_cost, plan
+from memorizing.attention.knn import KNNAttention
 from memorizing.commands import plan as command
 from memorizing.errors import UserError
+from memorizing.experiment import BatchConfig, Experiment
+from memorizing.model import LMConfig
+from memorizing.sharding import MeshConfig
+from memorizing.synthetic import RepeatedPassages
+
+ALL_ADVICE = ("meshes/fsdp", "dtype", "remat", "num_microbatches", "memory_size", "tokens_per_step")
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -74,6 +84,14 @@ def test_what_has_no_price_is_counted():
     assert compiled_cost.moves(compiled_cost.instructions(PROGRAM)) == {}
 
 
+def test_of_an_asynchronous_collective_the_result_counts():
+    started = "  %started = (f32[8]{0}, f32[64]{0}) all-gather-start(%x), dimensions={0}\n"
+    sent = "  %sent = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x)\n"
+    program = compiled_cost.instructions(PROGRAM.replace("  %copy.1", started + sent + "  %copy.1"))
+    found = compiled_cost.collectives(program)
+    assert found["all-gather"].num_bytes == 4 * 64 and found["collective-permute"].num_bytes == 4 * 8
+
+
 def test_a_loop_whose_bound_is_unclear_is_not_guessed():
     with pytest.raises(ValueError, match="outer_condition"):
         compiled_cost.instructions(PROGRAM.replace("%three = s32[]", "%three = s64[]"))
@@ -94,6 +112,36 @@ def run_plan(*arguments: str, bindings: tuple[str, ...] = ()) -> int:
     return command.run(parser.parse_args(arguments), list(bindings))
 
 
+def test_bytes_of_a_device_do_not_overflow():
+    """The paper's largest memory has 2^31 elements on a device of the pod."""
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    keys = jax.ShapeDtypeStruct((8, 8, 262144, 128), jnp.bfloat16, sharding=sharding)
+    assert plan._device_bytes({"keys": keys, "values": keys}) == 2**33
+
+
+@pytest.mark.parametrize(
+    ("memory_size", "num_rows", "named"),
+    [
+        (0, 32, {"meshes/fsdp", "dtype", "remat", "num_microbatches", "tokens_per_step"}),
+        (128, 32, {"meshes/fsdp", "dtype", "remat", "memory_size", "tokens_per_step"}),
+        # Neither half a segment nor half a row a device.
+        (64, 8, {"meshes/fsdp", "dtype", "remat"}),
+    ],
+)
+def test_advice_is_what_the_experiment_can_be_changed_to(memory_size: int, num_rows: int, named: set[str]):
+    memories = ((1, KNNAttention(memory_size=memory_size)),) if memory_size else ()
+    experiment = Experiment(RepeatedPassages(), LMConfig(attention_at=memories), BatchConfig(64 * num_rows, 64))
+    hbm = dict.fromkeys(("parameters", "optimizer", "external memory", "temporaries"), 1)
+    advice = plan._advice(experiment, jax.devices(), hbm)
+    assert {next(name for name in ALL_ADVICE if name in text) for text in advice} == named
+    frugal = dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(experiment.model, dtype="bfloat16", remat="layer"),
+        mesh=MeshConfig(parameters="fsdp"),
+    )
+    assert len(plan._advice(frugal, jax.devices(), hbm)) == len(named) - 3, "not what it has already"
+
+
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
 needs_compiler = pytest.mark.skipif(
     not HAS_COMPILER, reason="the TPU compiler is not installed: pip install -e '.[tpu]'"
@@ -106,9 +154,16 @@ def test_what_to_install_is_said():
         run_plan("--topology=v3:4x4", "--gin_file=smoke")
 
 
-@pytest.mark.parametrize("arguments", [("--slices=0", "--topology=v3:4x4"), ("--flops", "--topology=v3:4x4"), ()])
-def test_wrong_flags_are_named(arguments: tuple[str, ...]):
-    with pytest.raises(UserError, match=r"--slices=0|--topology"):
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--slices=0", "--topology=v3:4x4"), "--slices=0: at least 1"),
+        (("--flops", "--topology=v3:4x4"), "give either --topology"),
+        ((), "give either --topology"),
+    ],
+)
+def test_wrong_flags_are_named(arguments: tuple[str, ...], told: str):
+    with pytest.raises(UserError, match=told):
         run_plan(*arguments)
 
 
