@@ -55,7 +55,7 @@ LAYERS = (
 LEAVES = {
     "sharding": {"array_typing", "errors"},
     "optimizer": {"array_typing", "errors"},
-    "search": set(),
+    "search": {"errors"},
     "losses": {"array_typing"},
 }
 

@@ -30,7 +30,8 @@ class KNNState:
       local: state of the local attention.
       memory: keys and values of all segments but the last, as far as M slots reach.
       last_segment: the last segment's, T slots. They are written to the memory before the next segment reads it: at that moment nothing needs the slots that they replace.
-        Written in the step that computed them, they would force a second copy of the memory, since that step's gradient still reads the old slots.
+        Written in the step that computed them, they would force a second copy of the memory, since that step's gradient still reads the old slots. (A step of several segments
+        cannot avoid such copies: its gradient reads the slots that each of its segments saw.)
     """
 
     local: Any
