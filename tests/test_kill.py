@@ -24,7 +24,7 @@ from memorizing import main
 from memorizing.checkpoint import read_arrays
 from memorizing.synthetic.repeated_passages import RepeatedPassagesStream
 
-STEPS = 40
+STEPS = 20
 # A checkpoint every step: at any moment one is being written.
 COMMAND = [
     "train",
@@ -37,7 +37,7 @@ COMMAND = [
     f"--gin.LoopConfig.num_steps={STEPS}",
     "--gin.LoopConfig.log_every=1",
     "--gin.LoopConfig.checkpoint_every=1",
-    "--gin.LoopConfig.evaluate_every=16",
+    "--gin.LoopConfig.evaluate_every=8",
     "--gin.RepeatedPassages.num_documents=2",
     "--gin.RepeatedPassages.num_passages=3",
 ]
@@ -114,8 +114,8 @@ def test_a_run_killed_at_any_moment_ends_as_the_one_never_killed(undisturbed: pa
     rng = random.Random(0)
     assert Process(tmp_path).kill_when(in_the_middle_of_a_save) == -signal.SIGKILL
     # Told to stop, it saves first and asks to be started again.
-    assert Process(tmp_path).kill_when(after_step(6), signal.SIGTERM) == 42
-    for step in (12, 20):
+    assert Process(tmp_path).kill_when(after_step(3), signal.SIGTERM) == 42
+    for step in (7, 12):
         assert Process(tmp_path).kill_when(after_step(step, rng.uniform(0, 0.1))) == -signal.SIGKILL
     assert Process(tmp_path).kill_when(in_the_final_evaluation) == -signal.SIGKILL
     code, out, error = Process(tmp_path).end()
