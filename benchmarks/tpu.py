@@ -16,7 +16,7 @@ from memorizing.benchmarks.step import with_memory
 from memorizing.commands import experiment_flags
 from memorizing.commands.plan import DEFAULT_RUN
 from memorizing.gin_registry import load_experiment
-from memorizing.plan import plan
+from memorizing.plan import DoesNotFit, plan
 from memorizing.plan_report import as_json
 
 SLICES = "v3:4x4,v4:2x2x4,v5e:4x8,v5p:2x2x4,v6e:4x8"
@@ -43,20 +43,23 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     for topology in options.slices.split(","):
         base = None
         for size in sizes:
-            planned = plan(with_memory(experiment, size), topology)
-            base = base or planned.seconds
-            results.setdefault(topology, {})[size] = as_json(planned) | {"ratio": planned.seconds / base}
-            rows.append(
-                [
-                    topology,
-                    f"{size:,}" if size else "none",
+            row = [topology, f"{size:,}" if size else "none"]
+            try:
+                planned = plan(with_memory(experiment, size), topology)
+            except DoesNotFit as error:
+                results.setdefault(topology, {})[size] = {"fits": False, "reason": str(error)}
+                row += ["does not fit", "", "", "", ""]
+            else:
+                base = base or planned.seconds
+                results.setdefault(topology, {})[size] = as_json(planned) | {"ratio": planned.seconds / base}
+                row += [
                     f"{1e3 * planned.seconds:.1f} ms",
                     f"{planned.seconds / base:.3f}",
                     f"{planned.hbm_total / 2**30:.2f} of {planned.hbm_limit / 2**30:.0f} GiB",
                     f"{planned.mfu:.1%}",
                     f"{planned.compile_seconds:.0f} s",
                 ]
-            )
-            print("  ".join(cell.ljust(width) for cell, width in zip(rows[-1], widths, strict=True)), flush=True)
+            rows.append(row)
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), flush=True)
     print(f"\n{tables.align(rows, left=2)}")
     return results

@@ -28,6 +28,7 @@ from memorizing.compiled_cost import Traffic
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
 from memorizing.program import Program
+from memorizing.train_state import TrainState
 
 # The scope of the external memory in a program.
 _MEMORY = "external_memory"
@@ -84,6 +85,17 @@ class Plan:
         return self.model_flops / (self.seconds * peak)
 
 
+class DoesNotFit(UserError):
+    """The compiler found no program that a device has room for."""
+
+    def __init__(self, topology: str, reason: str, advice: list[str]):
+        # After the status of the error.
+        lines = [f"the step does not fit {topology}: {reason.splitlines()[0].partition(': ')[2]}"]
+        if advice:
+            lines += ["what would help, the largest gain first:", *advice]
+        super().__init__("\n  ".join(lines))
+
+
 def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
     """Compiles the training step of an experiment for a slice of TPUs.
 
@@ -93,7 +105,8 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
       num_slices: equal slices, joined by the data center's network.
 
     Raises:
-      UserError: libtpu is missing, there is no such topology, or the experiment does not fit its devices.
+      UserError: libtpu is missing, there is no such topology, or the experiment does not suit its devices.
+      DoesNotFit: the step needs so much more memory than a device has that the compiler gives no program. With a little more it does, and the plan says so.
     """
     devices = _devices(topology, num_slices)
     chip = accelerator(devices[0].device_kind)
@@ -102,8 +115,17 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
     with jax.set_mesh(mesh):
         program = Program(experiment, mesh)
         abstract_batch = _abstract_batch(program, (batch.num_rows, segments, batch.segment_length))
+        arguments = _arguments(program.abstract_state, abstract_batch)
         start = time.perf_counter()
-        compiled = program.step.lower(program.abstract_state, abstract_batch).compile(_COMPILER_OPTIONS)
+        lowered = program.step.lower(program.abstract_state, abstract_batch)
+    try:
+        compiled = lowered.compile(_COMPILER_OPTIONS)
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        # At least a device full of temporaries.
+        advice = _advice(experiment, devices, arguments | {"temporaries": chip.hbm_bytes})
+        raise DoesNotFit(topology, str(error), advice) from error
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     instructions = compiled_cost.instructions(compiled.as_text())
@@ -114,7 +136,11 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
     seconds, memory_seconds = (
         compiled_cost.cycles(instructions, scope) / chip.clock + search for scope in ("", _MEMORY)
     )
-    hbm = _hbm(program.abstract_state, abstract_batch, memory)
+    hbm = arguments | {
+        "padding of these": max(memory.argument_size_in_bytes - sum(arguments.values()), 0),
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
     total = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -211,22 +237,18 @@ def _unpriced_search(
     return flops_per_device * chip.devices_per_chip / chip.peak_flops if is_unpriced else 0.0
 
 
-def _hbm(state: Any, batch: Batch, memory: Any) -> dict[str, int]:
-    """Bytes on one device by kind; arguments as their shapes say, and what their layout adds."""
+def _arguments(state: TrainState, batch: Batch) -> dict[str, int]:
+    """Bytes of a step's arguments on one device by kind, as their shapes say."""
     is_memory = lambda leaf: isinstance(leaf, KNNState)  # noqa: E731
     states = jax.tree.leaves(state.context, is_leaf=is_memory)
-    memories = [leaf.memory for leaf in states if is_memory(leaf)]
-    kinds = {
+    memory = _device_bytes([leaf.memory for leaf in states if is_memory(leaf)])
+    return {
         "parameters": _device_bytes(state.params),
         "optimizer": _device_bytes(state.opt_state),
-        "external memory": _device_bytes(memories),
-        "caches and other context": _device_bytes(state.context) - _device_bytes(memories),
+        "external memory": memory,
+        "caches and other context": _device_bytes(state.context) - memory,
         "batch": _device_bytes(batch),
     }
-    kinds["padding of these"] = max(memory.argument_size_in_bytes - sum(kinds.values()), 0)
-    kinds["temporaries"] = memory.temp_size_in_bytes
-    kinds["program"] = memory.generated_code_size_in_bytes
-    return kinds
 
 
 def _device_bytes(tree: Tree) -> int:
