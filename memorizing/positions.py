@@ -52,6 +52,21 @@ def by_key(by_distance: Float[Array, "*rows T R"], num_keys: int) -> Float[Array
     return sheet[..., :num_keys]
 
 
+def same_by_key(by_distance: Float[Array, "*rows R"], num_queries: int, num_keys: int) -> Float[Array, "*rows T S"]:
+    """`by_key` for values that are the same for all queries.
+
+    Args:
+      by_distance: in the order of `distances`, R = S + T - 1.
+      num_queries, num_keys: T, S.
+    """
+    # A row is the one `tile` rows before, `tile` to the right: so few are built one by one, and the rest cut from them. On TPUs 128 places are a move of whole registers.
+    tile = 128 if num_queries % 128 == 0 else num_queries
+    rows = jnp.broadcast_to(by_distance[..., None, :], (*by_distance.shape[:-1], tile, by_distance.shape[-1]))
+    last = num_queries - tile
+    wide = by_key(rows, last + num_keys)
+    return jnp.concatenate([wide[..., last - t : last - t + num_keys] for t in range(0, num_queries, tile)], axis=-2)
+
+
 def sinusoids(positions: Float[Array, "R"], width: int) -> Float[Array, "R D"]:
     """Sines and cosines of the positions at `width / 2` wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017); not learned."""
     frequencies = 10_000.0 ** -(np.arange(0, width, 2) / width)

@@ -43,6 +43,15 @@ def test_the_shift_is_a_double_loop(num_queries: int, num_cached: int):
             np.testing.assert_array_equal(by_key[:, :, query, key], by_distance[:, :, query, distances.index(distance)])
 
 
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 5), (7, 7), (128, 128), (200, 300), (384, 512)])
+def test_what_all_queries_share_is_by_key_as_if_each_had_its_own(num_queries: int, num_keys: int):
+    by_distance = jax.random.normal(jax.random.key(0), (2, num_queries + num_keys - 1))
+    of_each = jnp.broadcast_to(by_distance[:, None], (2, num_queries, num_queries + num_keys - 1))
+    np.testing.assert_array_equal(
+        positions.same_by_key(by_distance, num_queries, num_keys), positions.by_key(of_each, num_keys)
+    )
+
+
 B, T, W, D, N, H = 3, 4, 6, 8, 2, 4
 DIMS = LayerDims(D, N, H, 8, 0.0, 1.0, jnp.dtype(jnp.float32))
 # Row 0 has a full cache, row 1 half of one and a padded end, row 2 has nothing yet.

@@ -130,8 +130,7 @@ class T5Bias(nn.Module):
         distances = positions.distances(layout.size, num_keys)
         buckets = positions.t5_buckets(distances, self.num_buckets, self.max_distance, layout.bidirectional)
         by_distance = segment.cut(table[:, buckets], num_queries + num_keys - 1, axis=1)
-        by_distance = jnp.broadcast_to(by_distance[:, None], (self.num_heads, num_queries, by_distance.shape[1]))
-        return positions.by_key(by_distance, num_keys)
+        return positions.same_by_key(by_distance, num_queries, num_keys)
 
 
 def normalize(x: Queries) -> Queries:
