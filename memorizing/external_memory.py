@@ -210,7 +210,7 @@ def _attend_heads(
         products = _with_gradient(jnp.where(is_neighbour, head_scores, 0.0), head_queries, all_keys, slots)
         logits = jnp.where(is_neighbour, scale[number % num_heads] * products, _NO_NEIGHBOUR)
         weights = jax.nn.softmax(logits).astype(all_values.dtype)
-        attended = jnp.einsum("TK,TKH->TH", weights, all_values[slots], preferred_element_type=jnp.float32)
+        attended = jnp.einsum("TK,TKH->TH", weights, _gather(all_values, slots), preferred_element_type=jnp.float32)
         return attended.astype(all_values.dtype), jax.nn.logsumexp(logits, axis=-1)
 
     # Queries of a row whose memory is empty meet whatever lies in a slot: they get nothing, and no gradient.
@@ -239,8 +239,14 @@ def _with_gradient(
 @_with_gradient.defjvp
 def _with_gradient_jvp(primals: tuple, tangents: tuple) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
     scores, _, keys, slots = primals
-    change = jnp.einsum("TH,TKH->TK", tangents[1], keys[slots], preferred_element_type=jnp.float32)
+    change = jnp.einsum("TH,TKH->TK", tangents[1], _gather(keys, slots), preferred_element_type=jnp.float32)
     return scores, change
+
+
+def _gather(all_slots: Shaped[Array, "slots H"], slots: Int[Array, "T K"]) -> Shaped[Array, "T K H"]:
+    """Rows of a table, in its dtype."""
+    # Without a barrier XLA for TPUs widens bfloat16 rows to float32 as it gathers them, and the product reads twice the bytes; behind one it widens what it has read.
+    return jax.lax.optimization_barrier(all_slots[slots])
 
 
 def _by_head(array: Shaped[Array, "B N *rest"]) -> Shaped[Array, "heads *rest"]:

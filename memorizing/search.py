@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.errors import UserError
@@ -124,7 +125,9 @@ class ApproximateSearch:
         scores = jnp.einsum("SH,TH->ST", keys, queries, precision=_PRECISION, preferred_element_type=jnp.float32)
         scores = jnp.where(valid[:, None], scores, -jnp.inf)
         found = jax.lax.approx_max_k(scores, min(k, len(keys)), reduction_dimension=0, recall_target=self.recall_target)
-        return _pad_neighbours(jax.tree.map(jnp.transpose, tuple(found)), k)
+        # Left to itself XLA transposes all that was sorted, and takes the k best from that.
+        best = [with_layout_constraint(leaf, Layout((0, 1))) for leaf in found]
+        return _pad_neighbours((best[0].T, best[1].T), k)
 
 
 def recall(
