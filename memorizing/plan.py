@@ -115,9 +115,9 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
     with jax.set_mesh(mesh):
         program = Program(experiment, mesh)
         abstract_batch = _abstract_batch(program, (batch.num_rows, segments, batch.segment_length))
-        arguments = _arguments(program.abstract_state, abstract_batch)
         start = time.perf_counter()
         lowered = program.step.lower(program.abstract_state, abstract_batch)
+    arguments = _arguments(program.abstract_state, abstract_batch)
     try:
         compiled = lowered.compile(_COMPILER_OPTIONS)
     except jax.errors.JaxRuntimeError as error:
@@ -136,18 +136,7 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
     seconds, memory_seconds = (
         compiled_cost.cycles(instructions, scope) / chip.clock + search for scope in ("", _MEMORY)
     )
-    hbm = arguments | {
-        "padding of these": max(memory.argument_size_in_bytes - sum(arguments.values()), 0),
-        "temporaries": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes,
-    }
-    total = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    hbm, total = _hbm(arguments, memory)
     return Plan(
         topology=topology,
         num_slices=num_slices,
@@ -249,6 +238,18 @@ def _arguments(state: TrainState, batch: Batch) -> dict[str, int]:
         "caches and other context": _device_bytes(state.context) - memory,
         "batch": _device_bytes(batch),
     }
+
+
+def _hbm(arguments: dict[str, int], memory: Any) -> tuple[dict[str, int], int]:
+    """Bytes on one device by kind, and all of them by the compiler's account, in which results lie where arguments were."""
+    kinds = arguments | {
+        "padding of these": max(memory.argument_size_in_bytes - sum(arguments.values()), 0),
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = memory.argument_size_in_bytes + results + kinds["temporaries"] + kinds["program"]
+    return kinds, total
 
 
 def _device_bytes(tree: Tree) -> int:
