@@ -139,7 +139,8 @@ def join(
         "format": token_cache.FORMAT,
         "task": task,
         "fingerprint": hashlib.sha256(content).hexdigest(),
-        "vocabulary": described_vocabulary,
+        # Not in the fingerprint: it is part of what the digest stands for.
+        "vocabulary": described_vocabulary | {"start_id": used.start_id},
         "splits": counts,
         **described,
     }
@@ -184,7 +185,7 @@ def _join_split(directory: epath.Path, split: str, index_paths: Sequence[epath.P
 
 
 def _check(document: TokenisedDocument, vocab_size: int) -> None:
-    """Padding inside a document would be taken for its end, and an id out of range for another one."""
+    """An id out of range would be stored as another one."""
     tokens = document.tokens
-    if not len(tokens) or tokens.min() <= vocabulary.PAD_ID or tokens.max() >= vocab_size:
-        raise DataError(f"document {document.key!r} has no tokens, or ids outside of 1 to {vocab_size - 1}")
+    if not len(tokens) or tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise DataError(f"document {document.key!r} has no tokens, or ids outside of 0 to {vocab_size - 1}")

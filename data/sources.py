@@ -56,6 +56,10 @@ class CachedCorpus:
         return self.cache.vocab_size
 
     @property
+    def start_id(self) -> int:
+        return self.cache.start_id
+
+    @property
     def identity(self) -> str:
         return f"{self.task}-{self.cache.fingerprint}"
 
@@ -179,6 +183,10 @@ class Mixture:
     @property
     def vocab_size(self) -> int:
         return self.corpora[0].vocab_size
+
+    @property
+    def start_id(self) -> int:
+        return self.corpora[0].start_id
 
     @property
     def identity(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from memorizing.batch import PADDING, Batch, EvaluationBatch
+from memorizing.batch import Batch, EvaluationBatch
 
 from .errors import DataError
 from .order import Line
@@ -26,9 +26,11 @@ class Documents(Protocol):
 
     Attributes:
       num_tokens: int64 [documents].
+      start_id: the id that stands before the first token of a document.
     """
 
     num_tokens: np.ndarray
+    start_id: int
 
     def __len__(self) -> int: ...
 
@@ -41,6 +43,7 @@ class Joined:
 
     def __init__(self, parts: Sequence[Documents]) -> None:
         self._parts = parts
+        self.start_id = parts[0].start_id
         self.num_tokens = np.concatenate([part.num_tokens for part in parts])
         self._ends = np.cumsum([len(part) for part in parts])
 
@@ -104,17 +107,18 @@ class DocumentStream:
 
     def __next__(self) -> Batch:
         shape = (len(self._rows), self._num_segments, self._segment_length)
-        targets = np.full(shape, PADDING, np.int32)
-        previous = np.full(shape[:2], PADDING, np.int32)
+        targets, previous = np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32)
+        num_real = np.zeros(shape[:2], np.int64)
         start_of_document = np.zeros(shape[:2], bool)
         for segment in range(self._num_segments):
             start_of_document[:, segment] = self._offset[self._rows] == 0
+            num_real[:, segment] = (self._length - self._offset)[self._rows]
             for index, row in enumerate(self._rows.tolist()):
                 previous[index, segment] = self._readers[index].segment(
                     int(self._document[row]), int(self._offset[row]), targets[index, segment]
                 )
             self._advance()
-        return _make_batch(targets, previous, start_of_document)
+        return _make_batch(targets, previous, num_real, start_of_document)
 
     def get_state(self) -> dict[str, Any]:
         """See `BatchIterator`: for each row, where its document stands in the line, and its next token in that."""
@@ -174,7 +178,7 @@ def evaluation_batches(
       rows: this host's share of `range(num_rows)`; None for all.
 
     Yields:
-      One segment of each of this host's rows; rows that have run out hold padding.
+      One segment of each of this host's rows; in rows that have run out no position is real.
     """
     own_rows = np.asarray(range(num_rows) if rows is None else rows, np.int64)
     readers = [_Reader(documents) for _ in own_rows]
@@ -187,13 +191,17 @@ def evaluation_batches(
             length[row] = documents.num_tokens[document[row]] if document[row] >= 0 else 0
         if np.all(document < 0):
             return
-        targets = np.full((len(own_rows), 1, segment_length), PADDING, np.int32)
-        previous = np.full((len(own_rows), 1), PADDING, np.int32)
+        targets, previous = (
+            np.zeros((len(own_rows), 1, segment_length), np.int32),
+            np.zeros((len(own_rows), 1), np.int32),
+        )
         for index, row in enumerate(own_rows):
             if document[row] >= 0:
                 previous[index] = readers[index].segment(int(document[row]), int(offset[row]), targets[index, 0])
         start_of_document = ((offset == 0) & (document >= 0))[own_rows, None]
-        yield EvaluationBatch(_make_batch(targets, previous, start_of_document), document[own_rows], offset[own_rows])
+        num_real = (length - offset)[own_rows, None]
+        batch = _make_batch(targets, previous, num_real, start_of_document)
+        yield EvaluationBatch(batch, document[own_rows], offset[own_rows])
         offset += segment_length
 
 
@@ -207,7 +215,7 @@ class _Reader:
 
     def segment(self, document: int, offset: int, targets: np.ndarray) -> int:
         """Puts the segment of a document that begins at `offset` into `targets`, int32 [T]. Returns the token before it,
-        `PADDING` at the start.
+        `start_id` at the start.
         """
         num_tokens = int(self._documents.num_tokens[document])
         before, stop = max(offset - 1, 0), min(offset + len(targets), num_tokens)
@@ -219,23 +227,28 @@ class _Reader:
             window = self._documents.tokens(document, offset, min(-(-stop // WINDOW) * WINDOW, num_tokens))
             self._window, self._document, self._start = np.concatenate([kept, window]), document, before
         targets[: stop - offset] = self._window[offset - self._start : stop - self._start]
-        return int(self._window[before - self._start]) if offset else PADDING
+        return int(self._window[before - self._start]) if offset else self._documents.start_id
 
     def _holds(self, document: int, start: int, stop: int) -> bool:
         return document == self._document and self._start <= start and stop <= self._start + len(self._window)
 
 
-def _make_batch(targets: np.ndarray, previous: np.ndarray, start_of_document: np.ndarray) -> Batch:
+def _make_batch(
+    targets: np.ndarray, previous: np.ndarray, num_real: np.ndarray, start_of_document: np.ndarray
+) -> Batch:
     """The batch that predicts `targets`.
 
     Args:
       targets: int32 [B, U, T].
       previous: int32 [B, U], the token before each segment.
+      num_real: int [B, U], tokens of the document from each segment's start on; at most 0 where there is no document.
       start_of_document: bool [B, U].
     """
+    is_real = np.arange(targets.shape[-1]) < num_real[..., None]
     return Batch(
         tokens=np.concatenate([previous[..., None], targets[..., :-1]], axis=-1),
         targets=targets,
-        loss_weights=(targets != PADDING).astype(np.float32),
+        loss_weights=is_real.astype(np.float32),
+        is_real=is_real,
         start_of_document=start_of_document,
     )

@@ -41,10 +41,12 @@ class Split:
 
     Attributes:
       num_tokens: int64 [documents].
+      start_id: the id that stands before the first token of a document.
     """
 
-    def __init__(self, directory: str, name: str, dtype: np.dtype) -> None:
+    def __init__(self, directory: str, name: str, dtype: np.dtype, start_id: int) -> None:
         self._directory, self._name, self._dtype = directory, name, dtype
+        self.start_id = start_id
         with self._index() as index:
             self.num_tokens: np.ndarray = index["num_tokens"]
             self._shards, self._shard_starts = index["shards"], index["shard_starts"]
@@ -135,6 +137,11 @@ class TokenCache:
     def vocab_size(self) -> int:
         return self.metadata["vocabulary"]["size"]
 
+    @property
+    def start_id(self) -> int:
+        """The id that stands before the first token of a document; caches that were made before it was noted have 0."""
+        return self.metadata["vocabulary"].get("start_id", 0)
+
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """The vocabulary that the cache was made with.
@@ -161,7 +168,7 @@ class TokenCache:
         """
         if name not in self.metadata["splits"]:
             raise DataError(f"{self.path} has no split {name!r}, only {', '.join(self.metadata['splits'])}")
-        return Split(self.path, name, dtype_of(self.vocab_size))
+        return Split(self.path, name, dtype_of(self.vocab_size), self.start_id)
 
 
 def exists(path: str) -> bool:

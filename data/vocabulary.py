@@ -1,7 +1,7 @@
 """Vocabularies: text to token ids and back, exactly, without TensorFlow or seqio.
 
-The ids are those of seqio's vocabularies, which the Tasks tokenise with: 0 is padding, 1 ends a document, 2 is unknown
-and never occurs.
+The ids are those of seqio's vocabularies, which the Tasks tokenise with: 0 is padding and in no text, 1 ends a document,
+2 is unknown and never occurs. Padding has no meaning here: its id only stands before a document's first token.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class ByteVocabulary:
     name: str = "bytes"
     size: int = _NUM_SPECIAL + 256
     digest: str = "bytes"
+    start_id: ClassVar[int] = PAD_ID
     end_id: ClassVar[int] = EOS_ID
     unused_ids: ClassVar[tuple[int, ...]] = (PAD_ID, UNK_ID)
 
@@ -67,6 +68,7 @@ class SentencePieceVocabulary:
     """
 
     model: bytes = dataclasses.field(repr=False)
+    start_id: ClassVar[int] = PAD_ID
     end_id: ClassVar[int] = EOS_ID
     unused_ids: ClassVar[tuple[int, ...]] = (PAD_ID, UNK_ID)
 

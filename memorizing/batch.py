@@ -4,7 +4,9 @@ A *segment* is one T-long slice of a document, one forward pass of the model. A 
 never holds tokens of two documents. A batch carries U consecutive segments of each of its B rows.
 
 The model predicts `targets` from `tokens`, which are the same tokens one position earlier: `tokens[t]` is the token before `targets[t]`. The first input of a segment is
-therefore the last target of the row's previous segment (`PADDING` at the start of a document), so that the first token of every segment is scored too.
+therefore the last target of the row's previous segment (`start_id` at the start of a document), so that the first token of every segment is scored too.
+
+No token id means "nothing": which positions hold a token of a document is said by `Batch.is_real`, and what stands in the other positions has no effect.
 """
 
 from __future__ import annotations
@@ -14,23 +16,22 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-# The id that no text contains. `targets == PADDING` marks positions after the end of a document.
-PADDING = 0
-
 
 class Batch(NamedTuple):
     """U segments for each of B rows, as numpy (from the data side) or JAX arrays (inside a step).
 
     Attributes:
       tokens: int32 [B, U, T], the model's input.
-      targets: int32 [B, U, T], what it has to predict; `PADDING` where a document has ended.
-      loss_weights: float32 [B, U, T], weight of each prediction in the loss; 0 at padding.
+      targets: int32 [B, U, T], what it has to predict.
+      loss_weights: float32 [B, U, T], weight of each prediction in the loss; 0 where a position is not real.
+      is_real: bool [B, U, T], whether there is a token to predict; false after the end of a document, where tokens and targets may be any ids.
       start_of_document: bool [B, U], true where a segment begins a new document: whatever the row carried from before is forgotten first.
     """
 
     tokens: Any
     targets: Any
     loss_weights: Any
+    is_real: Any
     start_of_document: Any
 
 
@@ -38,7 +39,7 @@ class EvaluationBatch(NamedTuple):
     """One segment a row (U = 1) of held-out documents, with what is needed to account for each document.
 
     Attributes:
-      batch: the segments; rows that have run out of documents hold padding only.
+      batch: the segments; in rows that have run out of documents no position is real.
       document: int32 [B], index of the row's document in the split; -1 for a row that has run out.
       offset: int64 [B], position of the segment's first target in its document, in tokens.
     """
@@ -67,13 +68,15 @@ class Vocabulary(Protocol):
       name: "bytes", or "spm" and the number of ids.
       size: number of ids, special ones included.
       digest: equal digests mean equal ids.
+      start_id: the id that stands before a document's first token, as the model's input; it may be a word, or one of `unused_ids`.
       end_id: the id that ends a document.
-      unused_ids: ids that stand for nothing, `PADDING` among them.
+      unused_ids: ids that no text has, which are never written.
     """
 
     name: str
     size: int
     digest: str
+    start_id: int
     end_id: int
     unused_ids: tuple[int, ...]
 
@@ -81,10 +84,10 @@ class Vocabulary(Protocol):
         """Ids of a text, int32 [length], without an end."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; padding and ends are left out, bytes that are no UTF-8 become U+FFFD."""
+        """The text; ids that stand for no text are left out, bytes that are no UTF-8 become U+FFFD."""
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
-        """What each id adds to the text, in UTF-8: joined they are its bytes. Empty for padding, ends, and where a character waits for the next id."""
+        """What each id adds to the text, in UTF-8: joined they are its bytes. Empty for ids that stand for no text, and where a character waits for the next id."""
 
 
 class TextSource(Protocol):
@@ -114,13 +117,15 @@ class DataSource(Protocol):
     """A corpus ready for training: a frozen dataclass that gin builds. One whose tokens are text also has a property `text`, see `text_of`.
 
     Attributes:
-      vocab_size: number of token ids, `PADDING` included.
+      vocab_size: number of token ids.
+      start_id: the id that stands before a document's first token.
       identity: what makes two sources the same experiment (a short string).
       num_eval_documents: number of held-out documents.
       document_bytes: int64 [number of held-out documents], UTF-8 bytes of each, or None where text has no bytes.
     """
 
     vocab_size: int
+    start_id: int
     identity: str
     num_eval_documents: int
     document_bytes: np.ndarray | None

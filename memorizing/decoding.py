@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import PerToken, Tokens, Tree
-from memorizing.batch import PADDING
 from memorizing.context import Context, Slice
 from memorizing.errors import UserError
 from memorizing.losses import next_token_nats
@@ -58,6 +57,10 @@ class Decoder:
         self.open = jax.jit(functools.partial(_open, model))
         self.write = jax.jit(functools.partial(_write, model, segment_length), donate_argnums=3)
 
+    def start(self, start_id: int) -> ReaderState:
+        """One row at the start of a document, before which `start_id` stands."""
+        return ReaderState(self.init(1), np.full((1, 1), start_id, np.int32), 0)
+
 
 class Drawn(NamedTuple):
     """A token of every row, int32 [B], and the logits that it was drawn from, float32 [B, V]."""
@@ -84,22 +87,20 @@ class Reader:
     """Rows that read and write in lockstep, each with a context of its own.
 
     A token is first predicted, then read: `pending` is the last one, which is predicted but not yet read, so that nothing is special about the ends of texts and segments. At
-    the start of a document it is `PADDING`, as in training.
+    the start of a document it is the vocabulary's `start_id`, as in training.
 
     Attributes:
       num_tokens: tokens of the document so far.
     """
 
-    def __init__(self, decoder: Decoder, params: Tree, state: ReaderState | None = None) -> None:
+    def __init__(self, decoder: Decoder, params: Tree, state: ReaderState) -> None:
         """
         Args:
           decoder: of the model.
           params: its parameters, on the device.
-          state: of the reader that this one goes on from; None for one row at the start of a document.
+          state: of the reader that this one goes on from, or `Decoder.start`.
         """
         self._decoder, self._params = decoder, params
-        if state is None:
-            state = ReaderState(decoder.init(1), np.full((1, 1), PADDING, np.int32), 0)
         # The open segment's inputs, each [B].
         self._inputs: list[Any]
         *self._inputs, self._pending = np.asarray(state.inputs).T
@@ -208,7 +209,7 @@ class Reader:
 
     def _open(self, targets: Tokens) -> PerToken:
         """Makes what the layers keep of the open segment's inputs; returns the -log p of the targets, [B, T] on the device."""
-        padded = np.full((2, len(self._pending), self._decoder.segment_length), PADDING, np.int32)
+        padded = np.zeros((2, len(self._pending), self._decoder.segment_length), np.int32)
         for place, column in enumerate(self._inputs):
             padded[0, :, place] = column
         padded[1, :, : targets.shape[1]] = targets

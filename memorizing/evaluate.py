@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from memorizing import sharding
 from memorizing.array_typing import PerToken, RowFlags, Tree
 from memorizing.attention.knn import forget_memories, permute_memories
-from memorizing.batch import PADDING, Batch, DataSource, text_of
+from memorizing.batch import Batch, DataSource, text_of
 from memorizing.context import Context
 from memorizing.losses import next_token_nats
 from memorizing.metrics import Values, perplexity
@@ -207,8 +207,7 @@ def _evaluation_step(
 ) -> tuple[tuple[PerToken, jax.Array], Context]:
     segment = jax.tree.map(lambda leaf: leaf[:, 0], batch)
     context, start = _ablate(ablation, context, segment)
-    is_real = segment.targets != PADDING
-    output = LanguageModel(config).apply({"params": params}, segment.tokens, is_real, start, context)
+    output = LanguageModel(config).apply({"params": params}, segment.tokens, segment.is_real, start, context)
     is_right = jnp.argmax(output.logits, axis=-1) == segment.targets
     return (next_token_nats(output.logits, segment.targets), is_right), output.context
 

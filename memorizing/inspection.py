@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memorizing.array_typing import PerToken, Tokens, Tree
+from memorizing.array_typing import PerToken, RealPositions, Tokens, Tree
 from memorizing.attention.knn import KNNAttention, forget_memories
-from memorizing.batch import PADDING
 from memorizing.context import Context
 from memorizing.external_memory import NEIGHBOURS, Neighbours, positions_back
 from memorizing.losses import next_token_nats
@@ -91,6 +90,7 @@ def inspect(
     config: LMConfig,
     params: Tree,
     tokens: np.ndarray,
+    start_id: int,
     memory_sizes: tuple[int, int],
     segment_length: int,
     advance: Callable[[int], None] = lambda _: None,
@@ -100,7 +100,8 @@ def inspect(
     Args:
       config: a model with an external memory.
       params: of the model.
-      tokens: int32 [tokens], none of them padding.
+      tokens: int32 [tokens].
+      start_id: stands before them.
       memory_sizes: the smaller, 0 for none, and the larger; multiples of the segment length.
       segment_length: T.
       advance: told after each segment how many tokens were read.
@@ -110,11 +111,14 @@ def inspect(
         config.with_memory_size(smaller or segment_length),
         params,
         tokens,
+        start_id,
         segment_length,
         advance,
         is_cleared=smaller == 0,
     )
-    large = read(config.with_memory_size(larger), params, tokens, segment_length, advance, keeps_neighbours=True)
+    large = read(
+        config.with_memory_size(larger), params, tokens, start_id, segment_length, advance, keeps_neighbours=True
+    )
     lookups = tuple(
         Lookups(layer, large.gates[layer], _scale(params[layer]), *neighbours)
         for layer, neighbours in large.neighbours.items()
@@ -126,6 +130,7 @@ def read(
     config: LMConfig,
     params: Tree,
     tokens: np.ndarray,
+    start_id: int,
     segment_length: int,
     advance: Callable[[int], None] = lambda _: None,
     is_cleared: bool = False,
@@ -133,8 +138,9 @@ def read(
 ) -> Read:
     """Reads a document once, segment after segment; `is_cleared` empties the memory before each, `keeps_neighbours` keeps what was found."""
     num_tokens, length = len(tokens), segment_length
-    targets = np.pad(tokens.astype(np.int32), (0, -num_tokens % length), constant_values=PADDING)
-    inputs = np.concatenate([[PADDING], targets[:-1]]).astype(np.int32)
+    targets = np.pad(tokens.astype(np.int32), (0, -num_tokens % length))
+    inputs = np.concatenate([[start_id], targets[:-1]]).astype(np.int32)
+    is_real = np.arange(len(targets)) < num_tokens
     step = jax.jit(
         functools.partial(_step, config, is_cleared=is_cleared, keeps_neighbours=keeps_neighbours), donate_argnums=1
     )
@@ -163,7 +169,7 @@ def read(
 
     pending: tuple | None = None
     for start in range(0, len(targets), length):
-        segment = (inputs[None, start : start + length], targets[None, start : start + length])
+        segment = tuple(each[None, start : start + length] for each in (inputs, targets, is_real))
         result, context = step(params, context, *segment, np.array([start == 0]))
         # One segment late, so that the device always has the next one to work on.
         if pending:
@@ -184,6 +190,7 @@ def _step(
     context: Context,
     tokens: Tokens,
     targets: Tokens,
+    is_real: RealPositions,
     start: jax.Array,
     *,
     is_cleared: bool,
@@ -195,7 +202,7 @@ def _step(
     output, looked_on = model.apply(
         {"params": params},
         tokens,
-        targets != PADDING,
+        is_real,
         start,
         context,
         mutable=["intermediates"] if keeps_neighbours else [],
@@ -204,7 +211,7 @@ def _step(
         name: layer["attention"]["core"][NEIGHBOURS][0] for name, layer in looked_on.get("intermediates", {}).items()
     }
     gates = {name: output.report.metrics[f"{name}/gate"] for name in neighbours}
-    nats = jnp.where(targets != PADDING, next_token_nats(output.logits, targets), 0.0)
+    nats = jnp.where(is_real, next_token_nats(output.logits, targets), 0.0)
     return (nats, neighbours, gates), output.context
 
 

@@ -211,6 +211,7 @@ def _abstract_batch(program: Program, shape: tuple[int, int, int]) -> Batch:
         tokens=array(shape, jnp.int32),
         targets=array(shape, jnp.int32),
         loss_weights=array(shape, jnp.float32),
+        is_real=array(shape, jnp.bool_),
         start_of_document=array(shape[:2], jnp.bool_),
     )
 

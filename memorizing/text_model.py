@@ -19,7 +19,7 @@ import numpy as np
 
 from memorizing import session_file
 from memorizing.attention.knn import KNNAttention
-from memorizing.batch import PADDING, Vocabulary
+from memorizing.batch import Vocabulary
 from memorizing.checkpoint import paths
 from memorizing.decoding import Decoder, Drawn, Reader
 from memorizing.errors import UserError
@@ -109,7 +109,8 @@ class TextModel:
           UserError: the file cannot be read, or was saved with another model.
         """
         if path is None:
-            return Session(self, Reader(self._decoder, self._params))
+            state = self._decoder.start(self.vocabulary.start_id)
+            return Session(self, Reader(self._decoder, self._params, state))
         context = jax.eval_shape(functools.partial(self._decoder.init, 1))
         return Session(self, Reader(self._decoder, self._params, session_file.load(path, context, self.identity)))
 
@@ -142,7 +143,7 @@ class TextModel:
     def allowed(self) -> np.ndarray:
         """Which tokens may be written, bool [V]: not those that stand for nothing."""
         allowed = np.arange(self.run.experiment.model.vocab_size) < self.vocabulary.size
-        allowed[[PADDING, *self.vocabulary.unused_ids]] = False
+        allowed[list(self.vocabulary.unused_ids)] = False
         return allowed
 
 

@@ -11,7 +11,7 @@ import optax
 
 from memorizing import context as context_lib
 from memorizing.array_typing import Scalar, Tree
-from memorizing.batch import PADDING, Batch
+from memorizing.batch import Batch
 from memorizing.context import Context
 from memorizing.external_memory import NEIGHBOURS
 from memorizing.losses import next_token_nats
@@ -78,11 +78,10 @@ def _batch_loss(
         if config.recurrent_tokens:
             recurrent = config.recurrent_tokens.truncate(context[RECURRENT], index, num_segments)
             context = context | {RECURRENT: recurrent}
-        is_real = segment.targets != PADDING
         output = model.apply(
             {"params": params},
             segment.tokens,
-            is_real,
+            segment.is_real,
             segment.start_of_document,
             context,
             rngs={"dropout": key} if config.dropout else {},

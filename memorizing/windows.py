@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from memorizing.batch import PADDING, Batch, BatchIterator, DataSource, EvaluationBatch, TextSource, text_of
+from memorizing.batch import Batch, BatchIterator, DataSource, EvaluationBatch, TextSource, text_of
 from memorizing.errors import UserError
 
 
@@ -38,6 +38,10 @@ class Windows:
         return self.source.vocab_size
 
     @property
+    def start_id(self) -> int:
+        return self.source.start_id
+
+    @property
     def identity(self) -> str:
         return f"Windows({self.source.identity}, width={self.width})"
 
@@ -63,18 +67,20 @@ class Windows:
         self._check(segment_length)
         num_rows_here = num_rows if rows is None else len(rows)
         num_before = self.width - self.stride
-        before = np.full((2, num_rows_here, num_before), PADDING, np.int32)
+        # Of the tokens before those that a window scores: inputs, targets, and whether they are real.
+        before = np.zeros((3, num_rows_here, num_before), np.int32)
         for batch, document, offset in self.source.evaluation_batches(num_rows, self.stride, rows):
-            before[:, batch.start_of_document[:, 0]] = PADDING
-            new = np.stack([batch.tokens[:, 0], batch.targets[:, 0]])
+            before[:, batch.start_of_document[:, 0]] = 0
+            new = np.stack([batch.tokens[:, 0], batch.targets[:, 0], batch.is_real[:, 0]])
             window = np.concatenate([before, new], axis=2)
             before = window[:, :, self.stride :].copy()
             weights = np.concatenate(
                 [np.zeros((num_rows_here, num_before), np.float32), batch.loss_weights[:, 0]], axis=1
             )
-            tokens, targets = window[:, :, None]
+            tokens, targets, is_real = window[:, :, None]
+            starts = np.ones((num_rows_here, 1), bool)
             yield EvaluationBatch(
-                Batch(tokens, targets, weights[:, None], np.ones((num_rows_here, 1), bool)), document, offset
+                Batch(tokens, targets, weights[:, None], is_real.astype(bool), starts), document, offset
             )
 
     def _check(self, segment_length: int) -> None:

@@ -39,7 +39,8 @@ def lowered(experiment: Experiment) -> Any:
     mesh = MeshConfig().make_mesh(jax.devices()[:1])
     shape = (ROWS, experiment.batch.num_segments, LENGTH)
     integers = jax.ShapeDtypeStruct(shape, np.int32)
-    batch = Batch(integers, integers, jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct(shape[:2], bool))
+    floats, flags = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct(shape, bool)
+    batch = Batch(integers, integers, floats, flags, jax.ShapeDtypeStruct(shape[:2], bool))
     with jax.set_mesh(mesh):
         program = Program(experiment, mesh)
         return program.step.trace(program.abstract_state, batch)

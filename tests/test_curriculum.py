@@ -165,7 +165,9 @@ class Samples:
         for segment in range(self.tokens.shape[1]):
             fields = (field[:, segment : segment + 1] for field in (self.tokens, self.targets, self.weights))
             starts = np.full((num_rows, 1), self.always_starts or segment == 0)
-            yield EvaluationBatch(Batch(*fields, starts), document, np.full(num_rows, segment * segment_length))
+            is_real = self.targets[:, segment : segment + 1] != 0
+            batch = Batch(*fields, is_real, starts)
+            yield EvaluationBatch(batch, document, np.full(num_rows, segment * segment_length))
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memorizing.batch import PADDING
 from memorizing.data.errors import DataError
 from memorizing.data.order import Line
 from memorizing.data.streams import WINDOW, DocumentStream, evaluation_batches
@@ -21,6 +20,9 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 class Documents:
     """A split in memory: every token of every document is another one, so that none can be mistaken."""
+
+    # No id means "nothing": the first token of the first document is 0, and what stands before a document is a word.
+    start_id = 3
 
     def __init__(self, lengths):
         self.num_tokens = np.asarray(lengths, np.int64)
@@ -35,7 +37,7 @@ class Documents:
         assert 0 <= start <= stop <= self.num_tokens[index]
         self.loaded.append((index, start, stop))
         first = self._ends[index] - self.num_tokens[index]
-        return np.arange(first + start, first + stop, dtype=np.uint32) + 1
+        return np.arange(first + start, first + stop, dtype=np.uint32)
 
 
 def stream(documents, num_rows=2, rows=None, num_segments=1, segment_length=8, seed=0):
@@ -53,10 +55,11 @@ def take(batches, count):
 def documents_of_row(batch, row):
     """The tokens of a row's documents one after another, padding left out; the last one may be cut."""
     found = []
-    for start, targets in zip(batch.start_of_document[row], batch.targets[row], strict=True):
+    segments = zip(batch.start_of_document[row], batch.targets[row], batch.is_real[row], strict=True)
+    for start, targets, is_real in segments:
         if start:
             found.append([])
-        found[-1].extend(targets[targets != PADDING].tolist())
+        found[-1].extend(targets[is_real].tolist())
     return found
 
 
@@ -90,13 +93,16 @@ def test_rows_restore_whole_documents_of_permutations(lengths, num_rows, num_seg
 def test_every_input_is_the_token_before_its_target(lengths, num_rows, num_segments, segment_length):
     batch = take(stream(Documents(lengths), num_rows, None, num_segments, segment_length), 20)
     assert batch.tokens.dtype == batch.targets.dtype == np.int32
-    np.testing.assert_array_equal(batch.loss_weights, (batch.targets != PADDING).astype(np.float32))
+    assert batch.is_real.dtype == bool
+    np.testing.assert_array_equal(batch.loss_weights, batch.is_real.astype(np.float32))
     np.testing.assert_array_equal(batch.tokens[:, :, 1:], batch.targets[:, :, :-1])
     for row in range(num_rows):
         for segment in range(batch.targets.shape[1]):
             # The first token of every segment is scored, given what came before it in the document.
-            assert batch.targets[row, segment, 0] != PADDING
-            carried = PADDING if batch.start_of_document[row, segment] else batch.targets[row, segment - 1, -1]
+            assert batch.is_real[row, segment, 0]
+            carried = (
+                Documents.start_id if batch.start_of_document[row, segment] else batch.targets[row, segment - 1, -1]
+            )
             assert batch.tokens[row, segment, 0] == carried
 
 
@@ -105,11 +111,11 @@ def test_every_input_is_the_token_before_its_target(lengths, num_rows, num_segme
 )
 def test_segments_of_a_document(length, sizes):
     batch = take(stream(Documents([length]), num_rows=1), 2 * len(sizes))
-    assert (batch.targets != PADDING).sum(axis=-1)[0].tolist() == sizes * 2
+    assert batch.is_real.sum(axis=-1)[0].tolist() == sizes * 2
     assert batch.start_of_document[0].tolist() == ([True] + [False] * (len(sizes) - 1)) * 2
     # Padding is at the end of a segment.
-    for targets, size in zip(batch.targets[0], sizes * 2, strict=True):
-        assert np.all(targets[:size] != PADDING)
+    for is_real, size in zip(batch.is_real[0], sizes * 2, strict=True):
+        assert np.all(is_real[:size])
 
 
 def test_rows_go_on_when_others_end():
@@ -127,7 +133,7 @@ def test_a_document_of_more_than_a_million_tokens():
     documents = Documents([1_200_007, 3])
     batches = stream(documents, num_rows=1, num_segments=100, segment_length=4096)
     whole = next(tokens for tokens in documents_of_row(take(batches, 5), 0) if len(tokens) > 3)
-    assert whole == list(range(1, 1_200_008))
+    assert whole == list(range(1_200_007))
     # 500 segments, and the document has 293: every token is read once each time the row comes to it, a window at a time.
     read = [(start, stop) for index, start, stop in documents.loaded if index == 0]
     assert max(stop - start for start, stop in read) == WINDOW
@@ -138,10 +144,10 @@ def test_fewer_documents_than_rows():
     batch = take(stream(Documents([5, 9]), num_rows=7), 30)
     for row in range(7):
         for tokens in documents_of_row(batch, row)[:-1]:
-            assert tokens in ([1, 2, 3, 4, 5], list(range(6, 15)))
+            assert tokens in ([0, 1, 2, 3, 4], list(range(5, 14)))
     # Rows 0 and 1 hold the first permutation, rows 2 and 3 the second one.
     starts = batch.targets[:, 0, 0]
-    assert set(starts[:2]) == set(starts[2:4]) == set(starts[4:6]) == {1, 6}
+    assert set(starts[:2]) == set(starts[2:4]) == set(starts[4:6]) == {0, 5}
 
 
 def test_seed_makes_the_order_and_epochs_differ():
@@ -279,20 +285,21 @@ def test_evaluation_scores_every_token_of_every_document_once(lengths, num_rows,
     for batch, document, offset in evaluation_batches(documents, num_rows, segment_length):
         assert batch.targets.shape == (num_rows, 1, segment_length)
         assert document.dtype == np.int32 and offset.dtype == np.int64
-        np.testing.assert_array_equal(batch.loss_weights, (batch.targets != PADDING).astype(np.float32))
+        np.testing.assert_array_equal(batch.loss_weights, batch.is_real.astype(np.float32))
         np.testing.assert_array_equal(batch.tokens[:, :, 1:], batch.targets[:, :, :-1])
         for row, index in enumerate(document):
             targets = batch.targets[row, 0]
             if index < 0:
-                assert not targets.any() and not batch.tokens[row].any() and not batch.start_of_document[row, 0]
+                assert not targets.any() and not batch.is_real[row].any()
+                assert not batch.tokens[row].any() and not batch.start_of_document[row, 0]
                 continue
             assert batch.start_of_document[row, 0] == (offset[row] == 0) == (index not in row_of)
             assert row_of.setdefault(index, row) == row
             assert offset[row] == len(found[index])
-            assert batch.tokens[row, 0, 0] == (found[index][-1] if found[index] else PADDING)
+            assert batch.tokens[row, 0, 0] == (found[index][-1] if found[index] else Documents.start_id)
             if offset[row] == 0:
                 started.append(lengths[index])
-            found[index].extend(targets[targets != PADDING].tolist())
+            found[index].extend(targets[batch.is_real[row, 0]].tolist())
     assert {index: tokens for index, tokens in found.items()} == {
         index: documents.tokens(index).tolist() for index in range(len(lengths))
     }
@@ -329,6 +336,7 @@ class Many:
     """Ten million documents of which nothing is kept but their lengths."""
 
     num_tokens = np.full(10_000_000, 20, np.int32)
+    start_id = 0
 
     def __len__(self):
         return len(self.num_tokens)

@@ -68,7 +68,7 @@ class Case:
         )
 
     def reader(self) -> Reader:
-        return Reader(self.decoder, self.params)
+        return Reader(self.decoder, self.params, self.decoder.start(0))
 
     @functools.cached_property
     def _forward(self) -> Callable:

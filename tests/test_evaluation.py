@@ -13,7 +13,7 @@ import pytest
 
 from memorizing.attention.knn import KNNAttention
 from memorizing.attention.xl import XLAttention
-from memorizing.batch import PADDING, Batch, EvaluationBatch
+from memorizing.batch import Batch, EvaluationBatch
 from memorizing.evaluate import Evaluator
 from memorizing.losses import next_token_nats
 from memorizing.model import LanguageModel, LMConfig
@@ -107,17 +107,18 @@ class Documents:
         for first in range(0, len(self.lengths), num_rows):
             group = range(first, min(first + num_rows, len(self.lengths)))
             for offset in range(0, max(self.lengths[index] for index in group), segment_length):
-                targets = np.full((num_rows, 1, segment_length), PADDING, np.int32)
-                tokens, document = targets.copy(), np.full(num_rows, -1)
+                targets = np.zeros((num_rows, 1, segment_length), np.int32)
+                tokens, is_real, document = targets.copy(), targets.astype(bool), np.full(num_rows, -1)
                 for row, index in enumerate(group):
                     if offset < self.lengths[index]:
                         document[row] = index
-                    text = np.concatenate([[PADDING], self.document(index)])
+                    text = np.concatenate([[0], self.document(index)])
                     part = text[offset + 1 : offset + 1 + segment_length]
                     targets[row, 0, : len(part)] = part
                     tokens[row, 0, : len(part)] = text[offset : offset + len(part)]
-                weights = (targets != PADDING).astype(np.float32)
-                batch = Batch(tokens, targets, weights, np.full((num_rows, 1), offset == 0))
+                    is_real[row, 0, : len(part)] = True
+                starts = np.full((num_rows, 1), offset == 0)
+                batch = Batch(tokens, targets, is_real.astype(np.float32), is_real, starts)
                 yield EvaluationBatch(batch, document, np.full(num_rows, offset))
 
 
@@ -130,13 +131,13 @@ def test_evaluation_is_that_of_one_document_after_another():
 
     @jax.jit
     def segment(tokens: jax.Array, targets: jax.Array, context: dict) -> tuple:
-        real, start = targets != PADDING, jnp.zeros(1, bool)
+        real, start = targets != 0, jnp.zeros(1, bool)
         logits, context, _ = LanguageModel(model).apply({"params": params}, tokens, real, start, context)
         return jnp.where(real, next_token_nats(logits, targets), 0), context
 
     nats = []
     for index in range(len(source.lengths)):
-        text = np.concatenate([[PADDING], source.document(index)])
+        text = np.concatenate([[0], source.document(index)])
         padded = np.pad(text, (0, -(len(text) - 1) % length))
         context = model.init_context(1, length)
         nats.append([])

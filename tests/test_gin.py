@@ -60,7 +60,9 @@ def trace_step(experiment: Experiment, num_devices: int) -> float:
     with jax.sharding.use_abstract_mesh(AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))):
         state = jax.eval_shape(lambda: init_train_state(experiment.model, optimizer, rows, length, seed=0))
         step = make_train_step(experiment.model, optimizer, batch.num_microbatches)
-        new_state, metrics = jax.eval_shape(step, state, Batch(integers, integers, floats, array(bool, rows, segments)))
+        flags = array(bool, rows, segments, length)
+        abstract_batch = Batch(integers, integers, floats, flags, array(bool, rows, segments))
+        new_state, metrics = jax.eval_shape(step, state, abstract_batch)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new_state) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )

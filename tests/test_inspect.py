@@ -193,7 +193,7 @@ def neighbours_on(page: str, layer: int = 0) -> tuple[np.ndarray, np.ndarray, np
 def inspected() -> tuple[Mechanism, np.ndarray, Inspection, str]:
     mechanism = Mechanism("", XL, ((1, KNNAttention(SMALL, 4, XL)),))
     tokens = document()
-    inspection = inspect(mechanism.config, mechanism.model.params, tokens, (SMALL, LARGE), LENGTH)
+    inspection = inspect(mechanism.config, mechanism.model.params, tokens, 0, (SMALL, LARGE), LENGTH)
     pieces = [f"{token}\n".encode() for token in tokens]
     return mechanism, tokens, inspection, inspection_page.make("title", inspection, pieces, {}, {})
 
@@ -301,7 +301,7 @@ def test_a_document_of_the_corpus_and_a_file(
     assert copy["memorySizes"] == [8, 16]
     run = open_run(str(workdir))
     tokens = TinyTexts().vocabulary.encode(text)[:60]
-    expected = inspect(run.experiment.model, run.params, tokens, (8, 16), 8)
+    expected = inspect(run.experiment.model, run.params, tokens, 0, (8, 16), 8)
     np.testing.assert_array_equal([unpacked(nats, "<f4") for nats in copy["nats"]], expected.nats)
 
 

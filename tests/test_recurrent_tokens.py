@@ -24,7 +24,7 @@ from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention
 from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
-from memorizing.batch import PADDING, Batch
+from memorizing.batch import Batch
 from memorizing.context import Context, Layout, Segment
 from memorizing.errors import UserError
 from memorizing.layers import Embedder
@@ -231,7 +231,8 @@ def test_gradient_reaches_back_exactly_as_far_as_it_is_let(num_segments: int, ba
             embedded = next_method(*args, **kwargs)
             return embedded + shift[args[0]] if is_encode else embedded
 
-        batch = Batch(jnp.asarray(tokens), jnp.asarray(tokens), weights, jnp.asarray(starts))
+        is_real = jnp.ones(tokens.shape, bool)
+        batch = Batch(jnp.asarray(tokens), jnp.asarray(tokens), weights, is_real, jnp.asarray(starts))
         with nn.intercept_methods(encode):
             return _batch_loss(model, params, batch, context, jax.random.key(0), jnp.ones(()))[0]
 
@@ -256,9 +257,9 @@ def make_batch(num_segments: int) -> Batch:
     tokens, starts = np.array(random_tokens(num_segments)), np.zeros((B, num_segments), bool)
     starts[:, 0] = starts[1, 1] = True
     targets = np.roll(tokens, -1, axis=2)
-    targets[2, 2, 2:] = PADDING
-    weights = (targets != PADDING).astype(np.float32)
-    return Batch(*map(jnp.asarray, (tokens, targets, weights, starts)))
+    is_real = np.ones(targets.shape, bool)
+    is_real[2, 2, 2:] = False
+    return Batch(*map(jnp.asarray, (tokens, targets, is_real.astype(np.float32), is_real, starts)))
 
 
 RMT = RecurrentTokens(R)
@@ -311,7 +312,7 @@ def test_activations_of_one_segment_at_a_time():
 
         def batch() -> Batch:
             tokens = jnp.zeros((B, num_segments, length), jnp.int32)
-            return Batch(tokens, tokens, tokens.astype(jnp.float32), tokens[..., 0] > 0)
+            return Batch(tokens, tokens, tokens.astype(jnp.float32), tokens == 0, tokens[..., 0] > 0)
 
         inputs = jax.eval_shape(lambda: (model_params(model), batch(), model.init_context(B, length)))
         compiled = jax.jit(gradient).lower(*inputs).compile()

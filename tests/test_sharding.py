@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from memorizing import sharding
 from memorizing.attention.knn import KNNAttention
 from memorizing.attention.xl import XLAttention
-from memorizing.batch import PADDING, Batch
+from memorizing.batch import Batch
 from memorizing.checkpoint import paths
 from memorizing.errors import UserError
 from memorizing.experiment import BatchConfig, Experiment
@@ -62,8 +62,9 @@ def batches() -> list[Batch]:
         tokens = rng.integers(1, VOCAB, (ROWS, 1, LENGTH), np.int32)
         targets = rng.integers(1, VOCAB, (ROWS, 1, LENGTH), np.int32)
         start = ((np.arange(ROWS) + step) % 4 == 0)[:, None]
-        targets[np.roll(start[:, 0], -1), :, LENGTH - 2 :] = PADDING
-        result.append(Batch(tokens, targets, (targets != PADDING).astype(np.float32), start))
+        is_real = np.ones(targets.shape, bool)
+        is_real[np.roll(start[:, 0], -1), :, LENGTH - 2 :] = False
+        result.append(Batch(tokens, targets, is_real.astype(np.float32), is_real, start))
     return result
 
 

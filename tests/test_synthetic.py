@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memorizing.batch import PADDING, Batch
+from memorizing.batch import Batch
 from memorizing.errors import UserError
 from memorizing.synthetic import (
     Copy,
@@ -54,14 +54,14 @@ def test_tokens_are_targets_one_position_earlier_across_segments(
     task: SyntheticTask, index: int, num_segments: int
 ) -> None:
     sample = task.sample("train", 0, index, num_segments, LENGTH)
-    assert [field.shape for field in sample] == [(num_segments, LENGTH)] * 3
-    assert [field.dtype for field in sample] == [np.int32, np.int32, np.float32]
+    assert [field.shape for field in sample] == [(num_segments, LENGTH)] * 4
+    assert [field.dtype for field in sample] == [np.int32, np.int32, np.float32, bool]
     tokens, targets = sample.tokens.ravel(), sample.targets.ravel()
-    length = np.count_nonzero(targets)
-    assert tokens[0] == PADDING
+    length = np.count_nonzero(sample.is_real)
+    assert tokens[0] == task.start_id
     np.testing.assert_array_equal(tokens[1:length], targets[: length - 1])
-    # Padding comes after the end only, and is neither read nor scored.
-    for field in (*sample[:2], sample.loss_weights):
+    # Positions after the end hold nothing, are not real and not scored.
+    for field in sample:
         assert not field.ravel()[length:].any()
     assert targets[:length].all() and targets.max() < task.vocab_size
 
@@ -84,7 +84,7 @@ def test_long_samples_stream_through_steps_of_any_number_of_segments(num_segment
     read = [next(batches) for _ in range(-(-15 // num_segments))]
     joined = Batch(*(np.concatenate(field, axis=1)[:, :15] for field in zip(*read, strict=True)))
     samples = [[task.sample("train", 0, turn * 4 + row, 5, LENGTH) for row in range(4)] for turn in range(3)]
-    for name in ("tokens", "targets", "loss_weights"):
+    for name in ("tokens", "targets", "loss_weights", "is_real"):
         expected = np.concatenate([np.stack([getattr(s, name) for s in turn]) for turn in samples], axis=1)
         np.testing.assert_array_equal(getattr(joined, name), expected)
     np.testing.assert_array_equal(joined.start_of_document, np.tile([True, False, False, False, False], (4, 3)))

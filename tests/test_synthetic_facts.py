@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memorizing.batch import PADDING
 from memorizing.synthetic import DetectAndMemorize, Memorize, Reasoning, SyntheticWords, babi
 
 WORDS = SyntheticWords()
@@ -148,7 +147,7 @@ def test_answers_of_several_tokens_end_the_document_and_their_length_is_not_told
     for index in range(60):
         sample = task.sample("train", 0, index, 2, 80)
         targets, weights = sample.targets.ravel(), sample.loss_weights.ravel()
-        text = bytes((targets[targets != PADDING] - 1).tolist()).decode()
+        text = bytes((targets[sample.is_real.ravel()] - 1).tolist()).decode()
         answer = bytes((targets[weights == 1] - 1).tolist()).decode()
         assert answer.strip() in babi.PLACES and text.endswith(f"? {answer.strip()}")
         assert f"to the {answer.strip()}." in text
@@ -159,7 +158,7 @@ def test_answers_of_several_tokens_end_the_document_and_their_length_is_not_told
 def test_words_encode_what_they_decode() -> None:
     ids = WORDS.encode(" Daniel went back to the hallway. Where is Daniel? noise0 noise255")
     assert WORDS.decode(ids) == "Daniel went back to the hallway . Where is Daniel ? noise0 noise255"
-    assert PADDING not in ids and ids.max() == WORDS.vocab_size - 1
+    assert Memorize.start_id not in ids and ids.max() == WORDS.vocab_size - 1
     with pytest.raises(ValueError, match="'Paris' is not in the vocabulary"):
         WORDS.encode("Where is Paris?")
     noise = WORDS.sample(np.random.default_rng(0), 5000)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memorizing.attention.xl import XLAttention
-from memorizing.batch import PADDING, Batch, EvaluationBatch
+from memorizing.batch import Batch, EvaluationBatch
 from memorizing.errors import UserError
 from memorizing.evaluate import Evaluator
 from memorizing.losses import next_token_nats
@@ -33,6 +33,7 @@ class Documents:
 
     documents: tuple[tuple[int, ...], ...]
     vocab_size: int = 1000
+    start_id: int = 0
     identity: str = "documents"
     document_bytes: None = None
 
@@ -47,15 +48,17 @@ class Documents:
         waiting = list(range(len(self.documents)))
         rows = [(waiting.pop(0) if waiting else -1, 0) for _ in range(num_rows)]
         while any(document >= 0 for document, _ in rows):
-            tokens, targets = (np.full((num_rows, 1, segment_length), PADDING, np.int32) for _ in range(2))
+            tokens, targets = (np.zeros((num_rows, 1, segment_length), np.int32) for _ in range(2))
+            is_real = np.zeros(targets.shape, bool)
             for row, (document, offset) in enumerate(rows):
                 ids = self.documents[document] if document >= 0 else ()
-                for field, source in ((targets, ids), (tokens, (PADDING, *ids[:-1]))):
+                for field, source in ((targets, ids), (tokens, (0, *ids[:-1])), (is_real, [True] * len(ids))):
                     part = source[offset : offset + segment_length] if ids else ()
                     field[row, 0, : len(part)] = part
             document, offset = np.array(rows).T
             starts = np.array([[offset == 0] for _, offset in rows])
-            yield EvaluationBatch(Batch(tokens, targets, (targets > 0).astype(np.float32), starts), document, offset)
+            batch = Batch(tokens, targets, is_real.astype(np.float32), is_real, starts)
+            yield EvaluationBatch(batch, document, offset)
             for row, (document, offset) in enumerate(rows):
                 if document >= 0 and offset + segment_length < len(self.documents[document]):
                     rows[row] = (document, offset + segment_length)
@@ -83,7 +86,7 @@ def test_every_token_is_scored_once_with_the_context_it_is_promised(
         assert batch.tokens.shape == batch.targets.shape == batch.loss_weights.shape == (num_rows, 1, width)
         assert batch.start_of_document.all(), "a window would see what was carried from the one before"
         for row in range(num_rows):
-            tokens, targets, weights = (field[row, 0] for field in batch[:3])
+            tokens, targets, weights, is_real = (field[row, 0] for field in batch[:4])
             positions = np.flatnonzero(weights)
             if document[row] < 0:
                 assert not len(positions)
@@ -93,9 +96,9 @@ def test_every_token_is_scored_once_with_the_context_it_is_promised(
                 place = int(offset[row]) + count
                 assert (int(document[row]), place) not in scored
                 assert targets[position] == ids[place]
-                # What the model sees: the inputs up to the position that are no padding.
-                seen = tokens[: position + 1][targets[: position + 1] != PADDING]
-                before = [PADDING, *ids][place + 1 - len(seen) : place + 1]
+                # What the model sees: the inputs of the real positions up to this one.
+                seen = tokens[: position + 1][is_real[: position + 1]]
+                before = [0, *ids][place + 1 - len(seen) : place + 1]
                 np.testing.assert_array_equal(seen, before)
                 num_seen = int(np.count_nonzero(seen))
                 assert num_seen >= min(width - stride, place)
@@ -109,7 +112,7 @@ def test_with_a_stride_of_the_width_the_document_is_cut_into_chunks(lengths: lis
     chunks, plain = (list(each.evaluation_batches(num_rows, width)) for each in (Windows(source, width, width), source))
     assert len(chunks) == len(plain)
     for chunk, segment in zip(chunks, plain, strict=True):
-        for one, other in zip((*chunk.batch[:3], *chunk[1:]), (*segment.batch[:3], *segment[1:]), strict=True):
+        for one, other in zip((*chunk.batch[:4], *chunk[1:]), (*segment.batch[:4], *segment[1:]), strict=True):
             np.testing.assert_array_equal(one, other)
         assert chunk.batch.start_of_document.all()
 
@@ -154,7 +157,7 @@ def test_the_loss_is_that_of_a_forward_pass_over_each_tokens_window():
     params(model)
     expected = []
     for ids in source.documents:
-        inputs = [PADDING, *ids]
+        inputs = [0, *ids]
         for place in range(len(ids)):
             # The window ends with the stride that the token belongs to; later tokens of it do not count.
             end = (place // stride + 1) * stride

@@ -33,6 +33,7 @@ class ShiftedBytes:
     name: str = "bytes"
     size: int = 259
     digest: str = "shifted"
+    start_id: int = 0
 
     def encode(self, text: str) -> np.ndarray:
         return (ByteVocabulary().encode(text) - 2) % 256 + 3
@@ -47,6 +48,7 @@ class TinyTexts:
     is_shifted: bool = False
     seed: int = 0
     vocab_size: int = dataclasses.field(default=259, init=False)
+    start_id: int = dataclasses.field(default=0, init=False)
 
     @property
     def identity(self) -> str:

@@ -84,6 +84,7 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
         finished.experiment.model,
         jax.device_put(finished.params),
         document.tokens,
+        finished.experiment.data.start_id,
         sizes,
         finished.experiment.batch.segment_length,
         progress.advance,
@@ -210,9 +211,8 @@ def _tokens_only(data: DataSource, given: str | None, segment_length: int) -> Do
         )
     parts = []
     for batch, document, _ in data.evaluation_batches(data.num_eval_documents, segment_length):
-        parts += [batch.targets[row, 0] for row in np.flatnonzero(document == number)]
+        parts += [batch.targets[row, 0][batch.is_real[row, 0]] for row in np.flatnonzero(document == number)]
     tokens = np.concatenate(parts)
-    tokens = tokens[: int(np.flatnonzero(tokens)[-1]) + 1]
     return Document(f"document {number}", tokens, [f"{token} ".encode() for token in tokens.tolist()])
 
 

@@ -42,6 +42,10 @@ class Curriculum:
         return self.task.vocab_size
 
     @property
+    def start_id(self) -> int:
+        return self.task.start_id
+
+    @property
     def chance(self) -> float:
         return self.task.chance
 

@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 
-from memorizing.batch import PADDING
 from memorizing.errors import UserError
 from memorizing.synthetic import babi, placement
 from memorizing.synthetic.noise import NoiseSource, SyntheticWords
@@ -62,10 +61,8 @@ class FactTask(SyntheticTask):
         ids = self.noise.sample(rng, length).astype(np.int32)
         for start, piece in zip([*starts, end, end_of_question], [*facts, question, answer], strict=True):
             ids[start : start + len(piece)] = piece
-        ids[end_of_question + len(answer) :] = PADDING
-        is_answer = np.zeros(length, bool)
-        is_answer[end_of_question : end_of_question + len(answer)] = True
-        return Text(ids, is_answer)
+        end_of_answer = end_of_question + len(answer)
+        return Text(ids[:end_of_answer], np.arange(end_of_answer) >= end_of_question)
 
     @functools.cached_property
     def _answer_room(self) -> int:

@@ -17,16 +17,16 @@ class NoiseSource(Protocol):
     """A vocabulary that encodes facts and questions, and text in it to hide them in: a frozen dataclass that gin builds.
 
     Attributes:
-      vocab_size: number of token ids, `PADDING` included.
+      vocab_size: number of token ids; id 0 stands before a text and in none.
     """
 
     vocab_size: int
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [length], without a start or an end, none of them `PADDING`. The text begins with a space where it follows another one."""
+        """Ids of a text, int32 [length], without a start or an end, none of them 0. The text begins with a space where it follows another one."""
 
     def sample(self, rng: np.random.Generator, length: int) -> np.ndarray:
-        """Ids of some text, int32 [length], none of them `PADDING`: a function of the generator's state."""
+        """Ids of some text, int32 [length], none of them 0: a function of the generator's state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class SyntheticWords:
         return np.array([self._ids[word] for word in words], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        """The words, with a space between any two; padding is left out."""
+        """The words, with a space between any two; id 0 is left out."""
         return " ".join(self._words[i] for i in ids if i)
 
     def sample(self, rng: np.random.Generator, length: int) -> np.ndarray:

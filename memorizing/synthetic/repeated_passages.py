@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from memorizing.batch import PADDING, Batch, EvaluationBatch
+from memorizing.batch import Batch, EvaluationBatch
 from memorizing.errors import UserError
 
 
@@ -19,7 +19,7 @@ class RepeatedPassages:
     The first passage is unpredictable (log V nats a token), every later one is a copy of it.
 
     Attributes:
-      vocab_size: V, padding included.
+      vocab_size: V; id 0 stands before a document and in none.
       passage_length: tokens; longer than a segment, so that only what is carried between segments helps.
       num_passages: passages a document.
       num_documents: held-out documents.
@@ -30,6 +30,7 @@ class RepeatedPassages:
     num_passages: int = 8
     num_documents: int = 4
     document_bytes: None = dataclasses.field(default=None, init=False, repr=False)
+    start_id: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if self.vocab_size < 3 or min(self.passage_length, self.num_passages, self.num_documents) < 1:
@@ -103,13 +104,14 @@ class RepeatedPassagesStream:
 
 
 def _segments(documents: list[np.ndarray | None], offsets: np.ndarray, length: int) -> Batch:
-    """One segment a row, [B, 1, T], from the given offsets; padding where there is no document or no more of it."""
-    tokens, targets = (np.full((len(documents), 1, length), PADDING, np.int32) for _ in range(2))
+    """One segment a row, [B, 1, T], from the given offsets; no position is real where there is no document or no more of it."""
+    shape = (len(documents), 1, length)
+    tokens, targets, is_real = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
     for row, (document, offset) in enumerate(zip(documents, offsets, strict=True)):
         if document is None:
             continue
-        shifted = np.concatenate([[PADDING], document[:-1]])
-        for field, source in ((targets, document), (tokens, shifted)):
+        shifted = np.concatenate([[RepeatedPassages.start_id], document[:-1]])
+        for field, source in ((targets, document), (tokens, shifted), (is_real, np.ones(len(document), bool))):
             part = source[offset : offset + length]
             field[row, 0, : len(part)] = part
-    return Batch(tokens, targets, (targets != PADDING).astype(np.float32), offsets[:, None] == 0)
+    return Batch(tokens, targets, is_real.astype(np.float32), is_real, offsets[:, None] == 0)

@@ -10,7 +10,6 @@ import dataclasses
 
 import numpy as np
 
-from memorizing.batch import PADDING
 from memorizing.errors import UserError
 from memorizing.synthetic.task import Split, SyntheticTask, Text
 
@@ -55,11 +54,8 @@ class SequenceTask(SyntheticTask):
                 f"BatchConfig.segment_length = {segment_length}: {type(self).__name__} needs at least {2 + self.answer_parts} tokens"
             )
         sequence = rng.integers(1, self.num_symbols + 1, length, np.int32)
-        ids = np.full(room, PADDING, np.int32)
-        end = (1 + self.answer_parts) * length + 1
-        ids[:end] = np.concatenate([sequence, [self.num_symbols + 1], self.answer(sequence)])
-        position = np.arange(room)
-        return Text(ids, (position > length) & (position < end))
+        ids = np.concatenate([sequence, [self.num_symbols + 1], self.answer(sequence)])
+        return Text(ids, np.arange(len(ids)) > length)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ class SampleStream:
         """Starts at the first sample.
 
         Args:
-          load: gives a sample by its index: tokens, targets and loss weights, each [sample_segments, T].
+          load: gives a sample by its index: the fields of `Batch` but for `start_of_document`, each [sample_segments, T].
           identity: of the samples, JSON-able; a state of others is refused.
           sample_segments: segments of a sample.
           num_rows: R, rows of all hosts.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
-from memorizing.batch import PADDING, Batch, EvaluationBatch
+from memorizing.batch import Batch, EvaluationBatch
 from memorizing.errors import UserError
 from memorizing.synthetic.stream import SampleStream
 
@@ -23,8 +23,8 @@ class Text(NamedTuple):
     """The tokens of a sample before they are cut into segments.
 
     Attributes:
-      ids: int32 [U * T]; `PADDING` after the end of the document, and nowhere else.
-      is_answer: bool [U * T], the tokens that the loss and the accuracy count.
+      ids: int32 [length], at most U * T.
+      is_answer: bool [length], the tokens that the loss and the accuracy count.
     """
 
     ids: np.ndarray
@@ -37,11 +37,13 @@ class Sample(NamedTuple):
     Attributes:
       tokens, targets: int32 [U, T], as in `Batch`.
       loss_weights: float32 [U, T], 1 at answers and 0 elsewhere.
+      is_real: bool [U, T], false after the end of the document.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     loss_weights: np.ndarray
+    is_real: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class SyntheticTask(abc.ABC):
     num_eval_samples: int = 256
     eval_segments: int = 4
     document_bytes: None = dataclasses.field(default=None, init=False, repr=False)
+    # No word of a task: words begin at 1.
+    start_id: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         self.expect(self.num_segments >= 0, "num_segments", "a number of segments, or 0 for all the segments of a step")
@@ -68,7 +72,7 @@ class SyntheticTask(abc.ABC):
     @property
     @abc.abstractmethod
     def vocab_size(self) -> int:
-        """V, padding included."""
+        """V."""
 
     @property
     @abc.abstractmethod
@@ -102,15 +106,19 @@ class SyntheticTask(abc.ABC):
         """One sample, a pure function of its arguments."""
         rng = np.random.default_rng([_SPLIT_NUMBERS[split], seed, index])
         ids, is_answer = self.write(rng, split, num_segments, segment_length)
-        # int32 throughout, and no copy where there is one already: a sample may have millions of tokens.
-        previous = np.roll(ids.astype(np.int32, copy=False), 1)
-        previous[0] = PADDING
-        previous[ids == PADDING] = PADDING
-        shape = (num_segments, segment_length)
+        size = num_segments * segment_length
+
+        def in_segments(values: np.ndarray, dtype: type) -> np.ndarray:
+            # int32 throughout, and no copy where there is one already: a sample may have millions of tokens.
+            filled = np.pad(values, (0, size - len(values))) if len(values) < size else values
+            return filled.astype(dtype, copy=False).reshape(num_segments, segment_length)
+
+        previous = np.concatenate([[self.start_id], ids[:-1]], dtype=np.int32, casting="unsafe")
         return Sample(
-            tokens=previous.reshape(shape),
-            targets=ids.astype(np.int32, copy=False).reshape(shape),
-            loss_weights=is_answer.astype(np.float32).reshape(shape),
+            tokens=in_segments(previous, np.int32),
+            targets=in_segments(ids, np.int32),
+            loss_weights=in_segments(is_answer, np.float32),
+            is_real=in_segments(np.ones(len(ids), bool), bool),
         )
 
     def train_batches(
@@ -153,5 +161,6 @@ class SyntheticTask(abc.ABC):
 
 
 def _empty_sample(num_segments: int, segment_length: int) -> Sample:
-    padding = np.full((num_segments, segment_length), PADDING, np.int32)
-    return Sample(padding, padding, np.zeros(padding.shape, np.float32))
+    shape = (num_segments, segment_length)
+    ids = np.zeros(shape, np.int32)
+    return Sample(ids, ids, np.zeros(shape, np.float32), np.zeros(shape, bool))
