@@ -17,13 +17,13 @@ import numpy as np
 
 from memorizing import accelerators, tables
 from memorizing.attention.base import normalize
-from memorizing.attention.knn import map_memories
 from memorizing.batch import Batch
 from memorizing.benchmarks import measure
 from memorizing.commands import experiment_flags
 from memorizing.experiment import Experiment
 from memorizing.external_memory import Memory
 from memorizing.gin_registry import load_experiment
+from memorizing.language_model import LMConfig
 from memorizing.program import Program
 
 DEFAULT_RUN = "runs/benchmark.gin"
@@ -80,9 +80,12 @@ def step_of(experiment: Experiment) -> Callable[[], None]:
     with jax.set_mesh(mesh):
         program = Program(experiment, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
-        fill = jax.jit(lambda state: state.replace(context=full(state.context)), out_shardings=shardings)
+        model = experiment.model
+        fill = jax.jit(lambda state: state.replace(context=full(model, state.context)), out_shardings=shardings)
         state = fill(program.init())
-        arrays = Batch(tokens[0], tokens[1], np.ones(shape, np.float32), np.zeros(shape[:2], bool))
+        arrays = Batch(
+            tokens[0], tokens[1], np.ones(shape, np.float32), np.ones(shape, bool), np.zeros(shape[:2], bool)
+        )
         arrays = jax.device_put(arrays, program.rows)
         compiled = program.step.lower(state, arrays).compile()
     holder = [state]
@@ -94,14 +97,14 @@ def step_of(experiment: Experiment) -> Callable[[], None]:
     return step
 
 
-def full(context: Any) -> Any:
+def full(model: LMConfig, context: Any) -> Any:
     """The same context with every memory full of random keys."""
 
     def fill(memory: Memory) -> Memory:
         keys = jax.random.normal(jax.random.key(0), memory.keys.shape, memory.keys.dtype)
         return memory.replace(keys=normalize(keys), values=keys, valid=jnp.ones_like(memory.valid))
 
-    return map_memories(context, fill)
+    return model.map_memories(context, fill)
 
 
 def _table(results: dict[int, dict[str, Any]]) -> str:

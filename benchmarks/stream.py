@@ -25,7 +25,7 @@ from memorizing.errors import UserError
 from memorizing.evaluate import Evaluator
 from memorizing.experiment import Experiment
 from memorizing.gin_registry import load_experiment
-from memorizing.train_state import init_train_state
+from memorizing.train_state import init_variables
 
 DEFAULT_RUN = "rmt_curriculum"
 BLOCK = 128
@@ -81,11 +81,11 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
         raise UserError(
             f"--tokens={options.tokens}: at least {10 * BLOCK * length}, ten times {BLOCK} segments of {length}"
         )
-    evaluator, params = evaluator_of(experiment)
+    evaluator, variables = evaluator_of(experiment)
 
     def read(num_segments: int, between: Callable[[], None] = lambda: None) -> list[float]:
         source = InBlocks(stream(experiment.data, num_segments), between)
-        evaluator.run(params, source)
+        evaluator.run(*variables, source)
         return source.seconds
 
     read(8)
@@ -123,13 +123,13 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     }
 
 
-def evaluator_of(experiment: Experiment) -> tuple[Evaluator, Tree]:
-    """What evaluates one row on one device, and parameters that are not trained."""
-    length, optimizer = experiment.batch.segment_length, experiment.optimizer.build()
-    params = jax.jit(lambda: init_train_state(experiment.model, optimizer, 1, length, 0).params)()
+def evaluator_of(experiment: Experiment) -> tuple[Evaluator, tuple[Tree, Tree]]:
+    """What evaluates one row on one device, and parameters and buffers that are not trained."""
+    length = experiment.batch.segment_length
+    variables = jax.jit(lambda: init_variables(experiment.model, 1, length, jax.random.key(0)))()
     mesh = experiment.mesh.make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        return Evaluator(experiment.model, 1, length, mesh), params
+        return Evaluator(experiment.model, 1, length, mesh), (variables["params"], variables["buffers"])
 
 
 def stream(task: Any, num_segments: int) -> DataSource:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from memorizing.flops import segment_flops
-from memorizing.model import LMConfig
+from memorizing.language_model import LMConfig
 
 # A backward pass costs as much as two forward passes.
 _PASSES = 3

@@ -7,7 +7,7 @@ flipped bit; the checksums do.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +19,12 @@ from etils import epath
 from memorizing.array_typing import Checksum, Tree
 from memorizing.errors import UserError
 from memorizing.failures import find_lost_infrastructure
+from memorizing.stack import unstack
 from memorizing.train_state import TrainState
 
 FOLDER = "checkpoints"
+# 1, which did not say so, had other parameters.
+FORMAT = 2
 
 
 class NotFinite(Exception):
@@ -43,16 +46,24 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves and restores the checkpoints of one workdir."""
 
-    def __init__(self, workdir: epath.Path, keep: int = 3, save_context: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: epath.Path,
+        keep: int = 3,
+        save_context: bool = True,
+        stacked_layers: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         """
         Args:
           workdir: the run's folder; checkpoints lie in `workdir/checkpoints/STEP`.
           keep: how many of the newest steps stay.
           save_context: whether the context is saved. It can be far larger than the parameters (a memory of 262144 for 256 rows: 256 GiB); without it a run continues with
             empty memories at document starts.
+          stacked_layers: of the model: see `Stack`; it is saved with the arrays, so that they can be read layer by layer.
         """
         _quiet_orbax()
         self._folder, self._save_context = workdir / FOLDER, save_context
+        self._stacked_layers = {name: list(layers) for name, layers in (stacked_layers or {}).items()}
         if jax.process_index() == 0:
             # What a killed process was writing. Orbax's own cleaning runs beside the program and fails if that ends early.
             for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
@@ -85,7 +96,12 @@ class Checkpointer:
         broken = [path for path, is_finite in _by_path(_are_finite, parts["state"]).items() if not is_finite]
         if broken:
             raise NotFinite(f"step {step}: {broken[0]} is no longer finite")
-        data = {"rows": rows, "checksums": {name: _named_checksums(part) for name, part in parts.items()}}
+        data = {
+            "format": FORMAT,
+            "rows": rows,
+            "stacked_layers": self._stacked_layers,
+            "checksums": {name: _named_checksums(part) for name, part in parts.items()},
+        }
         items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
         self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)))
 
@@ -140,6 +156,7 @@ class Checkpointer:
 
     def _read(self, step: int, abstract: TrainState, keeps_context: Callable[[dict[str, Any]], bool]) -> Restored:
         data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        _check_format(data, self._folder / str(step))
         parts = _parts(abstract)
         if "context" not in data["checksums"] or not keeps_context(data["rows"]):
             del parts["context"]
@@ -160,7 +177,9 @@ class Checkpointer:
 
 
 def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
-    """Everything but the context of a checkpoint as host arrays by path (`params/embedder/table`, `step`), whatever model they belong to; changes nothing there.
+    """Everything but the context of a checkpoint, as host arrays of single layers by path, whatever model they belong to.
+
+    Paths are `params/embedder/table`, `params/layer_03/mlp/up/kernel`, `step` and so on. Changes nothing there.
 
     Args:
       workdir: the run's folder.
@@ -184,28 +203,40 @@ def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, .
             raise UserError(f"{folder} has no step {step}, but {', '.join(map(str, steps))}")
         step = steps[-1] if step is None else step
         try:
-            arrays, checksums = _read_wanted(manager, step, only)
+            arrays, data = _read_wanted(manager, step, only, folder / str(step))
+        except UserError:
+            raise
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             raise UserError(f"checkpoint {folder / str(step)} cannot be read ({reason})") from error
     for path, checksum in _named_checksums(arrays).items():
-        if checksum != checksums[path]:
+        if checksum != data["checksums"]["state"][path]:
             raise UserError(f"checkpoint {folder / str(step)} does not have the checksum it was saved with ({path})")
-    return arrays
+    return unstack(arrays, data["stacked_layers"])
 
 
 def _read_wanted(
-    manager: ocp.CheckpointManager, step: int, only: tuple[str, ...]
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    manager: ocp.CheckpointManager, step: int, only: tuple[str, ...], name: epath.Path
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    data = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+    _check_format(data, name)
     structure = manager.item_metadata(step)["state"].tree
     wanted = [path.startswith(only) for path in paths(structure)]
     leaves, treedef = jax.tree.flatten(structure)
     item = treedef.unflatten([leaf if want else ocp.PLACEHOLDER for leaf, want in zip(leaves, wanted, strict=True)])
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
     restore = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy)
-    found = manager.restore(step, args=ocp.args.Composite(state=restore, data=ocp.args.JsonRestore()))
-    arrays = {path: leaf for path, leaf in paths(found["state"]).items() if path.startswith(only)}
-    return arrays, found["data"]["checksums"]["state"]
+    found = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+    return {path: leaf for path, leaf in paths(found).items() if path.startswith(only)}, data
+
+
+def _check_format(data: Mapping[str, Any], name: epath.Path) -> None:
+    """Raises UserError for a checkpoint of another version of the library."""
+    if data.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint {name} was written by another version of memorizing (format {data.get('format', 1)}, this one "
+            f"reads {FORMAT}): go on with that version, or train anew in another --workdir"
+        )
 
 
 def _quiet_orbax() -> None:
@@ -225,7 +256,13 @@ def paths(tree: Tree) -> dict[str, Any]:
 
 def _parts(state: TrainState) -> dict[str, Tree]:
     return {
-        "state": {"step": state.step, "params": state.params, "opt_state": state.opt_state, "rng": state.rng},
+        "state": {
+            "step": state.step,
+            "params": state.params,
+            "buffers": state.buffers,
+            "opt_state": state.opt_state,
+            "rng": state.rng,
+        },
         "context": state.context,
     }
 

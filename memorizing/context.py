@@ -1,33 +1,37 @@
 """Context: everything a model carries from one segment to the next, as plain pytrees of arrays.
 
-The context of a model is a dict with one entry a layer group (and `clock`, the number of segments seen, which all rows share). What holds for every mechanism, and is all
-that the functions below rely on:
+The context of a model is a dict with one entry for each stack of layers (and `clock`, the number of segments seen, which
+all rows share). What holds for every mechanism, and is all that the functions below rely on:
 
 * every leaf has the row axis first; a scalar leaf is shared by all rows;
-* a mechanism says what a fresh row looks like by a tree of the same structure whose leaves broadcast against the state's, or are None where a mask hides the old content.
-  A reset is then one `where` over small leaves: it never touches stored keys and values, and whatever they hold, NaN included, cannot come back.
+* a mechanism says what a fresh row looks like by a tree of the same structure whose leaves broadcast against the state's,
+  or are None where a mask hides the old content. A reset is then one `where` over small leaves: it never touches stored
+  keys and values, and whatever they hold, NaN included, cannot come back.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
-from memorizing.array_typing import Clock, RealPositions, RowFlags, Tree
+from memorizing.array_typing import Clock, RealPositions, RowFlags, Tokens, Tree
 
-# A model's context: {"clock": int32 scalar, layer group name: state of that group's mechanism}.
+# A model's context: {"clock": int32 scalar, name of a stack of layers: state of that stack's mechanism}.
 Context = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the positions of a segment are: read tokens, then the segment's own tokens, then write tokens. Without recurrent tokens there are only the segment's own.
+    """What the positions of a segment are: read tokens, the segment's own tokens, write tokens.
+
+    Without recurrent memory tokens there are only the segment's own.
 
     Attributes:
       length: the segment's own tokens.
@@ -57,19 +61,61 @@ class Layout:
 
 
 @struct.dataclass
-class Slice:
-    """Consecutive positions of an open segment: one whose later tokens are not known yet, because they are being written.
-
-    The first slice of a segment holds all its positions but the write tokens, those whose tokens are not known yet included: no earlier position sees them. Each of the
-    slices after it replaces some of them.
+class Inputs:
+    """What a model reads in one segment.
 
     Attributes:
-      position: int32 scalar, the first of the positions, read tokens counted.
-      kept: what the layer reported of the slices before (`Report.kept`); None for the first slice.
+      tokens: int32 [B, T]; of a decode step only its own, [B, 1].
+      is_real: bool [B, T], false after the end of a document.
+      start_of_document: bool [B], rows whose context is forgotten before the segment.
+    """
+
+    tokens: Tokens
+    is_real: RealPositions
+    start_of_document: RowFlags
+
+
+@struct.dataclass
+class Rngs:
+    """Random numbers by name: a pure function of seed, step, segment, layer, name and row.
+
+    So rematerialisation, reversible layers, a resumed run and any number of microbatches see the same numbers.
+
+    Attributes:
+      key: of a segment of a step, and perhaps of a layer.
+      rows: int32 [B], number of each row in the whole batch.
+    """
+
+    key: jax.Array
+    rows: Int[Array, "B"]
+
+    def of_layer(self, index: int | jax.Array) -> Rngs:
+        """The numbers of one layer, counted from 0."""
+        return self.replace(key=jax.random.fold_in(self.key, index))
+
+    def stream(self, name: str) -> jax.Array:
+        """A key that is the same for all rows, for example of the random projections of a hash."""
+        return jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+
+    def row_streams(self, name: str) -> jax.Array:
+        """A key for each row [B], for example of dropout."""
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self.stream(name), self.rows)
+
+
+@struct.dataclass
+class Decoding:
+    """Where a segment stands whose later tokens are not known yet, because they are being generated.
+
+    The prefill passes all positions of the segment but its write tokens; those whose tokens are not known yet are
+    arbitrary, since no earlier position sees them. Each decode step after it replaces one of them.
+
+    Attributes:
+      position: int32 scalar, the first position that is passed, read tokens counted.
+      kv_cache: what the layer reported of the positions before (`Report.kv_cache`); None for the prefill.
     """
 
     position: Clock
-    kept: Mapping[str, jax.Array] | None = None
+    kv_cache: Mapping[str, jax.Array] | None = None
 
 
 @struct.dataclass
@@ -77,38 +123,51 @@ class Segment:
     """What a layer knows of the segment besides its activations.
 
     Attributes:
-      is_real: bool [B, T], false at padding after the end of a document.
+      is_real: bool [B, T], false after the end of a document.
       layout: what the T positions are.
-      slice: which of the positions the activations are; None for all. A layer carries nothing on from a slice: its new state is None.
+      decoding: while the segment is generated, where it stands; None for a whole segment. A layer carries nothing on
+        from a segment that is not whole: its new state is None.
+      rngs: random numbers of this layer; None where nothing is random, as in evaluation.
     """
 
     is_real: RealPositions
     layout: Layout = struct.field(pytree_node=False)
-    slice: Slice | None = None
+    decoding: Decoding | None = None
+    rngs: Rngs | None = None
 
     @property
-    def continues(self) -> bool:
-        """Whether the layer finds what it needs of its state and of earlier positions in what it has kept."""
-        return self.slice is not None and self.slice.kept is not None
+    def is_decode_step(self) -> bool:
+        """Whether the layer finds what it needs of its state and of earlier positions in the KV cache."""
+        return self.decoding is not None and self.decoding.kv_cache is not None
 
-    def cut(self, table: jax.Array, size: int, axis: int = 0) -> jax.Array:
-        """The `size` entries that belong to the activations' positions, of a table in which each position's begin one after those of the position before it."""
-        return table if self.slice is None else jax.lax.dynamic_slice_in_dim(table, self.slice.position, size, axis)
-
-    def extend(self, name: str, new: jax.Array) -> jax.Array:
-        """Keys, or what else there is one of a key, of everything that is seen: [carried; segment], [B, S, ...]. What is not known yet is arbitrary.
+    def select(self, table: jax.Array, size: int, axis: int = 0) -> jax.Array:
+        """The entries of a table that belong to the activations' positions.
 
         Args:
-          name: under which the layer keeps them while the segment is open.
-          new: [carried; activations' positions], or only the latter if the segment continues.
+          table: with an axis in which the entries of each position begin one after those of the position before it.
+          size: number of entries.
+          axis: this axis.
         """
-        if self.slice is None:
+        if self.decoding is None:
+            return table
+        return jax.lax.dynamic_slice_in_dim(table, self.decoding.position, size, axis)
+
+    def with_kv_cache(self, name: str, new: jax.Array) -> jax.Array:
+        """Keys, or anything else that there is one of for each key, of all that is seen: [carried; segment], [B, S, ...].
+
+        What belongs to tokens that are not known yet is arbitrary.
+
+        Args:
+          name: of the entry in the KV cache.
+          new: [carried; activations' positions]; in a decode step only the latter.
+        """
+        if self.decoding is None:
             return new
-        if self.slice.kept is None:
+        if self.decoding.kv_cache is None:
             return jnp.pad(new, [(0, 0), (0, self.layout.num_write)] + [(0, 0)] * (new.ndim - 2))
-        kept = self.slice.kept[name]
-        first = kept.shape[1] - self.layout.size + self.slice.position
-        return jax.lax.dynamic_update_slice_in_dim(kept, new, first, axis=1)
+        cache = self.decoding.kv_cache[name]
+        first = cache.shape[1] - self.layout.size + self.decoding.position
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, first, axis=1)
 
     def with_cached(self, valid: Bool[Array, "B W"]) -> Bool[Array, "B S"]:
         """Which of the keys [cached; segment] hold something."""
@@ -119,15 +178,19 @@ class Segment:
 class Report:
     """What a layer tells besides its output, by name.
 
+    What nobody asks for costs nothing: the compiler leaves it out.
+
     Attributes:
       losses: auxiliary losses, scalars that are added to the training loss.
       metrics: float arrays of any shape for the log; no gradient flows through them.
-      kept: of a slice, what the next slice of the segment needs of this and the earlier ones: keys and values.
+      kv_cache: of a segment that is not whole, what its next decode step needs of this and the earlier positions.
+      retrieved: what the layer's queries found in an external memory, for an inspector: see `external_memory.Retrieved`.
     """
 
     losses: Mapping[str, jax.Array] = struct.field(default_factory=dict)
     metrics: Mapping[str, jax.Array] = struct.field(default_factory=dict)
-    kept: Mapping[str, jax.Array] = struct.field(default_factory=dict)
+    kv_cache: Mapping[str, jax.Array] = struct.field(default_factory=dict)
+    retrieved: Any = None
 
 
 def reset_rows(state: Tree, fresh: Tree, start_of_document: RowFlags) -> Tree:
@@ -135,7 +198,7 @@ def reset_rows(state: Tree, fresh: Tree, start_of_document: RowFlags) -> Tree:
 
     Args:
       state: leaves with the row axis first.
-      fresh: the same structure; each leaf is None (left as it is) or broadcasts against the state's leaf, row axis included.
+      fresh: the same structure; each leaf is None (left as it is) or broadcasts against the state's leaf, rows included.
       start_of_document: bool [B].
     """
 
@@ -152,7 +215,8 @@ def reset_rows(state: Tree, fresh: Tree, start_of_document: RowFlags) -> Tree:
 def split_rows(tree: Tree, num_parts: int) -> Tree:
     """Splits the row axis into [num_parts, B / num_parts] for a scan over parts; scalar leaves are repeated.
 
-    Part i takes rows i, i + num_parts, ...: when rows are sharded in contiguous blocks, every device keeps a share of every part.
+    Part i takes rows i, i + num_parts, ...: when rows are sharded in contiguous blocks, every device keeps a share of
+    every part.
     """
 
     def split(leaf: jax.Array) -> jax.Array:

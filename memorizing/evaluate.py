@@ -13,36 +13,40 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from memorizing import sharding
+from memorizing import external_memory, language_model, sharding
 from memorizing.array_typing import PerToken, RowFlags, Tree
-from memorizing.attention.knn import forget_memories, permute_memories
-from memorizing.batch import Batch, DataSource, text_of
+from memorizing.batch import Batch, DataSource, EvaluationBatch, text_of
 from memorizing.context import Context
+from memorizing.language_model import LMConfig
 from memorizing.losses import next_token_nats
 from memorizing.metrics import Values, perplexity
-from memorizing.model import LanguageModel, LMConfig
+from memorizing.reading import inputs_of, read_segments
 from memorizing.sharding import RowPlacement
 
 # What may be done to the context before a segment, to measure what it is worth.
 Ablation = Literal["none", "memory_cleared", "memory_permuted", "state_reset", "state_shuffled"]
 
 
-def _ablate(ablation: Ablation, context: Context, segment: Batch) -> tuple[Context, RowFlags]:
+def ablate(config: LMConfig, ablation: Ablation, context: Context, segment: Batch) -> tuple[Context, RowFlags]:
     """The context and start_of_document that the model gets instead of its own."""
     start = segment.start_of_document
     if ablation == "memory_cleared":
         # External memories are empty; local attention and caches keep theirs.
-        return forget_memories(context), start
+        return config.map_memories(context, external_memory.cleared), start
     if ablation == "memory_permuted":
         # What is found is no longer what belongs to it.
-        return permute_memories(context), start
+        return config.map_memories(context, external_memory.permuted), start
     if ablation == "state_reset":
         # Every segment begins a document.
         return context, jnp.ones_like(start)
     if ablation == "state_shuffled":
-        # Every row gets what its neighbour carried, before segments in which something is scored: shifted at every segment, states would come home after B of them.
+        # Every row gets what its neighbour carried, before segments in which something is scored: shifted at every segment,
+        # states would come home after B of them.
         is_scored = jnp.any(segment.loss_weights > 0)
-        shift = lambda leaf: jnp.where(is_scored, jnp.roll(leaf, 1, axis=0), leaf) if leaf.ndim else leaf  # noqa: E731
+
+        def shift(leaf: jax.Array) -> jax.Array:
+            return jnp.where(is_scored, jnp.roll(leaf, 1, axis=0), leaf) if leaf.ndim else leaf
+
         return jax.tree.map(shift, context), start
     return context, start
 
@@ -142,7 +146,7 @@ class Evaluator:
         self._step = jax.jit(
             functools.partial(_evaluation_step, config),
             static_argnames="ablation",
-            donate_argnums=1,
+            donate_argnums=2,
             out_shardings=(None, shardings),
         )
 
@@ -150,44 +154,43 @@ class Evaluator:
         """The same for another model."""
         return Evaluator(config, *self._size, self._mesh, self._on_step)
 
-    def run(self, params: Tree, source: DataSource, ablation: Ablation = "none") -> Evaluation:
+    def run(self, params: Tree, buffers: Tree, source: DataSource, ablation: Ablation = "none") -> Evaluation:
         """Reads all held-out documents of a source.
 
         Args:
-          params: of the model.
+          params, buffers: of the model; buffers stay as they are.
           source: where the documents come from.
           ablation: what is done to the context before every segment.
         """
-        context = self._init_context()
         sums = _Sums(self._size[1])
-        pending: tuple | None = None
         # Of several processes, each reads its own rows' documents.
-        rows = (self._rows.rows,) if jax.process_count() > 1 else ()
-        for batch, document, offset in source.evaluation_batches(*self._size, *rows):
+        is_shared = jax.process_count() > 1
+        rows = (self._rows.rows,) if is_shared else ()
+
+        def step(context: Context, segment: EvaluationBatch) -> tuple[tuple, Context]:
             self._on_step()
-            placed = self._rows.put(batch)
-            result, context = self._step(params, context, placed, ablation=ablation)
-            # One segment late, so that the device always has the next one to work on.
-            if pending:
-                sums.add(*jax.device_get(pending))
-            pending = (result, batch, document, offset)
-            if rows:
-                # ... and learns what came of the others', so that all have the same sums.
-                place = self._rows.put((document, offset.astype(np.int32)))
-                pending = self._rows.gather((result, placed, *place))
-        if pending:
-            sums.add(*jax.device_get(pending))
+            placed = self._rows.put(segment.batch)
+            result, context = self._step(params, buffers, context, placed, ablation=ablation)
+            if not is_shared:
+                return (result, *segment), context
+            # ... and learns what came of the others', so that all have the same sums.
+            place = self._rows.put((segment.document, segment.offset.astype(np.int32)))
+            return self._rows.gather((result, placed, *place)), context
+
+        segments = source.evaluation_batches(*self._size, *rows)
+        for result, _ in read_segments(step, self._init_context(), segments):
+            sums.add(*result)
         return sums.result(source)
 
 
 def accuracy_by_reach(
-    controls: Mapping[str, tuple[Evaluator, Ablation]], params: Tree, task: Any, reaches: Sequence[int]
+    controls: Mapping[str, tuple[Evaluator, Ablation]], params: Tree, buffers: Tree, task: Any, reaches: Sequence[int]
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Accuracy on held-out samples whose answers lie several numbers of segments back.
 
     Args:
       controls: by name, what evaluates and what it does to the context.
-      params: of the model.
+      params, buffers: of the model.
       task: a data source of samples, with a method `reaching`.
       reaches: in segments.
 
@@ -196,18 +199,19 @@ def accuracy_by_reach(
     """
 
     def accuracy(evaluator: Evaluator, ablation: Ablation, reach: int) -> dict[str, float]:
-        evaluation = evaluator.run(params, task.reaching(reach), ablation)
+        evaluation = evaluator.run(params, buffers, task.reaching(reach), ablation)
         return {"answers": evaluation.accuracy, "tokens": evaluation.token_accuracy}
 
     return {name: {reach: accuracy(*control, reach) for reach in reaches} for name, control in controls.items()}
 
 
 def _evaluation_step(
-    config: LMConfig, params: Tree, context: Context, batch: Batch, *, ablation: Ablation
+    config: LMConfig, params: Tree, buffers: Tree, context: Context, batch: Batch, *, ablation: Ablation
 ) -> tuple[tuple[PerToken, jax.Array], Context]:
     segment = jax.tree.map(lambda leaf: leaf[:, 0], batch)
-    context, start = _ablate(ablation, context, segment)
-    output = LanguageModel(config).apply({"params": params}, segment.tokens, segment.is_real, start, context)
+    context, start = ablate(config, ablation, context, segment)
+    inputs = inputs_of(segment).replace(start_of_document=start)
+    output = language_model.apply(config, params, buffers, inputs, context)
     is_right = jnp.argmax(output.logits, axis=-1) == segment.targets
     return (next_token_nats(output.logits, segment.targets), is_right), output.context
 

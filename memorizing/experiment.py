@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import optax
 from jax.sharding import Mesh
 
 from memorizing import sharding
-from memorizing.attention.knn import KNNAttention
 from memorizing.batch import DataSource
 from memorizing.errors import UserError
-from memorizing.model import LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.optimizer import AdamW, Optimizer
 from memorizing.sharding import MeshConfig
 
@@ -134,11 +134,14 @@ class Experiment:
         rows = self.batch.num_rows // self.batch.num_microbatches
         sharding.check_divides("rows of a microbatch", rows, mesh, "data")
         sharding.check_divides("LMConfig.num_heads", self.model.num_heads, mesh, "model")
-        for group in self.model.groups:
-            if isinstance(group.attention, KNNAttention):
-                segments = group.attention.memory_size // self.batch.segment_length
-                sharding.check_divides("KNNAttention.memory_size in segments", segments, mesh, "memory")
+        for attention in {group.attention for group in self.model.groups if group.attention.memory_size}:
+            segments = attention.memory_size // self.batch.segment_length
+            sharding.check_divides(f"{type(attention).__name__}.memory_size in segments", segments, mesh, "memory")
         return mesh
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the model's parameters."""
+        return self.optimizer.build(self.model.stack.stacked_layers)
 
     def check_data(self) -> None:
         """Raises UserError where experiment and data do not fit each other."""

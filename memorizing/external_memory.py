@@ -66,6 +66,21 @@ class Neighbours:
     scores: Float[Array, "B T N K"]
 
 
+@struct.dataclass
+class Retrieved:
+    """What an inspector sees of a layer with a memory.
+
+    Attributes:
+      neighbours: that the queries of the segment's own positions attended to.
+      gate: float32 [N], share of the memory in the layer's output.
+      scale: float32 [N], factor of the scores in the softmax.
+    """
+
+    neighbours: Neighbours
+    gate: HeadScale
+    scale: HeadScale
+
+
 class Reading(NamedTuple):
     """What a segment got from the memory.
 
@@ -130,6 +145,21 @@ def of_segment(keys: Keys, values: Values, is_real: RealPositions) -> Memory:
     """A segment's keys and values, [B, T, N, H], in the layout of a memory; gradients are stopped."""
     keys, values = jax.lax.stop_gradient((keys.swapaxes(1, 2), values.swapaxes(1, 2)))
     return Memory(keys=keys, values=values, valid=is_real)
+
+
+def cleared(memory: Memory) -> Memory:
+    """The same memory, emptied."""
+    return memory.replace(valid=jnp.zeros_like(memory.valid))
+
+
+def permuted(memory: Memory) -> Memory:
+    """The same memory with its values in random places: keys are found as before, and lead to what stood elsewhere."""
+    noise = jax.random.uniform(jax.random.key(0), memory.valid.shape)
+    # Valid slots in random order first, and then the r-th valid slot gets the value of the r-th of those: nothing comes
+    # from an empty slot.
+    shuffled = jnp.argsort(jnp.where(memory.valid, noise, jnp.inf), axis=-1)
+    source = jnp.take_along_axis(shuffled, jnp.maximum(jnp.cumsum(memory.valid, axis=-1) - 1, 0), axis=-1)
+    return memory.replace(values=jnp.take_along_axis(memory.values, source[:, None, :, None], axis=2))
 
 
 def empty(batch_size: int, num_heads: int, num_slots: int, head_dim: int, dtype: jnp.dtype) -> Memory:

@@ -10,14 +10,13 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from memorizing import sharding
+from memorizing import language_model, sharding
 from memorizing.array_typing import Tree
 from memorizing.batch import Vocabulary, text_of
 from memorizing.checkpoint import read_arrays
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
 from memorizing.gin_registry import load_experiment
-from memorizing.train_state import init_params
 from memorizing.transfer import fit
 from memorizing.workdir import CONFIG, VOCABULARY, read_record, resolve
 
@@ -29,7 +28,7 @@ class FinishedRun:
     Attributes:
       workdir: the run's folder.
       experiment: what was run, with the bindings that were given on opening it.
-      params: float32 host arrays in the structure of `experiment.model`.
+      params, buffers: host arrays in the structure of `experiment.model`.
       step: of the checkpoint.
       config_text: the resolved configuration as gin text.
     """
@@ -37,6 +36,7 @@ class FinishedRun:
     workdir: epath.Path
     experiment: Experiment
     params: Tree
+    buffers: Tree
     step: int
     config_text: str
 
@@ -70,12 +70,12 @@ class FinishedRun:
             )
         _ = self.vocabulary
 
-    def params_on(self, mesh: Mesh) -> Tree:
-        """The parameters on the devices of a mesh, sharded as in training."""
-        boxed = _boxed_params(self.experiment, mesh.shape["data"])
-        return jax.device_put(
-            self.params, sharding.parameter_shardings(mesh, boxed, self.experiment.mesh.parameter_rules)
-        )
+    def variables_on(self, mesh: Mesh) -> tuple[Tree, Tree]:
+        """Parameters and buffers on the devices of a mesh, sharded as in training."""
+        boxed = _boxed_variables(self.experiment, mesh.shape["data"])
+        shardings = sharding.variable_shardings(mesh, boxed, self.experiment.mesh.parameter_rules)
+        params = jax.device_put(self.params, shardings["params"])
+        return params, jax.device_put(self.buffers, shardings["buffers"])
 
 
 def open_run(workdir: str, step: int | None = None, bindings: Sequence[str] = ()) -> FinishedRun:
@@ -96,13 +96,13 @@ def open_run(workdir: str, step: int | None = None, bindings: Sequence[str] = ()
             f"--workdir={workdir} holds no run: there is no {config}; train one with memorizing train --workdir={workdir}"
         )
     experiment, text = load_experiment([], bindings, base=config.read_text())
-    saved = read_arrays(folder, step, only=("params/", "step"))
-    wanted = {"params": nn.unbox(_boxed_params(experiment, 1))}
-    params = fit(wanted, saved, f"--workdir={workdir}")["params"]
-    return FinishedRun(folder, experiment, params, int(saved["step"]), text)
+    saved = read_arrays(folder, step, only=("params/", "buffers/", "step"))
+    wanted = nn.unbox(_boxed_variables(experiment, 1))
+    variables = fit(wanted, saved, experiment.model.stack.stacked_layers, f"--workdir={workdir}")
+    return FinishedRun(folder, experiment, variables["params"], variables["buffers"], int(saved["step"]), text)
 
 
-def _boxed_params(experiment: Experiment, num_rows: int) -> Tree:
-    """Shapes and logical axes of the parameters, which do not depend on the rows; these only have to fit the mesh that is set."""
+def _boxed_variables(experiment: Experiment, num_rows: int) -> dict[str, Tree]:
+    """Shapes and logical axes of parameters and buffers; the rows only have to fit the mesh that is set."""
     length = experiment.batch.segment_length
-    return jax.eval_shape(lambda: init_params(experiment.model, num_rows, length, jax.random.key(0)))
+    return jax.eval_shape(lambda: language_model.init(experiment.model, num_rows, length, jax.random.key(0)))

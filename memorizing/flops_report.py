@@ -6,11 +6,8 @@ import dataclasses
 from typing import Any
 
 from memorizing import flops
-from memorizing.attention.compressive import CompressiveAttention
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.transformer_xl import TransformerXLAttention
-from memorizing.attention.xl import XLAttention
-from memorizing.model import LMConfig
+from memorizing.attention import MECHANISMS
+from memorizing.language_model import LMConfig
 from memorizing.recurrent_tokens import RecurrentTokens
 from memorizing.tables import align, with_unit
 
@@ -56,41 +53,23 @@ def run_flops(config: LMConfig, segment_length: int) -> dict[str, Any]:
 
 def _variants(config: LMConfig, segment_length: int) -> list[tuple[str, str, LMConfig]]:
     """Name, meaning and configuration of what is compared."""
-    plain = flops.without_context(config)
-    knn, recurrent = KNNAttention(), RecurrentTokens()
-    compressive = CompressiveAttention(window=segment_length, compressed_size=segment_length)
+    plain = config.without_context()
     # The paper's memory layer is the 9th of 12.
     layer = max(config.num_layers * 3 // 4 - 1, 0)
-    replace = dataclasses.replace
-    return [
-        ("this run", "as configured", config),
-        ("segments", "each alone, nothing carried", plain),
-        (
-            "cache",
-            f"keys and values of {segment_length} positions in every layer",
-            replace(plain, attention=XLAttention(window=segment_length)),
-        ),
-        (
-            "XL",
-            f"Transformer-XL, {segment_length} cached positions in every layer",
-            replace(plain, attention=TransformerXLAttention(window=segment_length)),
-        ),
-        (
-            "compressive",
-            f"{segment_length} cached and {segment_length} compressed positions in every layer",
-            replace(plain, attention=compressive),
-        ),
-        (
-            "kNN",
-            f"the {knn.num_neighbors} nearest of {knn.memory_size} positions in layer {layer}",
-            replace(plain, attention_at=((layer, knn),)),
-        ),
-        (
-            "RMT",
-            f"{recurrent.num_tokens} memory tokens before and after each segment",
-            replace(plain, recurrent_tokens=recurrent),
-        ),
-    ]
+    variants = [("this run", "as configured", config), ("segments", "each alone, nothing carried", plain)]
+    for mechanism in MECHANISMS:
+        example = mechanism.example(segment_length)
+        if example is None:
+            continue
+        if example.is_everywhere:
+            variant, meaning = dataclasses.replace(plain, attention=example.attention), example.meaning
+        else:
+            variant = dataclasses.replace(plain, attention_at=((layer, example.attention),))
+            meaning = f"{example.meaning} {layer}"
+        variants.append((example.name, meaning, variant))
+    recurrent = RecurrentTokens()
+    meaning = f"{recurrent.num_tokens} memory tokens before and after each segment"
+    return [*variants, ("RMT", meaning, dataclasses.replace(plain, recurrent_tokens=recurrent))]
 
 
 def run_text(counts: dict[str, Any]) -> str:

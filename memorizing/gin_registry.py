@@ -12,15 +12,11 @@ from pathlib import Path
 
 import gin
 
-from memorizing.attention.compressive import CompressiveAttention
-from memorizing.attention.full import FullAttention
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.transformer_xl import TransformerXLAttention
-from memorizing.attention.xl import XLAttention
+from memorizing.attention import MECHANISMS
 from memorizing.errors import UserError
 from memorizing.experiment import BatchConfig, Experiment, LoopConfig
 from memorizing.gin_types import REGISTERED, register
-from memorizing.model import LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot
 from memorizing.recurrent_tokens import RecurrentTokens
 from memorizing.search import ApproximateSearch, ExactSearch
@@ -46,11 +42,7 @@ for configurable in (
     MeshConfig,
     # The model.
     LMConfig,
-    FullAttention,
-    XLAttention,
-    KNNAttention,
-    TransformerXLAttention,
-    CompressiveAttention,
+    *MECHANISMS,
     RecurrentTokens,
     ExactSearch,
     ApproximateSearch,

@@ -1,4 +1,4 @@
-"""What a memory did for one document: the loss of every token with a smaller and a larger memory, and the neighbours that every query attended to.
+"""What a memory did for one document: the loss of every token with a smaller and a larger memory, and what was retrieved.
 
 The per-token difference and the look at retrieved neighbours are those of Wu et al. 2022, section 4.6 (their figure 7 and table 8).
 """
@@ -8,23 +8,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memorizing.array_typing import PerToken, RealPositions, Tokens, Tree
-from memorizing.attention.knn import KNNAttention, forget_memories
+from memorizing import external_memory, language_model
+from memorizing.array_typing import PerToken, Tree
+from memorizing.batch import Batch
 from memorizing.context import Context
-from memorizing.external_memory import NEIGHBOURS, Neighbours, positions_back
+from memorizing.external_memory import Retrieved, positions_back
+from memorizing.language_model import LMConfig
 from memorizing.losses import next_token_nats
-from memorizing.model import LanguageModel, LMConfig
+from memorizing.reading import document_segments, inputs_of, read_segments
 
 
 @dataclasses.dataclass(frozen=True)
 class Lookups:
-    """What the queries of one layer found, position by position of the document. Position i is the one that predicts token i, having read token i - 1.
+    """What the queries of one layer found, position by position of the document.
+
+    Position i is the one that predicts token i, having read token i - 1.
 
     Attributes:
       layer: its name.
@@ -41,12 +45,24 @@ class Lookups:
     scores: np.ndarray
 
     def weights(self, positions: slice = slice(None)) -> np.ndarray:
-        """Attention to each neighbour, float32 [tokens, N, K]: the softmax over the neighbours of a head; 0 where there is none."""
+        """Attention to each neighbour, float32 [tokens, N, K]: the softmax over those of a head; 0 where there is none."""
         scores = self.scores[positions]
         exists = scores > -np.inf
         logits = np.where(exists, scores, -1e30) * self.scale[None, :, None]
         shifted = np.where(exists, np.exp(logits - logits.max(axis=-1, keepdims=True)), 0.0)
         return (shifted / np.maximum(shifted.sum(axis=-1, keepdims=True), 1e-30)).astype(np.float32)
+
+
+class Document(NamedTuple):
+    """What is read.
+
+    Attributes:
+      tokens: int32 [tokens].
+      start_id: stands before them.
+    """
+
+    tokens: np.ndarray
+    start_id: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +94,18 @@ class Inspection:
         return min(self.memory_sizes[0] + self.segment_length, len(self.tokens))
 
 
-class Read(NamedTuple):
-    """A document after one reading: `nats` float32 [tokens], and by layer the distances and scores of `Lookups`, and the gate."""
+class Reading(NamedTuple):
+    """A document after it was read once: `nats` float32 [tokens], and the look-ups of every layer with a memory."""
 
     nats: np.ndarray
-    neighbours: dict[str, tuple[np.ndarray, np.ndarray]]
-    gates: dict[str, np.ndarray]
+    lookups: tuple[Lookups, ...]
 
 
 def inspect(
     config: LMConfig,
     params: Tree,
-    tokens: np.ndarray,
-    start_id: int,
+    buffers: Tree,
+    document: Document,
     memory_sizes: tuple[int, int],
     segment_length: int,
     advance: Callable[[int], None] = lambda _: None,
@@ -99,121 +114,90 @@ def inspect(
 
     Args:
       config: a model with an external memory.
-      params: of the model.
-      tokens: int32 [tokens].
-      start_id: stands before them.
+      params, buffers: of the model.
+      document: to read.
       memory_sizes: the smaller, 0 for none, and the larger; multiples of the segment length.
       segment_length: T.
       advance: told after each segment how many tokens were read.
     """
     smaller, larger = memory_sizes
-    small = read(
-        config.with_memory_size(smaller or segment_length),
-        params,
-        tokens,
-        start_id,
-        segment_length,
-        advance,
-        is_cleared=smaller == 0,
+    read = functools.partial(
+        read_document, params=params, buffers=buffers, document=document, segment_length=segment_length, advance=advance
     )
-    large = read(
-        config.with_memory_size(larger), params, tokens, start_id, segment_length, advance, keeps_neighbours=True
-    )
-    lookups = tuple(
-        Lookups(layer, large.gates[layer], _scale(params[layer]), *neighbours)
-        for layer, neighbours in large.neighbours.items()
-    )
-    return Inspection(tokens, memory_sizes, segment_length, np.stack([small.nats, large.nats]), lookups)
+    small = read(config.with_memory_size(smaller or segment_length), is_cleared=smaller == 0)
+    large = read(config.with_memory_size(larger), keeps_lookups=True)
+    nats = np.stack([small.nats, large.nats])
+    return Inspection(document.tokens, memory_sizes, segment_length, nats, large.lookups)
 
 
-def read(
+def read_document(
     config: LMConfig,
     params: Tree,
-    tokens: np.ndarray,
-    start_id: int,
+    buffers: Tree,
+    document: Document,
     segment_length: int,
     advance: Callable[[int], None] = lambda _: None,
     is_cleared: bool = False,
-    keeps_neighbours: bool = False,
-) -> Read:
-    """Reads a document once, segment after segment; `is_cleared` empties the memory before each, `keeps_neighbours` keeps what was found."""
-    num_tokens, length = len(tokens), segment_length
-    targets = np.pad(tokens.astype(np.int32), (0, -num_tokens % length))
-    inputs = np.concatenate([[start_id], targets[:-1]]).astype(np.int32)
-    is_real = np.arange(len(targets)) < num_tokens
-    step = jax.jit(
-        functools.partial(_step, config, is_cleared=is_cleared, keeps_neighbours=keeps_neighbours), donate_argnums=1
+    keeps_lookups: bool = False,
+) -> Reading:
+    """Reads a document once.
+
+    Args:
+      config, params, buffers: the model.
+      document: to read.
+      segment_length: T.
+      advance: told after each segment how many tokens were read.
+      is_cleared: empties the memory before each segment.
+      keeps_lookups: keeps what was retrieved.
+    """
+    compiled = jax.jit(
+        functools.partial(_step, config, is_cleared=is_cleared, keeps_lookups=keeps_lookups), donate_argnums=2
     )
-    context = config.init_context(1, length)
-    nats = np.zeros(len(targets), np.float32)
-    collected: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    gates: dict[str, np.ndarray] = {}
-    sizes = {
-        group.name: group.attention.memory_size for group in config.groups if isinstance(group.attention, KNNAttention)
-    }
 
-    def collect(start: int, result: tuple[PerToken, dict[str, Neighbours], dict[str, jax.Array]]) -> None:
-        segment_nats, neighbours, new_gates = jax.device_get(result)
-        nats[start : start + length] = segment_nats[0]
-        gates.update(new_gates)
-        for name, found in neighbours.items():
-            if name not in collected:
-                shape = (len(targets), *found.slots.shape[2:])
-                collected[name] = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
-            distances, scores = collected[name]
-            # The document began with the first segment: as many segments were processed before this one as lie before it in the document.
-            back = positions_back(found.slots[0], start // length, sizes[name], length)
-            exists = found.scores[0] > -np.inf
-            distances[start : start + length] = np.where(exists, back + np.arange(length)[:, None, None], 0)
-            scores[start : start + length] = found.scores[0]
+    def step(context: Context, segment: Batch) -> tuple[tuple[PerToken, dict[str, Retrieved]], Context]:
+        return compiled(params, buffers, context, segment)
 
-    pending: tuple | None = None
-    for start in range(0, len(targets), length):
-        segment = tuple(each[None, start : start + length] for each in (inputs, targets, is_real))
-        result, context = step(params, context, *segment, np.array([start == 0]))
-        # One segment late, so that the device always has the next one to work on.
-        if pending:
-            collect(*pending)
-        pending = (start, result)
-        advance(min(length, num_tokens - start))
-    if pending:
-        collect(*pending)
-    neighbours = {
-        name: (distances[:num_tokens], scores[:num_tokens]) for name, (distances, scores) in collected.items()
-    }
-    return Read(nats[:num_tokens], neighbours, gates)
+    num_tokens = len(document.tokens)
+    nats: list[np.ndarray] = []
+    found: dict[str, list[Retrieved]] = {}
+    segments = document_segments(document.tokens, document.start_id, segment_length)
+    context = config.init_context(1, segment_length)
+    for index, ((segment_nats, retrieved), _) in enumerate(read_segments(step, context, segments)):
+        nats.append(segment_nats[0])
+        for layer, of_segment in retrieved.items():
+            found.setdefault(layer, []).append(of_segment)
+        advance(min(segment_length, num_tokens - index * segment_length))
+    lookups = tuple(_lookups(layer, parts, config.memory_sizes[layer], num_tokens) for layer, parts in found.items())
+    return Reading(np.concatenate(nats)[:num_tokens], lookups)
 
 
 def _step(
     config: LMConfig,
     params: Tree,
+    buffers: Tree,
     context: Context,
-    tokens: Tokens,
-    targets: Tokens,
-    is_real: RealPositions,
-    start: jax.Array,
+    segment: Batch,
     *,
     is_cleared: bool,
-    keeps_neighbours: bool,
-) -> tuple[tuple[PerToken, dict[str, Neighbours], dict[str, jax.Array]], Context]:
+    keeps_lookups: bool,
+) -> tuple[tuple[PerToken, dict[str, Retrieved]], Context]:
     if is_cleared:
-        context = forget_memories(context)
-    model = LanguageModel(config)
-    output, looked_on = model.apply(
-        {"params": params},
-        tokens,
-        is_real,
-        start,
-        context,
-        mutable=["intermediates"] if keeps_neighbours else [],
-    )
-    neighbours = {
-        name: layer["attention"]["core"][NEIGHBOURS][0] for name, layer in looked_on.get("intermediates", {}).items()
-    }
-    gates = {name: output.report.metrics[f"{name}/gate"] for name in neighbours}
-    nats = jnp.where(is_real, next_token_nats(output.logits, targets), 0.0)
-    return (nats, neighbours, gates), output.context
+        context = config.map_memories(context, external_memory.cleared)
+    output = language_model.apply(config, params, buffers, inputs_of(segment), context)
+    nats = jnp.where(segment.is_real, next_token_nats(output.logits, segment.targets), 0.0)
+    return (nats, dict(output.report.retrieved) if keeps_lookups else {}), output.context
 
 
-def _scale(layer: Any) -> np.ndarray:
-    return np.abs(np.asarray(layer["attention"]["scale"], np.float32))
+def _lookups(layer: str, parts: list[Retrieved], memory_size: int, num_tokens: int) -> Lookups:
+    """What a layer retrieved in all segments of a document."""
+    distances, scores = [], []
+    # The document began with the first segment: as many were processed before each as lie before it in the document.
+    for index, part in enumerate(parts):
+        # [T, N, K]
+        slots, of_slots = part.neighbours.slots[0], part.neighbours.scores[0]
+        length = len(slots)
+        back = positions_back(slots, index, memory_size, length) + np.arange(length)[:, None, None]
+        distances.append(np.where(of_slots > -np.inf, back, 0).astype(np.int32))
+        scores.append(of_slots)
+    gate, scale = (np.asarray(each, np.float32) for each in (parts[0].gate, parts[0].scale))
+    return Lookups(layer, gate, scale, np.concatenate(distances)[:num_tokens], np.concatenate(scores)[:num_tokens])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +76,10 @@ class Adafactor:
     decay_rate: float = 0.8
     max_gradient_norm: float = 1.0
 
-    def build(self) -> optax.GradientTransformation:
+    def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
+        """The transformation of updates; for `stacked` see `by_layer`."""
         rule = optax.adafactor(self.learning_rate, momentum=self.momentum, decay_rate=self.decay_rate)
-        return optax.chain(optax.clip_by_global_norm(self.max_gradient_norm), by_layer(rule))
+        return optax.chain(optax.clip_by_global_norm(self.max_gradient_norm), by_layer(rule, stacked))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,36 +99,40 @@ class AdamW:
     weight_decay: float = 0.1
     max_gradient_norm: float = 1.0
 
-    def build(self) -> optax.GradientTransformation:
+    def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
+        """The transformation of updates; for `stacked` see `by_layer`."""
         rule = optax.adamw(self.learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=_is_matrix)
-        return optax.chain(optax.clip_by_global_norm(self.max_gradient_norm), by_layer(rule))
+        return optax.chain(optax.clip_by_global_norm(self.max_gradient_norm), by_layer(rule, stacked))
 
 
 Optimizer = Adafactor | AdamW
 
 
-def by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+def by_layer(rule: optax.GradientTransformation, stacked: Collection[str]) -> optax.GradientTransformation:
     """Applies a rule to every layer by itself, also to layers whose parameters are stacked for a scan.
 
-    Rules that look at a whole array (Adafactor's factors, its clipping and its parameter scale) would otherwise mix the layers of a stack, and the result would depend on
-    which layers happen to be stacked.
+    Rules that look at a whole array (Adafactor's factors, its clipping and its parameter scale) would otherwise mix the
+    layers of a group, and the result would depend on which layers happen to be stacked.
 
-    The optimizer state is a dict by layer group; a stack's state has its layer axis in front.
+    The optimizer state is a dict by group; that of several layers has their axis in front.
+
+    Args:
+      rule: for the parameters of one layer.
+      stacked: names of the groups of several layers.
     """
 
-    def over_layers(group: str, function):
-        return jax.vmap(function) if group.startswith("layers_") else function
+    def over_layers(group: str, function: Callable) -> Callable:
+        return jax.vmap(function) if group in stacked else function
 
     def init(params: Tree) -> Tree:
         return {group: over_layers(group, rule.init)(params[group]) for group in params}
 
     def update(updates: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        results = {
-            group: over_layers(group, rule.update)(updates[group], state[group], params[group]) for group in updates
-        }
-        return {group: result[0] for group, result in results.items()}, {
-            group: result[1] for group, result in results.items()
-        }
+        new_updates, new_state = {}, {}
+        for group in updates:
+            update_group = over_layers(group, rule.update)
+            new_updates[group], new_state[group] = update_group(updates[group], state[group], params[group])
+        return new_updates, new_state
 
     return optax.GradientTransformation(init, update)
 

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from memorizing import compiled_cost
 from memorizing.accelerators import Accelerator, accelerator, training_flops
 from memorizing.array_typing import Tree
-from memorizing.attention.knn import KNNState
 from memorizing.batch import Batch
 from memorizing.compiled_cost import Traffic
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
+from memorizing.language_model import LMConfig
 from memorizing.program import Program
 from memorizing.train_state import TrainState
 
@@ -117,7 +117,7 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
         abstract_batch = _abstract_batch(program, (batch.num_rows, segments, batch.segment_length))
         start = time.perf_counter()
         lowered = program.step.lower(program.abstract_state, abstract_batch)
-    arguments = _arguments(program.abstract_state, abstract_batch)
+    arguments = _arguments(experiment, program.abstract_state, abstract_batch)
     try:
         compiled = lowered.compile(_COMPILER_OPTIONS)
     except jax.errors.JaxRuntimeError as error:
@@ -227,13 +227,11 @@ def _unpriced_search(
     return flops_per_device * chip.devices_per_chip / chip.peak_flops if is_unpriced else 0.0
 
 
-def _arguments(state: TrainState, batch: Batch) -> dict[str, int]:
+def _arguments(experiment: Experiment, state: TrainState, batch: Batch) -> dict[str, int]:
     """Bytes of a step's arguments on one device by kind, as their shapes say."""
-    is_memory = lambda leaf: isinstance(leaf, KNNState)  # noqa: E731
-    states = jax.tree.leaves(state.context, is_leaf=is_memory)
-    memory = _device_bytes([leaf.memory for leaf in states if is_memory(leaf)])
+    memory = _device_bytes(experiment.model.memories(state.context))
     return {
-        "parameters": _device_bytes(state.params),
+        "parameters": _device_bytes((state.params, state.buffers)),
         "optimizer": _device_bytes(state.opt_state),
         "external memory": memory,
         "caches and other context": _device_bytes(state.context) - memory,
@@ -303,7 +301,7 @@ def _advice(experiment: Experiment, devices: list[Any], hbm: dict[str, int]) -> 
     if model.has_memory:
         changes.append(
             _Change(
-                f"--gin.KNNAttention.memory_size={half}: half the slots",
+                f"--gin.{_memory_name(model)}.memory_size={half}: half the slots",
                 lambda: dataclasses.replace(experiment, model=model.with_memory_size(half)),
                 memory // 2,
             )
@@ -319,6 +317,11 @@ def _advice(experiment: Experiment, devices: list[Any], hbm: dict[str, int]) -> 
         )
     possible = [change for change in changes if _is_new(change, experiment, devices)]
     return [change.advice for change in sorted(possible, key=lambda change: change.gain, reverse=True)]
+
+
+def _memory_name(model: LMConfig) -> str:
+    """What gin calls the mechanism that has the memory."""
+    return next(type(group.attention).__name__ for group in model.groups if group.attention.memory_size)
 
 
 def _is_new(change: _Change, experiment: Experiment, devices: list[Any]) -> bool:

@@ -24,7 +24,7 @@ class Program:
 
     def __init__(self, experiment: Experiment, mesh: Mesh) -> None:
         config, batch = experiment.model, experiment.batch
-        optimizer = experiment.optimizer.build()
+        optimizer = experiment.make_optimizer()
         size = (batch.num_rows, batch.segment_length)
         self.placement = RowPlacement(mesh, batch.num_rows)
         self.rows = self.placement.sharding

@@ -36,7 +36,7 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: above 0 and at most 1")
 
-    def sampler(self, allowed: Bool[np.ndarray, "V"], seed: int) -> Sampler:
+    def arrays(self, allowed: Bool[np.ndarray, "V"], seed: int) -> SamplingArrays:
         """The settings as a compiled program takes them, which is the same one for all settings.
 
         Args:
@@ -46,11 +46,14 @@ class Sampling:
         is_greedy = self.temperature == 0
         limit = 1 if is_greedy else self.top_k or np.iinfo(np.int32).max
         temperature = np.float32(1.0 if is_greedy else self.temperature)
-        return Sampler(temperature, np.int32(limit), np.float32(self.top_p), allowed, np.uint32(seed))
+        return SamplingArrays(temperature, np.int32(limit), np.float32(self.top_p), allowed, np.uint32(seed))
 
 
-class Sampler(NamedTuple):
-    """`Sampling` as arrays: temperature above 0, and how many tokens may be drawn at most; with the tokens that may be drawn at all, and the seed."""
+class SamplingArrays(NamedTuple):
+    """`Sampling` as arrays: temperature above 0, and how many tokens may be drawn at most.
+
+    With them the tokens that may be drawn at all, and the seed.
+    """
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
@@ -59,27 +62,27 @@ class Sampler(NamedTuple):
     seed: Int[Array, ""]
 
 
-def draw(logits: Float[Array, "B V"], position: Int[Array, ""], sampler: Sampler) -> Int[Array, "B"]:
+def draw(logits: Float[Array, "B V"], position: Int[Array, ""], sampling: SamplingArrays) -> Int[Array, "B"]:
     """Draws a token for every row. What is drawn depends on its logits, the seed, the row and the position.
 
     Args:
       logits: float32.
       position: of the token in its document.
-      sampler: how it is drawn.
+      sampling: how it is drawn.
     """
-    logits = jnp.where(sampler.allowed[None], logits, -jnp.inf)
+    logits = jnp.where(sampling.allowed[None], logits, -jnp.inf)
     # By rank, so that of equal logits the lower token comes first and exactly k are left.
     tokens = jnp.argsort(-logits, axis=-1, stable=True)
-    scaled = jnp.take_along_axis(logits, tokens, axis=-1) / sampler.temperature
+    scaled = jnp.take_along_axis(logits, tokens, axis=-1) / sampling.temperature
     rank = jnp.arange(logits.shape[-1])[None]
-    scaled = jnp.where(rank < sampler.top_k, scaled, -jnp.inf)
+    scaled = jnp.where(rank < sampling.top_k, scaled, -jnp.inf)
     probabilities = jax.nn.softmax(scaled, axis=-1)
     # The probability of all tokens before a token: what has reached top_p needs no more.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    scaled = jnp.where((before < sampler.top_p) | (rank == 0), scaled, -jnp.inf)
+    scaled = jnp.where((before < sampling.top_p) | (rank == 0), scaled, -jnp.inf)
 
     def key(row: Int[Array, ""]) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(sampler.seed), row), position)
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), position)
 
     drawn = jax.vmap(jax.random.categorical)(jax.vmap(key)(jnp.arange(len(logits))), scaled)
     return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

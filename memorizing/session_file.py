@@ -1,4 +1,7 @@
-"""A session in a file: the context of a reader, and what it belongs to. An `.npz` archive, whose checksums are checked as it is read."""
+"""A session in a file: the state of a text, and the model that it belongs to.
+
+An `.npz` archive, whose checksums are checked as it is read.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import numpy as np
 
 from memorizing.array_typing import Tree
 from memorizing.checkpoint import paths
-from memorizing.decoding import ReaderState
+from memorizing.decoding import TextState
 from memorizing.errors import UserError
 from memorizing.workdir import resolve
 
@@ -22,12 +25,12 @@ Identity = Mapping[str, str | int]
 _IDENTITY, _CONTEXT = "identity", "context/"
 
 
-def save(path: str, state: ReaderState, identity: Identity) -> None:
+def save(path: str, state: TextState, identity: Identity) -> None:
     """Writes a session; the file is there as a whole or not at all.
 
     Args:
       path: of the file.
-      state: of a reader of one row.
+      state: of one row.
       identity: of the model that it was read with.
 
     Raises:
@@ -46,7 +49,7 @@ def save(path: str, state: ReaderState, identity: Identity) -> None:
         raise UserError(f"the session {path} cannot be written ({error.strerror or error})") from error
 
 
-def load(path: str, context: Tree, identity: Identity) -> ReaderState:
+def load(path: str, context: Tree, identity: Identity) -> TextState:
     """Reads a session.
 
     Args:
@@ -75,6 +78,6 @@ def load(path: str, context: Tree, identity: Identity) -> ReaderState:
             )
     # NumPy does not know bfloat16, and writes its bytes as they are.
     leaves = [arrays[_CONTEXT + name].view(leaf.dtype) for name, leaf in paths(context).items()]
-    return ReaderState(
+    return TextState(
         jax.tree.unflatten(jax.tree.structure(context), leaves), arrays["inputs"], int(arrays["num_tokens"])
     )

@@ -169,17 +169,23 @@ def tree_shardings(mesh: Mesh, abstract: Tree, axes: AxesTree, rules: Rules) -> 
     return jax.tree.map(lambda leaf, names: named_sharding(mesh, names, leaf.shape, rules), abstract, axes)
 
 
-def parameter_shardings(mesh: Mesh, boxed: Tree, rules: Rules) -> Tree:
-    """Shardings of parameters that still carry the logical names given at their creation."""
+def variable_shardings(mesh: Mesh, boxed: Tree, rules: Rules) -> Tree:
+    """Shardings of parameters and buffers that still carry the logical names given at their creation; what has none is
+    replicated."""
 
-    def of(parameter: nn.LogicallyPartitioned) -> NamedSharding:
-        return named_sharding(mesh, parameter.names, parameter.value.shape, rules)
+    def of(leaf: Any) -> NamedSharding:
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        return named_sharding(mesh, leaf.names, leaf.value.shape, rules)
 
     return jax.tree.map(of, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
 def like_parameters(mesh: Mesh, tree: Tree, parameters: Tree, shardings: Tree) -> Tree:
-    """Shardings for optimizer state: what stands for a parameter (its path holds the parameter's, its shape is the same) lies where that lies, the rest is replicated."""
+    """Shardings for optimizer state: what stands for a parameter lies where that lies, the rest is replicated.
+
+    It stands for one if its path holds the parameter's and its shape is the same.
+    """
     paths = {
         jax.tree_util.keystr(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
@@ -188,7 +194,7 @@ def like_parameters(mesh: Mesh, tree: Tree, parameters: Tree, shardings: Tree) -
     }
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
-        # The optimizer's own containers may lie before the parameter's path and between its layer group and the rest.
+        # The optimizer's own containers may lie before the parameter's path and between its group of layers and the rest.
         for group in range(len(path)):
             for rest in range(group + 1, len(path)):
                 shape, sharding = paths.get(jax.tree_util.keystr(path[group : group + 1] + path[rest:]), (None, None))

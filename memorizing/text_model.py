@@ -18,10 +18,9 @@ import jax
 import numpy as np
 
 from memorizing import session_file
-from memorizing.attention.knn import KNNAttention
 from memorizing.batch import Vocabulary
 from memorizing.checkpoint import paths
-from memorizing.decoding import Decoder, Drawn, Reader
+from memorizing.decoding import Decoder, Drawn, TextDecoder, Weights
 from memorizing.errors import UserError
 from memorizing.finished_run import FinishedRun, open_run
 from memorizing.metrics import perplexity
@@ -80,7 +79,7 @@ class TextModel:
             )
         self.run, self.vocabulary = run, vocabulary
         self._decoder = _decoder(run.experiment.model, run.experiment.batch.segment_length)
-        self._params = jax.device_put(run.params)
+        self._weights = Weights(*jax.device_put((run.params, run.buffers)))
 
     @classmethod
     def open(cls, workdir: str, step: int | None = None, bindings: Sequence[str] = ()) -> TextModel:
@@ -110,15 +109,16 @@ class TextModel:
         """
         if path is None:
             state = self._decoder.start(self.vocabulary.start_id)
-            return Session(self, Reader(self._decoder, self._params, state))
-        context = jax.eval_shape(functools.partial(self._decoder.init, 1))
-        return Session(self, Reader(self._decoder, self._params, session_file.load(path, context, self.identity)))
+        else:
+            context = jax.eval_shape(functools.partial(self._decoder.init, 1))
+            state = session_file.load(path, context, self.identity)
+        return Session(self, TextDecoder(self._decoder, self._weights, state))
 
     @property
     def memory(self) -> str:
         """What the model carries from segment to segment, in words."""
         config, length = self.run.experiment.model, self.run.experiment.batch.segment_length
-        sizes = [group.attention.memory_size for group in config.groups if isinstance(group.attention, KNNAttention)]
+        sizes = list(config.memory_sizes.values())
         kinds = sorted({type(group.attention).__name__ for group in config.groups})
         memory = f", a memory of {' and '.join(f'{size:,}' for size in sizes)} tokens" if sizes else ""
         return f"{', '.join(kinds)}, segments of {length} tokens{memory}"
@@ -150,13 +150,13 @@ class TextModel:
 class Session:
     """A text that is being read, and may be written on."""
 
-    def __init__(self, model: TextModel, reader: Reader) -> None:
-        self._model, self._reader = model, reader
+    def __init__(self, model: TextModel, decoder: TextDecoder) -> None:
+        self._model, self._decoder = model, decoder
 
     @property
     def num_tokens(self) -> int:
         """Tokens read so far."""
-        return self._reader.num_tokens
+        return self._decoder.num_tokens
 
     def read(self, text: str, on_progress: Callable[[int], None] = lambda _: None) -> Score:
         """Reads on, whole segments at a time; what is read stays in the memory as far as that reaches.
@@ -172,7 +172,7 @@ class Session:
             raise UserError("the text is empty: give at least one character")
         vocabulary = self._model.vocabulary
         tokens = vocabulary.encode(text)
-        nats = self._reader.read(tokens[None], on_progress)[0]
+        nats = self._decoder.read(tokens[None], on_progress)[0]
         pieces = [piece.decode("utf-8", "replace") for piece in vocabulary.pieces(tokens)]
         return Score(tokens, nats, pieces, len(text.encode()))
 
@@ -196,10 +196,8 @@ class Session:
         # Not in the generator, so that a wrong setting is told at once.
         check_amounts(num_tokens, num_samples, seed)
         settings = Sampling(**sampling)
-        reader = self._reader.fork(num_samples)
-        return _texts(
-            self._model.vocabulary, reader.write(num_tokens, settings, seed, self._model.allowed), num_samples
-        )
+        steps = self._decoder.fork(num_samples).generate(num_tokens, settings, seed, self._model.allowed)
+        return _texts(self._model.vocabulary, steps, num_samples)
 
     def generate(self, num_tokens: int = 200, num_samples: int = 1, seed: int = 0, **sampling: float) -> list[str]:
         """The samples of `write`, each as a whole."""
@@ -208,7 +206,7 @@ class Session:
 
     def save(self, path: str) -> None:
         """Writes the session to a file, for `TextModel.session`. Raises UserError if it cannot be written."""
-        session_file.save(path, self._reader.state, self._model.identity)
+        session_file.save(path, self._decoder.state, self._model.identity)
 
 
 def check_amounts(num_tokens: int, num_samples: int, seed: int) -> None:

@@ -114,7 +114,9 @@ class _Run:
         loop, batch = experiment.loop, experiment.batch
         self.experiment, self.workdir = experiment, workdir
         self.events, self.stop, self.watchdog = events, stop, watchdog
-        self.checkpointer = Checkpointer(workdir, loop.keep_checkpoints, loop.save_context)
+        self.checkpointer = Checkpointer(
+            workdir, loop.keep_checkpoints, loop.save_context, experiment.model.stack.stacked_layers
+        )
         self.program = Program(experiment, mesh)
         self.stream_seed = loop.seed
         is_primary = distributed.is_primary()
@@ -186,7 +188,9 @@ class _Run:
         if self.experiment.loop.evaluate_segments:
             reaches = self.experiment.loop.evaluate_segments
             with self.events.measure("evaluation", step=step):
-                summary["accuracy"] = accuracy_by_reach(self._controls(max(reaches)), self.state.params, data, reaches)
+                summary["accuracy"] = accuracy_by_reach(
+                    self._controls(max(reaches)), self.state.params, self.state.buffers, data, reaches
+                )
             self.progress.say(_accuracy_table(summary["accuracy"], data.chance))
         if distributed.is_primary():
             (self.workdir / "loss_by_position.png").write_bytes(plots.loss_by_position(evaluations))
@@ -268,7 +272,7 @@ class _Run:
 
     def _evaluate(self, step: int, ablation: Ablation = "none") -> Evaluation:
         with self.events.measure("evaluation", step=step):
-            evaluation = self.evaluator.run(self.state.params, self.experiment.data, ablation)
+            evaluation = self.evaluator.run(self.state.params, self.state.buffers, self.experiment.data, ablation)
         values = evaluation.values()
         self.writer.write(step, "evaluation" if ablation == "none" else f"evaluation_{ablation}", values)
         if step < self.experiment.loop.num_steps:
@@ -306,7 +310,8 @@ class _Run:
             with self.events.measure("init"):
                 state = self.program.init()
                 if loop.start_from:
-                    state = transfer.start_from(loop.start_from, state, loop.start_optimizer)
+                    model = self.experiment.model
+                    state = transfer.start_from(loop.start_from, state, model, loop.start_optimizer)
                     say(f"starting from {loop.start_from}, step {int(state.step)}")
             return state, self._open_stream(int(state.step) + 1)
         self.continues, state = True, restored.state

@@ -9,10 +9,10 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memorizing import sharding
+from memorizing import language_model, sharding
 from memorizing.array_typing import Tree
 from memorizing.context import Context
-from memorizing.model import LanguageModel, LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.sharding import MeshConfig
 
 
@@ -22,7 +22,8 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, updates made.
-      params: float32, by layer group.
+      params: float32, by group of layers.
+      buffers: what layers keep besides, without rows and without gradient, by group of layers.
       opt_state: of the optimizer.
       rng: uint32 key data; the randomness of a step is this folded with the step.
       context: what the rows carry from segment to segment, memories included.
@@ -30,16 +31,15 @@ class TrainState:
 
     step: jax.Array
     params: Tree
+    buffers: Tree
     opt_state: Tree
     rng: jax.Array
     context: Context
 
 
-def init_params(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -> Tree:
-    """Parameters that still carry their logical axis names. They do not depend on rows and segment, which only have to fit mesh and mechanisms."""
-    tokens, flags = jnp.zeros((num_rows, segment_length), jnp.int32), jnp.ones((num_rows, segment_length), bool)
-    context = config.init_context(num_rows, segment_length)
-    return LanguageModel(config).init(rng, tokens, flags, flags[:, 0], context)["params"]
+def init_variables(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -> dict[str, Tree]:
+    """`{"params": ..., "buffers": ...}`: see `language_model.init`."""
+    return nn.unbox(language_model.init(config, num_rows, segment_length, rng))
 
 
 def init_train_state(
@@ -47,11 +47,12 @@ def init_train_state(
 ) -> TrainState:
     """A fresh state, unsharded; to be jitted or shape-evaluated."""
     init_key, step_key = jax.random.split(jax.random.key(seed))
-    params = nn.unbox(init_params(config, num_rows, segment_length, init_key))
+    variables = init_variables(config, num_rows, segment_length, init_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
+        params=variables["params"],
+        buffers=variables["buffers"],
+        opt_state=optimizer.init(variables["params"]),
         rng=jax.random.key_data(step_key),
         context=config.init_context(num_rows, segment_length),
     )
@@ -67,12 +68,14 @@ def abstract_train_state(
 ) -> TrainState:
     """Shape, dtype and sharding of every leaf of the state."""
     state = jax.eval_shape(lambda: init_train_state(config, optimizer, num_rows, segment_length, seed=0))
-    boxed = jax.eval_shape(lambda: init_params(config, num_rows, segment_length, jax.random.key(0)))
-    params = sharding.parameter_shardings(mesh, boxed, mesh_config.parameter_rules)
+    boxed = jax.eval_shape(lambda: language_model.init(config, num_rows, segment_length, jax.random.key(0)))
+    variables = sharding.variable_shardings(mesh, boxed, mesh_config.parameter_rules)
+    params = variables["params"]
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = TrainState(
         step=replicated,
         params=params,
+        buffers=variables["buffers"],
         opt_state=sharding.like_parameters(mesh, state.opt_state, state.params, params),
         rng=replicated,
         context=sharding.tree_shardings(mesh, state.context, config.context_axes(), sharding.STATE_RULES),

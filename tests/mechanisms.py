@@ -11,18 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memorizing import language_model
 from memorizing.attention.base import Attention
 from memorizing.attention.compressive import CompressiveAttention
 from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention
 from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
-from memorizing.context import Context
+from memorizing.context import Context, Inputs
+from memorizing.language_model import LMConfig, ModelOutput
 from memorizing.layers import Embedder
 from memorizing.losses import next_token_nats
-from memorizing.model import LanguageModel, LMConfig, ModelOutput
 from memorizing.recurrent_tokens import RecurrentTokens
-from memorizing.train_state import init_params
+from memorizing.train_state import init_variables
 
 ROWS, LENGTH, VOCAB = 3, 8, 32
 
@@ -108,7 +109,7 @@ class TinyModel:
 
         @jax.jit
         def init() -> Any:
-            params = nn.unbox(init_params(self.config, ROWS, LENGTH, jax.random.key(0)))
+            params = init_params(self.config, ROWS, LENGTH, jax.random.key(0))
             keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
             return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), params)
 
@@ -171,7 +172,18 @@ class TinyModel:
         return context
 
     def _apply(self, params: Any, *inputs: Any) -> ModelOutput:
-        return LanguageModel(self.config).apply({"params": params}, *inputs)
+        return apply_model(self.config, params, *inputs)
+
+
+def apply_model(
+    config: LMConfig, params: Any, tokens: Any, is_real: Any, start_of_document: Any, context: Context
+) -> ModelOutput:
+    """One segment of a model without buffers, as evaluation reads it."""
+    return language_model.apply(config, params, {}, Inputs(tokens, is_real, start_of_document), context)
+
+
+def init_params(config: LMConfig, num_rows: int, segment_length: int, key: jax.Array) -> Any:
+    return init_variables(config, num_rows, segment_length, key)["params"]
 
 
 def _floats(context: Context) -> list[jax.Array]:

@@ -36,7 +36,8 @@ def test_variants_run_in_turn_and_the_first_run_of_each_is_not_counted():
 def test_memories_are_full_and_a_memory_of_nothing_is_none():
     experiment, _ = load_experiment(["smoke"], [])
     rows, length = experiment.batch.num_rows, experiment.batch.segment_length
-    context = step.full(step.with_memory(experiment, 64).model.init_context(rows, length))
+    model = step.with_memory(experiment, 64).model
+    context = step.full(model, model.init_context(rows, length))
     validity = [leaf for leaf in jax.tree.leaves(context) if leaf.dtype == bool and leaf.shape[-1] == 64]
     assert validity and all(leaf.all() for leaf in validity)
     without = step.with_memory(experiment, 0).model.init_context(rows, length)

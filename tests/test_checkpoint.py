@@ -29,7 +29,7 @@ from memorizing.batch import EvaluationBatch
 from memorizing.checkpoint import Checkpointer, paths, read_arrays
 from memorizing.errors import UserError
 from memorizing.experiment import BatchConfig, Experiment, LoopConfig
-from memorizing.model import LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.optimizer import AdamW, Cosine
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages

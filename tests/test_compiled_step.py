@@ -15,7 +15,7 @@ import pytest
 from memorizing.attention.knn import KNNAttention
 from memorizing.batch import Batch
 from memorizing.experiment import BatchConfig, Experiment
-from memorizing.model import LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.optimizer import AdamW
 from memorizing.search import ExactSearch
 from memorizing.sharding import MeshConfig

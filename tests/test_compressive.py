@@ -18,21 +18,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from mechanisms import apply_model, init_params
 
 from memorizing import context as context_lib
 from memorizing.attention.base import LayerDims
 from memorizing.attention.compressive import CompressiveAttention, CompressiveState
 from memorizing.attention.transformer_xl import RelativeAttention, TransformerXLAttention
 from memorizing.batch import Batch
-from memorizing.context import Layout, Report, Segment
+from memorizing.context import Layout, Report, Rngs, Segment
 from memorizing.errors import UserError
 from memorizing.experiment import BatchConfig, Experiment
-from memorizing.model import LanguageModel, LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.optimizer import AdamW
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train_state import abstract_train_state, init_params
-from memorizing.train_step import _batch_loss
+from memorizing.train_state import abstract_train_state
+from memorizing.train_step import Carried, batch_loss
 
 B, T, D, N, H = 3, 4, 8, 2, 4
 W, C, RATE = 2 * T, 6, 2
@@ -211,8 +212,8 @@ def language_model(attention: CompressiveAttention | TransformerXLAttention, num
 def model_params(model: LMConfig) -> dict:
     @jax.jit
     def init() -> dict:
-        params = nn.unbox(init_params(model, B, T, jax.random.key(0)))
-        keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+        params = init_params(model, B, T, jax.random.key(0))
+        keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(params))))
         return jax.tree.map(lambda leaf: 1.5 * leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), params)
 
     return init()
@@ -225,7 +226,7 @@ def read(model: LMConfig, text: np.ndarray, starts: np.ndarray) -> np.ndarray:
     def scan(params: dict) -> jax.Array:
         def segment(context: dict, inputs: tuple) -> tuple:
             tokens, start = inputs
-            output = LanguageModel(model).apply({"params": params}, tokens, tokens > 0, start, context)
+            output = apply_model(model, params, tokens, tokens > 0, start, context)
             return output.context, output.logits
 
         return jax.lax.scan(segment, model.init_context(text.shape[1], T), (jnp.asarray(text), jnp.asarray(starts)))[1]
@@ -251,7 +252,10 @@ def test_at_rate_one_a_compressor_that_changes_nothing_makes_a_transformer_xl():
 
 
 def test_reaches_rate_times_further_than_a_cache_of_equal_cost():
-    """One layer: its last segment changes with a token W + rate * C back, where a cache of W + C positions has nothing left, and not with one before that."""
+    """One layer: its last segment changes with a token W + rate * C back, and not with one before that.
+
+    A cache of W + C positions has nothing left there.
+    """
     num_segments = (W + RATE * C) // T + 3
     length = num_segments * T
     text = np.repeat(random_text(num_segments, rows=1), length, axis=1)
@@ -355,8 +359,12 @@ def test_the_auxiliary_loss_trains_the_compressor_and_nothing_else_does(compress
     @jax.jit
     def gradient(params: dict, weight_of_tokens: float) -> dict:
         weights = jnp.full(text.shape, weight_of_tokens)
-        batch = Batch(text, text, weights, jnp.zeros((B, num_segments), bool))
-        return jax.grad(lambda p: _batch_loss(model, p, batch, context, jax.random.key(0), jnp.ones(()))[0])(params)
+        batch = Batch(text, text, weights, jnp.ones(text.shape, bool), jnp.zeros((B, num_segments), bool))
+        return jax.grad(
+            lambda p: batch_loss(
+                model, p, batch, Carried(context, {}), Rngs(jax.random.key(0), jnp.arange(B)), jnp.ones(())
+            )[0]
+        )(params)
 
     of_auxiliary, of_both = (
         dict(jax.tree_util.tree_leaves_with_path(gradient(model_params(model), weight))) for weight in (0.0, 1.0)

@@ -9,7 +9,6 @@ import pathlib
 import signal
 from collections.abc import Iterator
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from mechanisms import apply_model, init_params
 
 from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch, EvaluationBatch
@@ -25,13 +25,12 @@ from memorizing.checkpoint import read_arrays
 from memorizing.errors import UserError
 from memorizing.evaluate import Evaluation, Evaluator, accuracy_by_reach
 from memorizing.experiment import BatchConfig, Experiment, LoopConfig
-from memorizing.model import LanguageModel, LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.recurrent_tokens import RecurrentTokens
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import Memorize, SyntheticWords
 from memorizing.synthetic.stream import SampleStream
 from memorizing.train import Preempted, train
-from memorizing.train_state import init_params
 
 # Stages.
 
@@ -172,13 +171,13 @@ class Samples:
 
 @functools.cache
 def evaluator(model: LMConfig, num_rows: int) -> tuple[Evaluator, dict]:
-    params = jax.jit(lambda: nn.unbox(init_params(model, num_rows, T, jax.random.key(0))))()
+    params = jax.jit(lambda: init_params(model, num_rows, T, jax.random.key(0)))()
     return Evaluator(model, num_rows, T, MESH()), params
 
 
 def evaluate(model: LMConfig, samples: Samples, ablation: str = "none") -> Evaluation:
     each, params = evaluator(model, len(samples.tokens))
-    return each.run(params, samples, ablation)
+    return each.run(params, {}, samples, ablation)
 
 
 STATELESS = LMConfig(VOCAB, 1, 8, 1, 8, 16)
@@ -194,7 +193,7 @@ def predicted() -> tuple[np.ndarray, np.ndarray]:
     @jax.jit
     def predict(tokens: jax.Array) -> jax.Array:
         flags, context = jnp.ones(tokens.shape, bool), STATELESS.init_context(6, T)
-        output = LanguageModel(STATELESS).apply({"params": params}, tokens, flags, flags[:, 0], context)
+        output = apply_model(STATELESS, params, tokens, flags, flags[:, 0], context)
         return jnp.argmax(output.logits, axis=-1)
 
     return tokens, np.asarray(predict(tokens.reshape(6, T))).reshape(FIELDS)
@@ -281,13 +280,13 @@ def test_ablations_change_nothing_where_nothing_is_carried():
 
 def test_accuracy_by_reach_evaluates_samples_of_each_length():
     model = EXPERIMENT.model
-    params = jax.jit(lambda: nn.unbox(init_params(model, 4, LENGTH, jax.random.key(0))))()
+    params = jax.jit(lambda: init_params(model, 4, LENGTH, jax.random.key(0)))()
     each = Evaluator(model, 4, LENGTH, MESH())
     task = dataclasses.replace(TASK, num_eval_samples=16)
     controls = {"as trained": (each, "none"), "state reset": (each, "state_reset")}
-    table = accuracy_by_reach(controls, params, task, (1, 3))
+    table = accuracy_by_reach(controls, params, {}, task, (1, 3))
     assert {name: list(row) for name, row in table.items()} == {name: [1, 3] for name in controls}
-    expected = each.run(params, dataclasses.replace(task, eval_segments=3))
+    expected = each.run(params, {}, dataclasses.replace(task, eval_segments=3))
     assert expected.answers == 16
     assert table["as trained"][3] == {"answers": expected.accuracy, "tokens": expected.token_accuracy}
     # Of one segment nothing is carried.

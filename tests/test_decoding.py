@@ -10,27 +10,26 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mechanisms import LENGTH, MECHANISMS, VOCAB, Mechanism
+from mechanisms import LENGTH, MECHANISMS, VOCAB, Mechanism, apply_model, init_params
 
-from memorizing.attention.base import LayerDims
+from memorizing.attention.base import Attention, LayerDims
 from memorizing.attention.compressive import CompressiveAttention
 from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention
 from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
 from memorizing.context import Report, Segment
-from memorizing.decoding import Decoder, Reader
+from memorizing.decoding import Decoder, TextDecoder, Weights
 from memorizing.errors import UserError
-from memorizing.model import LanguageModel
 from memorizing.recurrent_tokens import RecurrentTokens
 from memorizing.sampling import Sampling
-from memorizing.train_state import init_params
 
 # Settings that change what a position sees, beside the mechanisms that every contract test runs over.
 VARIANTS = (
@@ -62,20 +61,19 @@ class Case:
         self.decoder = Decoder(self.config, LENGTH)
         # Drawn by numpy: to compile an initialisation takes longer than these tests.
         rng = np.random.default_rng(0)
-        shapes = nn.unbox(jax.eval_shape(lambda: init_params(self.config, 1, LENGTH, jax.random.key(0))))
+        shapes = jax.eval_shape(lambda: init_params(self.config, 1, LENGTH, jax.random.key(0)))
         self.params = jax.tree.map(
             lambda leaf: (rng.normal(size=leaf.shape) / 2 + (leaf.ndim == 1)).astype(np.float32), shapes
         )
 
-    def reader(self) -> Reader:
-        return Reader(self.decoder, self.params, self.decoder.start(0))
+    def reader(self) -> TextDecoder:
+        return TextDecoder(self.decoder, Weights(self.params, {}), self.decoder.start(0))
 
     @functools.cached_property
     def _forward(self) -> Callable:
-        model = LanguageModel(self.config)
         return jax.jit(
-            lambda tokens, is_real, context: model.apply(
-                {"params": self.params}, tokens, is_real, np.zeros(1, bool), context
+            lambda tokens, is_real, context: apply_model(
+                self.config, self.params, tokens, is_real, np.zeros(1, bool), context
             )[:2]
         )
 
@@ -100,9 +98,9 @@ def text(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, VOCAB, (1, length), np.int32)
 
 
-def write(reader: Reader, num_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def write(reader: TextDecoder, num_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [B, num_tokens] that the reader writes, and the logits [B, num_tokens, V] that each was drawn from."""
-    drawn = list(reader.write(num_tokens, Sampling(1.0, top_p=1.0), seed, ANYTHING))
+    drawn = list(reader.generate(num_tokens, Sampling(1.0, top_p=1.0), seed, ANYTHING))
     return tuple(np.stack([np.asarray(array) for array in arrays], axis=1) for arrays in zip(*drawn, strict=True))
 
 
@@ -145,14 +143,14 @@ def test_beginning_a_segment_twice_is_beginning_it_once(case: Case):
     reader = case.reader()
     reader.read(text(3 * LENGTH))
     once = jax.tree.map(np.asarray, reader.state.context)
-    jax.tree.map(np.testing.assert_array_equal, once, case.decoder.begin(reader.state.context))
+    jax.tree.map(np.testing.assert_array_equal, once, case.decoder.prepare(reader.state.context))
 
 
 def test_no_position_and_no_length_compiles_again(case: Case, caplog: pytest.LogCaptureFixture):
     def use(prompt_length: int) -> None:
         reader = case.reader()
         reader.read(text(prompt_length))
-        for _ in reader.write(LENGTH + 2, Sampling(0.5 + prompt_length, top_k=prompt_length), 0, ANYTHING):
+        for _ in reader.generate(LENGTH + 2, Sampling(0.5 + prompt_length, top_k=prompt_length), 0, ANYTHING):
             pass
 
     use(LENGTH + 1)
@@ -178,11 +176,11 @@ def test_what_is_kept_has_one_shape_and_dtype_while_a_segment_is_open(case: Case
     config = dataclasses.replace(case.config, dtype="bfloat16")
     decoder, tokens = Decoder(config, LENGTH), np.zeros((1, LENGTH), np.int32)
     context = jax.eval_shape(lambda: config.init_context(1, LENGTH))
-    _, opened = jax.eval_shape(decoder.open, case.params, tokens, tokens, context)
-    place, sampler = np.int32(0), Sampling().sampler(ANYTHING, 0)
-    arguments = (case.params, tokens[:, 0], place, opened, context, place, sampler)
-    _, kept = jax.eval_shape(decoder.write, *arguments)
-    assert opened == kept and all(leaf.dtype == "bfloat16" for leaf in jax.tree.leaves(kept))
+    _, prefilled = jax.eval_shape(decoder.prefill, case.params, {}, tokens, tokens, context)
+    place, sampling = np.int32(0), Sampling().arrays(ANYTHING, 0)
+    arguments = (case.params, {}, tokens[:, 0], place, prefilled, context, place, sampling)
+    _, cached = jax.eval_shape(decoder.decode, *arguments)
+    assert prefilled == cached and all(leaf.dtype == "bfloat16" for leaf in jax.tree.leaves(cached))
 
 
 def test_rows_that_write_side_by_side_do_not_notice_each_other():
@@ -204,7 +202,9 @@ def test_rows_that_write_side_by_side_do_not_notice_each_other():
 
 @dataclasses.dataclass(frozen=True)
 class WholeSegments(FullAttention):
-    """A mechanism that knows nothing of slices."""
+    """A mechanism that does not pass segments token by token, and says so."""
+
+    can_decode: ClassVar[bool] = False
 
     def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return Mean(name=name)
@@ -217,10 +217,18 @@ class Mean(nn.Module):
 
 def test_a_mechanism_that_reads_whole_segments_only_is_refused():
     """Not decoded wrongly."""
-    case = Case(Mechanism("mean", attention=WholeSegments()))
-    case.teacher_forced(text(LENGTH))
+    config = Mechanism("mean", attention=WholeSegments()).config
+    params = init_params(config, 1, LENGTH, jax.random.key(0))
+    context = config.init_context(1, LENGTH)
+    tokens, flags = text(LENGTH), np.ones((1, LENGTH), bool)
+    assert apply_model(config, params, tokens, flags, flags[:, 0], context).logits.shape == (1, LENGTH, VOCAB)
     with pytest.raises(UserError, match=r"@WholeSegments\(\) reads whole segments only"):
-        next(case.reader().write(1, Sampling(), 0, ANYTHING))
+        Decoder(config, LENGTH)
+
+
+def test_nobody_decodes_who_does_not_say_so():
+    """A mechanism of somebody's own that knows nothing of decoding must not be decoded wrongly."""
+    assert not Attention.can_decode
 
 
 def test_a_model_whose_positions_see_later_ones_is_refused():

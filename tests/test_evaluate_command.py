@@ -11,7 +11,7 @@ from tiny_texts import LENGTH, MEMORY, TinyTexts, expect_error, finished_run
 
 from memorizing import bootstrap, main
 from memorizing.finished_run import open_run
-from memorizing.inspection import read
+from memorizing.inspection import Document, read_document
 
 SIZES = (0, MEMORY, 64)
 
@@ -37,7 +37,9 @@ def test_every_document_counts_once_with_every_memory(workdir: str, result: dict
     for size in SIZES:
         config = run.experiment.model.with_memory_size(size or LENGTH)
         alone = [
-            read(config, run.params, data.document_tokens(i), LENGTH, is_cleared=size == 0).nats.astype(np.float64)
+            read_document(
+                config, run.params, {}, Document(data.document_tokens(i), 0), LENGTH, is_cleared=size == 0
+            ).nats.astype(np.float64)
             for i in range(3)
         ]
         figures = result["evaluations"][f"memory {size}"]

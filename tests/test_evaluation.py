@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mechanisms import apply_model, init_params
 
 from memorizing.attention.knn import KNNAttention
 from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch, EvaluationBatch
 from memorizing.evaluate import Evaluator
+from memorizing.language_model import LMConfig
 from memorizing.losses import next_token_nats
-from memorizing.model import LanguageModel, LMConfig
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train_state import init_params
 
 VOCAB, LENGTH = 32, 16
 
@@ -85,7 +84,7 @@ def test_the_memory_is_what_predicts_later_passages(memory_size: int, ablation: 
     source = Permutations(VOCAB, passage_length=28, num_passages=8, num_documents=3)
     mesh = MeshConfig().make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        evaluation = Evaluator(config, 3, LENGTH, mesh).run(params, source, ablation)
+        evaluation = Evaluator(config, 3, LENGTH, mesh).run(params, {}, source, ablation)
     loss = evaluation.nats_by_position / evaluation.tokens_by_position
     late = evaluation.bin_starts >= 2 * LENGTH
     assert late.sum() > 1
@@ -127,12 +126,12 @@ def test_evaluation_is_that_of_one_document_after_another():
     local = XLAttention(window=4)
     model = LMConfig(VOCAB, 2, 16, 2, 8, 32, local, ((1, KNNAttention(16, 4, local)),), initial_logit_scale=4.0)
     length, source = 8, Documents()
-    params = jax.jit(lambda: nn.unbox(init_params(model, 2, length, jax.random.key(0))))()
+    params = jax.jit(lambda: init_params(model, 2, length, jax.random.key(0)))()
 
     @jax.jit
     def segment(tokens: jax.Array, targets: jax.Array, context: dict) -> tuple:
         real, start = targets != 0, jnp.zeros(1, bool)
-        logits, context, _ = LanguageModel(model).apply({"params": params}, tokens, real, start, context)
+        logits, context, *_ = apply_model(model, params, tokens, real, start, context)
         return jnp.where(real, next_token_nats(logits, targets), 0), context
 
     nats = []
@@ -148,7 +147,7 @@ def test_evaluation_is_that_of_one_document_after_another():
 
     mesh = MeshConfig().make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
-        evaluation = Evaluator(model, 2, length, mesh).run(params, source)
+        evaluation = Evaluator(model, 2, length, mesh).run(params, {}, source)
     np.testing.assert_array_equal(evaluation.tokens, source.lengths)
     np.testing.assert_allclose(evaluation.nats, [sum(document) for document in nats], rtol=1e-5)
     np.testing.assert_array_equal(evaluation.bin_starts, [0, 8, 16, 32])

@@ -19,20 +19,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from mechanisms import apply_model, init_params
 
 from memorizing import context as context_lib
 from memorizing import external_memory
 from memorizing.attention.base import LayerDims, normalize
 from memorizing.attention.full import FullAttention
-from memorizing.attention.knn import KNNAttention, KNNState, forget_memories, permute_memories
+from memorizing.attention.knn import KNNAttention, KNNState
 from memorizing.attention.xl import XLAttention
 from memorizing.context import Layout, Segment
 from memorizing.errors import UserError
 from memorizing.external_memory import Memory
-from memorizing.model import LanguageModel, LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.search import ApproximateSearch, ExactSearch
 from memorizing.sharding import MeshConfig
-from memorizing.train_state import init_params
 
 B, T, N, H, M = 3, 4, 2, 8, 16
 DIMS = LayerDims(8, N, H, 16, 0.0, 1.0, jnp.dtype(jnp.float32))
@@ -49,7 +49,7 @@ def replay(memory_size: int):
     def segment(carry: tuple, inputs: tuple) -> tuple:
         state, clock = carry
         start, is_real = inputs
-        state = context_lib.reset_rows(config.settle(state, clock), config.fresh_state(), start)
+        state = context_lib.reset_rows(config.prepare_state(state, clock), config.fresh_state(), start)
         time = jnp.broadcast_to((clock * T + jnp.arange(T)).astype(jnp.float32)[None, :, None, None], (B, T, N, H))
         last_segment = external_memory.of_segment(time, -time, is_real)
         return (state.replace(last_segment=last_segment), clock + 1), state.memory
@@ -151,10 +151,10 @@ def test_the_recall_of_a_search_that_is_not_exact_is_measured(mesh: MeshConfig |
 def test_training_reports_the_recall_of_the_approximate_search():
     def metrics(search: Any) -> dict:
         config = LMConfig(16, 1, 8, N, H, 8, attention=KNNAttention(memory_size=T, num_neighbors=2, search=search))
-        params = nn.unbox(init_params(config, 1, T, jax.random.key(0)))
+        params = init_params(config, 1, T, jax.random.key(0))
         tokens = jnp.ones((1, T), jnp.int32)
         context = config.init_context(1, T)
-        output = LanguageModel(config).apply({"params": params}, tokens, tokens > 0, jnp.ones(1, bool), context)
+        output = apply_model(config, params, tokens, tokens > 0, jnp.ones(1, bool), context)
         return output.report.metrics
 
     (recall,) = (value for name, value in metrics(ApproximateSearch()).items() if name.endswith("search_recall"))
@@ -260,7 +260,7 @@ def test_a_segment_is_read_by_the_next_one_and_never_by_itself():
     other_y, other_after = core(params, queries, other_keys, other_values, scale, segment, state)
     np.testing.assert_array_equal(y, other_y)
     y, other_y = (
-        core(params, queries, keys, values, scale, segment, core.config.settle(each, jnp.asarray(7)))[0]
+        core(params, queries, keys, values, scale, segment, core.config.prepare_state(each, jnp.asarray(7)))[0]
         for each in (after, other_after)
     )
     assert (np.abs(y - other_y).max(axis=(1, 2, 3)) > 1e-3).all(), "the next segment does not see it"
@@ -279,7 +279,7 @@ def test_the_gate_mixes_per_head():
 def test_the_gate_starts_where_it_is_told():
     def gate(initial: float) -> np.ndarray:
         config = LMConfig(16, 1, 8, N, H, 8, attention=KNNAttention(memory_size=T, initial_gate=initial))
-        params = nn.unbox(init_params(config, 1, T, jax.random.key(0)))
+        params = init_params(config, 1, T, jax.random.key(0))
         (bias,) = (leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "gate" in str(path))
         return np.asarray(nn.sigmoid(bias))
 
@@ -352,11 +352,11 @@ def test_a_larger_memory_is_the_same_until_the_smaller_one_forgets():
     def logits(memory_size: int) -> np.ndarray:
         attention = KNNAttention(memory_size=memory_size, num_neighbors=6 * length)
         config = LMConfig(32, 2, 16, 2, 8, 32, attention_at=((1, attention),), initial_logit_scale=4.0)
-        params = nn.unbox(jax.jit(lambda: init_params(config, B, length, jax.random.key(0)))())
+        params = jax.jit(lambda: init_params(config, B, length, jax.random.key(0)))()
         real, no_start = jnp.ones((B, length), bool), jnp.zeros(B, bool)
 
         def step(context, tokens):
-            output = LanguageModel(config).apply({"params": params}, tokens, real, no_start, context)
+            output = apply_model(config, params, tokens, real, no_start, context)
             return output.context, output.logits
 
         return jax.jit(lambda: jax.lax.scan(step, config.init_context(B, length), tokens)[1])()
@@ -373,9 +373,9 @@ def test_forgetting_empties_the_memory_and_keeps_the_cache():
     core = Core(KNNAttention(memory_size=M, num_neighbors=4, local=local))
     params, (*inputs, state) = core.params(), core.inputs()
     _, state = core(params, *inputs, state)
-    forgotten = forget_memories({"clock": jnp.asarray(3), "layer_01": state})["layer_01"]
-    settled = core.config.settle(forgotten, jnp.asarray(3))
-    assert not settled.memory.valid.any()
+    forgotten = core.config.map_memory(state, external_memory.cleared)
+    prepared = core.config.prepare_state(forgotten, jnp.asarray(3))
+    assert not prepared.memory.valid.any()
     assert forgotten.local is state.local
 
 
@@ -384,7 +384,7 @@ def test_permuted_memories_hold_the_same_values_under_other_keys():
     values = np.where(valid[:, None], np.arange(12.0)[:, None], np.nan)
     memory = Memory(*(jnp.asarray(np.broadcast_to(values, (2, 3, 12, 1))) for _ in range(2)), jnp.asarray([valid] * 2))
     state = KNNState(local=(), memory=memory, last_segment=memory)
-    permuted = permute_memories({"layer_01": state})["layer_01"]
+    permuted = KNNAttention().map_memory(state, external_memory.permuted)
     for part in (permuted.memory, permuted.last_segment):
         np.testing.assert_array_equal(part.keys, memory.keys)
         found = np.asarray(part.values)[:, :, valid]

@@ -9,17 +9,19 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from mechanisms import apply_model, init_params
 
 from memorizing import flops, flops_report, tables
-from memorizing.attention.base import Attention
+from memorizing.attention.base import Attention, LayerDims, attend_flops
 from memorizing.attention.compressive import CompressiveAttention
 from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention
 from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
 from memorizing.commands import plan
+from memorizing.context import Layout
 from memorizing.errors import UserError
-from memorizing.model import LanguageModel, LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.recurrent_tokens import RecurrentTokens
 
 CONFIG = LMConfig(vocab_size=1000, num_layers=4, embed_dim=64, num_heads=4, head_dim=16, mlp_dim=256)
@@ -98,17 +100,21 @@ def test_recurrent_tokens_of_the_encoder_are_there_once() -> None:
     assert flops.segment_flops(encoder, 64) == flops.segment_flops(MECHANISMS["rmt"], 64)
 
 
-def test_a_mechanism_registers_its_count() -> None:
+def test_a_mechanism_tells_its_own_count() -> None:
     @dataclasses.dataclass(frozen=True)
     class Unheard(Attention):
         pass
 
+    @dataclasses.dataclass(frozen=True)
+    class Heard(Attention):
+        def flops(self, dims: LayerDims, layout: Layout) -> int:
+            return 7
+
     config = dataclasses.replace(CONFIG, attention=Unheard())
     with pytest.raises(NotImplementedError, match="Unheard"):
         flops.segment_flops(config, 64)
-    flops.attention_flops.register(Unheard, lambda attention, config, layout: 7)
-    without = flops.segment_flops(CONFIG, 64) - 4 * flops.attend(CONFIG, 64, 64)
-    assert flops.segment_flops(config, 64) == without + 4 * 7
+    without = flops.segment_flops(CONFIG, 64) - 4 * attend_flops(CONFIG.dims, 64, 64)
+    assert flops.segment_flops(dataclasses.replace(CONFIG, attention=Heard()), 64) == without + 4 * 7
 
 
 @pytest.mark.parametrize(
@@ -137,10 +143,9 @@ def test_count_agrees_with_the_compiler(attention: Attention, recurrent_tokens: 
     )
     tokens, flags = jnp.zeros((1, 128), jnp.int32), jnp.ones((1, 128), bool)
     arguments = (tokens, flags, jnp.ones(1, bool), config.init_context(1, 128))
-    model = LanguageModel(config)
-    params = jax.eval_shape(model.init, jax.random.key(0), *arguments)
+    params = jax.eval_shape(lambda: init_params(config, 1, 128, jax.random.key(0)))
     # Without the report: auxiliary losses are a matter of training.
-    forward = jax.jit(lambda *inputs: model.apply(*inputs)[:2])
+    forward = jax.jit(lambda *inputs: apply_model(config, *inputs)[:2])
     compiled = forward.lower(params, *arguments).compile()
     assert compiled.cost_analysis()["flops"] == pytest.approx(flops.segment_flops(config, 128), rel=0.03)
 

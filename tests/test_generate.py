@@ -24,7 +24,7 @@ from memorizing.data import cache_writer, staging, token_cache
 from memorizing.data import vocabulary as vocabularies
 from memorizing.data.cache_writer import TokenisedDocument
 from memorizing.data.vocabulary import ByteVocabulary
-from memorizing.decoding import Decoder, Drawn, Reader
+from memorizing.decoding import Decoder, Drawn, TextDecoder, Weights
 from memorizing.errors import UserError
 from memorizing.synthetic import RepeatedPassages
 from memorizing.text_model import TextModel, TextStream
@@ -89,7 +89,8 @@ def test_a_document_is_scored_as_evaluation_scores_it(model: TextModel, workdir:
     nats = []
     for text in (HELD_OUT, "kurz"):
         tokens = np.append(BYTES.encode(text), BYTES.end_id)
-        nats.append(Reader(decoder, jax.device_put(model.run.params), decoder.start(0)).read(tokens[None])[0])
+        weights = Weights(jax.device_put(model.run.params), {})
+        nats.append(TextDecoder(decoder, weights, decoder.start(0)).read(tokens[None])[0])
         score = model.score(text)
         np.testing.assert_allclose(score.nats, nats[-1][:-1], rtol=1e-5)
         assert (score.num_bytes, "".join(score.pieces[:3])) == (len(text.encode()), text[:3])

@@ -22,7 +22,7 @@ from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch
 from memorizing.experiment import Experiment
 from memorizing.gin_registry import GIN_FOLDER, load_experiment, shipped_files
-from memorizing.model import LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.sharding import AXES
 from memorizing.train_state import init_train_state
 from memorizing.train_step import make_train_step
@@ -49,7 +49,7 @@ def closure(file: str) -> str:
 
 def trace_step(experiment: Experiment, num_devices: int) -> float:
     """Traces one training step on abstract arrays and an abstract mesh. Returns millions of parameters."""
-    mesh, batch, optimizer = experiment.mesh, experiment.batch, experiment.optimizer.build()
+    mesh, batch, optimizer = experiment.mesh, experiment.batch, experiment.make_optimizer()
     shape = (num_devices // mesh.model // mesh.memory, mesh.model, mesh.memory)
     rows, segments, length = batch.num_rows, batch.segments_at(1), batch.segment_length
 

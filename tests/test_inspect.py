@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mechanisms import LENGTH, MECHANISMS, VOCAB, XL, Mechanism
+from mechanisms import LENGTH, MECHANISMS, VOCAB, XL, Mechanism, apply_model
 from tiny_texts import TinyTexts, expect_error, finished_run
 
 from memorizing import external_memory, inspection_page, main
@@ -25,8 +25,7 @@ from memorizing.attention.knn import KNNAttention, KNNCore
 from memorizing.attention.xl import XLCore
 from memorizing.external_memory import positions_back
 from memorizing.finished_run import open_run
-from memorizing.inspection import Inspection, Lookups, inspect
-from memorizing.model import LanguageModel
+from memorizing.inspection import Document, Inspection, Lookups, inspect
 from memorizing.search import ExactSearch
 from memorizing.sharding import MeshConfig
 
@@ -67,10 +66,8 @@ def run(
             return output
 
         with nn.intercept_methods(look_on):
-            output, variables = LanguageModel(config).apply(
-                {"params": params}, tokens, jnp.ones_like(tokens, bool), start, context, mutable=["intermediates"]
-            )
-        handed = variables["intermediates"]["layer_01"]["attention"]["core"][external_memory.NEIGHBOURS][0]
+            output = apply_model(config, params, tokens, jnp.ones_like(tokens, bool), start, context)
+        handed = output.report.retrieved["layer_01"].neighbours
         return output.logits, seen, handed, output.context
 
     context = config.init_context(segments.shape[1], LENGTH)
@@ -193,7 +190,7 @@ def neighbours_on(page: str, layer: int = 0) -> tuple[np.ndarray, np.ndarray, np
 def inspected() -> tuple[Mechanism, np.ndarray, Inspection, str]:
     mechanism = Mechanism("", XL, ((1, KNNAttention(SMALL, 4, XL)),))
     tokens = document()
-    inspection = inspect(mechanism.config, mechanism.model.params, tokens, 0, (SMALL, LARGE), LENGTH)
+    inspection = inspect(mechanism.config, mechanism.model.params, {}, Document(tokens, 0), (SMALL, LARGE), LENGTH)
     pieces = [f"{token}\n".encode() for token in tokens]
     return mechanism, tokens, inspection, inspection_page.make("title", inspection, pieces, {}, {})
 
@@ -301,7 +298,7 @@ def test_a_document_of_the_corpus_and_a_file(
     assert copy["memorySizes"] == [8, 16]
     run = open_run(str(workdir))
     tokens = TinyTexts().vocabulary.encode(text)[:60]
-    expected = inspect(run.experiment.model, run.params, tokens, 0, (8, 16), 8)
+    expected = inspect(run.experiment.model, run.params, {}, Document(tokens, 0), (8, 16), 8)
     np.testing.assert_array_equal([unpacked(nats, "<f4") for nats in copy["nats"]], expected.nats)
 
 

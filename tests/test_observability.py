@@ -20,7 +20,7 @@ from memorizing.attention.knn import KNNAttention
 from memorizing.attention.xl import XLAttention
 from memorizing.errors import UserError
 from memorizing.events import EventLog, goodput
-from memorizing.model import LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.stopping import StopSignal
 from memorizing.watchdog import HangDetector
 

@@ -20,7 +20,7 @@ from memorizing.attention.knn import KNNAttention
 from memorizing.commands import plan as command
 from memorizing.errors import UserError
 from memorizing.experiment import BatchConfig, Experiment
-from memorizing.model import LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mechanisms import apply_model, init_params
 
 from memorizing import masks
 from memorizing.attention.base import Attention, LayerDims, normalize
@@ -25,13 +27,12 @@ from memorizing.attention.knn import KNNAttention
 from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch
-from memorizing.context import Context, Layout, Segment
+from memorizing.context import Context, Layout, Rngs, Segment
 from memorizing.errors import UserError
+from memorizing.language_model import RECURRENT, LMConfig
 from memorizing.layers import Embedder
-from memorizing.model import RECURRENT, LanguageModel, LMConfig
 from memorizing.recurrent_tokens import MemoryTokens, RecurrentTokens, RecurrentTokensState
-from memorizing.train_state import init_params
-from memorizing.train_step import _batch_loss
+from memorizing.train_step import Carried, batch_loss
 
 # What sees what.
 
@@ -104,13 +105,14 @@ def language_model(
     return LMConfig(*sizes, attention=attention, recurrent_tokens=recurrent, initial_logit_scale=4.0)
 
 
+RNGS = Rngs(jax.random.key(0), jnp.arange(B))
 DECODER = language_model(RecurrentTokens(R))
 ENCODER = language_model(RecurrentTokens(R, version="encoder"))
 
 
 @functools.cache
 def model_params(model: LMConfig) -> dict:
-    return jax.jit(lambda: nn.unbox(init_params(model, B, T, jax.random.key(0))))()
+    return jax.jit(lambda: init_params(model, B, T, jax.random.key(0)))()
 
 
 def random_tokens(num_segments: int = 1) -> jax.Array:
@@ -121,15 +123,20 @@ def random_tokens(num_segments: int = 1) -> jax.Array:
 def run(model: LMConfig, params: dict, start: jax.Array, context: Context) -> tuple:
     """Output of one segment, and what passed between its parts: the tokens around the embedding and the last norm."""
 
-    def keep(module: nn.Module, _: str) -> bool:
-        return isinstance(module, MemoryTokens) or module.name == "final_norm"
+    seen = {}
+
+    def look_on(next_method: Any, args: tuple, kwargs: dict, call: Any) -> Any:
+        output = next_method(*args, **kwargs)
+        if call.method_name == "__call__" and isinstance(call.module, MemoryTokens):
+            seen["around"] = output
+        if call.method_name == "__call__" and call.module.name == "final_norm":
+            seen["final"] = output
+        return output
 
     tokens = random_tokens()[:, 0]
-    output, variables = LanguageModel(model).apply(
-        {"params": params}, tokens, tokens > 0, start, context, capture_intermediates=keep
-    )
-    kept = variables["intermediates"]
-    return output, kept[RECURRENT]["__call__"][0], kept["final_norm"]["__call__"][0]
+    with nn.intercept_methods(look_on):
+        output = apply_model(model, params, tokens, tokens > 0, start, context)
+    return output, seen["around"], seen["final"]
 
 
 def test_initial_tokens_are_independent_vectors_like_embeddings():
@@ -234,7 +241,7 @@ def test_gradient_reaches_back_exactly_as_far_as_it_is_let(num_segments: int, ba
         is_real = jnp.ones(tokens.shape, bool)
         batch = Batch(jnp.asarray(tokens), jnp.asarray(tokens), weights, is_real, jnp.asarray(starts))
         with nn.intercept_methods(encode):
-            return _batch_loss(model, params, batch, context, jax.random.key(0), jnp.ones(()))[0]
+            return batch_loss(model, params, batch, Carried(context, {}), RNGS, jnp.ones(()))[0]
 
     # [rows and segments of the loss, tokens, D]; the embedding itself is shared with the output, the shift is not.
     one_hot = jnp.eye(tokens[..., 0].size)[..., None].repeat(2, axis=2).reshape(-1, *tokens.shape)
@@ -281,7 +288,8 @@ def test_segments_of_one_step_equal_steps_of_one_segment(model: LMConfig):
 
     @jax.jit
     def loss(batch: Batch, context: Context) -> tuple:
-        return _batch_loss(model, params, batch, context, jax.random.key(0), jnp.ones(()))
+        value, (carried, metrics) = batch_loss(model, params, batch, Carried(context, {}), RNGS, jnp.ones(()))
+        return value, (carried.context, metrics)
 
     together, (together_context, together_metrics) = loss(batch, context)
     losses, metrics = [], []
@@ -307,8 +315,10 @@ def test_activations_of_one_segment_at_a_time():
 
     def memory_and_inputs(num_segments: int) -> tuple[int, int]:
         def gradient(params: dict, batch: Batch, context: Context) -> tuple:
-            key = jax.random.key(0)
-            return jax.grad(lambda p: _batch_loss(model, p, batch, context, key, jnp.ones(())), has_aux=True)(params)
+            def loss(params: dict) -> tuple:
+                return batch_loss(model, params, batch, Carried(context, {}), RNGS, jnp.ones(()))
+
+            return jax.grad(loss, has_aux=True)(params)
 
         def batch() -> Batch:
             tokens = jnp.zeros((B, num_segments, length), jnp.int32)
@@ -332,7 +342,7 @@ def test_initial_tokens_learn_where_a_document_begins():
     @jax.jit
     def gradient(params: dict, starts: jax.Array) -> jax.Array:
         part = batch._replace(start_of_document=starts)
-        loss = jax.grad(lambda p: _batch_loss(DECODER, p, part, context, jax.random.key(0), jnp.ones(()))[0])
+        loss = jax.grad(lambda p: batch_loss(DECODER, p, part, Carried(context, {}), RNGS, jnp.ones(()))[0])
         return loss(params)[RECURRENT]["initial"]
 
     starts = batch.start_of_document

@@ -10,11 +10,11 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from mechanisms import init_params
 
 from memorizing.attention.full import FullAttention
 from memorizing.attention.xl import XLAttention
 from memorizing.gin_registry import load_experiment
-from memorizing.train_state import init_params
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "results.py"
 SMALL = (

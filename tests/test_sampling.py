@@ -20,7 +20,7 @@ DRAW = jax.jit(draw)
 def drawn(logits: np.ndarray, sampling: Sampling, num_draws: int = 512, allowed: np.ndarray = ANYTHING) -> np.ndarray:
     """Tokens drawn from the same logits in different rows."""
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (num_draws, VOCAB))
-    return np.asarray(DRAW(rows, 0, sampling.sampler(allowed, 0)))
+    return np.asarray(DRAW(rows, 0, sampling.arrays(allowed, 0)))
 
 
 def nucleus(logits: np.ndarray, sampling: Sampling, allowed: np.ndarray) -> tuple[list[int], np.ndarray]:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from memorizing import transfer
+from memorizing import stack, transfer
 from memorizing.attention.knn import KNNAttention
 from memorizing.checkpoint import Checkpointer, paths
 from memorizing.errors import UserError
-from memorizing.model import LMConfig
+from memorizing.language_model import LMConfig
 from memorizing.optimizer import Adafactor
 from memorizing.train_state import TrainState, init_train_state
 
@@ -29,7 +29,8 @@ WITH_MEMORY = dataclasses.replace(PLAIN, attention_at=((2, MEMORY),))
 
 @functools.cache
 def state(config: LMConfig, seed: int) -> TrainState:
-    return jax.jit(lambda: init_train_state(config, Adafactor().build(), 2, 4, seed))()
+    optimizer = Adafactor().build(config.stack.stacked_layers)
+    return jax.jit(lambda: init_train_state(config, optimizer, 2, 4, seed))()
 
 
 def saved(config: LMConfig, workdir: pathlib.Path) -> tuple[str, TrainState]:
@@ -37,21 +38,22 @@ def saved(config: LMConfig, workdir: pathlib.Path) -> tuple[str, TrainState]:
     numbers = iter(range(1, 1000))
     there = jax.tree.map(lambda leaf: leaf + jnp.asarray(next(numbers), leaf.dtype), state(config, 0))
     there = there.replace(step=jnp.asarray(7, jnp.int32))
-    checkpointer = Checkpointer(epath.Path(workdir))
+    checkpointer = Checkpointer(epath.Path(workdir), stacked_layers=config.stack.stacked_layers)
     checkpointer.save(there, {})
     checkpointer.close()
     return str(workdir), there
 
 
-def by_layer(tree: Any) -> dict[str, np.ndarray]:
+def by_layer(config: LMConfig, tree: Any) -> dict[str, np.ndarray]:
     """Arrays of single layers by path."""
-    return transfer._single_layers({path: np.asarray(leaf) for path, leaf in paths(tree).items()})
+    arrays = {path: np.asarray(leaf) for path, leaf in paths(tree).items()}
+    return stack.unstack(arrays, config.stack.stacked_layers)
 
 
 def test_into_a_larger_memory(tmp_path: pathlib.Path):
     workdir, there = saved(WITH_MEMORY, tmp_path)
     larger = dataclasses.replace(WITH_MEMORY, attention_at=((2, dataclasses.replace(MEMORY, memory_size=32)),))
-    started = transfer.start_from(workdir, state(larger, 1))
+    started = transfer.start_from(workdir, state(larger, 1), larger)
     for name in ("params", "opt_state", "step"):
         for path, leaf in paths({name: getattr(there, name)}).items():
             np.testing.assert_array_equal(paths({name: getattr(started, name)})[path], leaf, err_msg=path)
@@ -62,8 +64,11 @@ def test_into_a_larger_memory(tmp_path: pathlib.Path):
 def test_from_a_model_without_memory_layer_by_layer(tmp_path: pathlib.Path):
     """The layers are stacked otherwise; the gate, and it alone, is new."""
     workdir, there = saved(PLAIN, tmp_path)
-    started = transfer.start_from(workdir, state(WITH_MEMORY, 1))
-    ours, theirs = (by_layer({"params": tree.params, "opt_state": tree.opt_state}) for tree in (started, there))
+    started = transfer.start_from(workdir, state(WITH_MEMORY, 1), WITH_MEMORY)
+    ours, theirs = (
+        by_layer(config, {"params": tree.params, "opt_state": tree.opt_state})
+        for config, tree in ((WITH_MEMORY, started), (PLAIN, there))
+    )
     new = {path for path in ours if path not in theirs}
     assert {path for path in new if path.startswith("params")} == {"params/layer_02/attention/core/gate"}
     assert all(path.endswith("/core/gate") for path in new)
@@ -78,7 +83,7 @@ def test_from_a_model_without_memory_layer_by_layer(tmp_path: pathlib.Path):
 def test_the_optimizer_may_start_anew(tmp_path: pathlib.Path):
     workdir, there = saved(PLAIN, tmp_path)
     fresh = state(PLAIN, 1)
-    started = transfer.start_from(workdir, fresh, with_optimizer=False)
+    started = transfer.start_from(workdir, fresh, PLAIN, with_optimizer=False)
     assert started.step == 0
     assert started.opt_state is fresh.opt_state
     np.testing.assert_array_equal(started.params["embedder"]["table"], there.params["embedder"]["table"])
@@ -95,18 +100,20 @@ def test_the_optimizer_may_start_anew(tmp_path: pathlib.Path):
 def test_a_mismatch_names_the_parameter(tmp_path: pathlib.Path, change: dict, parameter: str):
     workdir, _ = saved(PLAIN, tmp_path)
     with pytest.raises(UserError, match=rf"LoopConfig.start_from.*({parameter})"):
-        transfer.start_from(workdir, state(dataclasses.replace(PLAIN, **change), 1))
+        changed = dataclasses.replace(PLAIN, **change)
+        transfer.start_from(workdir, state(changed, 1), changed)
 
 
 def test_a_model_with_fewer_layers_does_not_take_a_part_of_another(tmp_path: pathlib.Path):
     """A mismatch of anything but the memory is an error (issue), also one that would load."""
     workdir, _ = saved(PLAIN, tmp_path)
     with pytest.raises(UserError, match=r"params/layer_03/"):
-        transfer.start_from(workdir, state(dataclasses.replace(PLAIN, num_layers=3), 1))
+        fewer = dataclasses.replace(PLAIN, num_layers=3)
+        transfer.start_from(workdir, state(fewer, 1), fewer)
 
 
 @pytest.mark.parametrize("folder", ["", "checkpoints"])
 def test_a_folder_without_checkpoint_is_told(tmp_path: pathlib.Path, folder: str):
     (tmp_path / "run" / folder).mkdir(parents=True)
     with pytest.raises(UserError, match=r"checkpoint"):
-        transfer.start_from(str(tmp_path / "run"), state(PLAIN, 1))
+        transfer.start_from(str(tmp_path / "run"), state(PLAIN, 1), PLAIN)

@@ -9,13 +9,13 @@ import dataclasses
 import functools
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mechanisms import apply_model, init_params
 
 from memorizing import positions
 from memorizing.attention.base import LayerDims
@@ -23,8 +23,7 @@ from memorizing.attention.transformer_xl import TransformerXLAttention, Transfor
 from memorizing.attention.xl import XLAttention
 from memorizing.context import Layout, Segment
 from memorizing.errors import UserError
-from memorizing.model import LanguageModel, LMConfig, ModelOutput
-from memorizing.train_state import init_params
+from memorizing.language_model import LMConfig, ModelOutput
 
 # The encoding.
 
@@ -156,7 +155,7 @@ class Reader:
         @jax.jit
         def segment(params: dict, tokens: jax.Array, context: dict) -> ModelOutput:
             flags = jnp.ones(tokens.shape, bool)
-            return LanguageModel(self.config).apply({"params": params}, tokens, flags, ~flags[:, 0], context)
+            return apply_model(self.config, params, tokens, flags, ~flags[:, 0], context)
 
         return functools.partial(segment, parameters(type(self.attention), self.num_layers))
 
@@ -178,7 +177,7 @@ def parameters(mechanism: type, num_layers: int) -> dict:
 
     @jax.jit
     def init() -> dict:
-        params = nn.unbox(init_params(Reader(mechanism(), num_layers).config, 1, 2, jax.random.key(0)))
+        params = init_params(Reader(mechanism(), num_layers).config, 1, 2, jax.random.key(0))
         keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
         return jax.tree.map(lambda leaf: 1.5 * leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), params)
 

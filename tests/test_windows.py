@@ -7,23 +7,22 @@ import functools
 import itertools
 from collections.abc import Iterator
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mechanisms import apply_model, init_params
 
 from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch, EvaluationBatch
 from memorizing.errors import UserError
 from memorizing.evaluate import Evaluator
+from memorizing.language_model import LMConfig
 from memorizing.losses import next_token_nats
-from memorizing.model import LanguageModel, LMConfig
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train_state import init_params
 from memorizing.windows import Windows
 
 
@@ -138,7 +137,7 @@ def test_an_answer_is_in_view_up_to_the_promised_distance(width: int, stride: in
 
 @functools.cache
 def params(model: LMConfig) -> dict:
-    return jax.jit(lambda: nn.unbox(init_params(model, 1, 4, jax.random.key(0))))()
+    return jax.jit(lambda: init_params(model, 1, 4, jax.random.key(0)))()
 
 
 def test_the_loss_is_that_of_a_forward_pass_over_each_tokens_window():
@@ -151,7 +150,7 @@ def test_the_loss_is_that_of_a_forward_pass_over_each_tokens_window():
     def nats(tokens: jax.Array, targets: jax.Array) -> jax.Array:
         context = model.init_context(1, tokens.shape[1])
         flags = jnp.ones(tokens.shape, bool)
-        output = LanguageModel(model).apply({"params": params(model)}, tokens, flags, flags[:, 0], context)
+        output = apply_model(model, params(model), tokens, flags, flags[:, 0], context)
         return next_token_nats(output.logits, targets)[0, -1]
 
     params(model)
@@ -165,7 +164,7 @@ def test_the_loss_is_that_of_a_forward_pass_over_each_tokens_window():
             window = np.array([inputs[first : place + 1], ids[first : place + 1]], np.int32)
             expected.append(float(nats(window[:1], window[1:])))
     evaluator = Evaluator(model, 2, width, MeshConfig().make_mesh(jax.devices()[:1]))
-    evaluation = evaluator.run(params(model), Windows(source, width, stride))
+    evaluation = evaluator.run(params(model), {}, Windows(source, width, stride))
     bounds = np.cumsum([0, *map(len, source.documents)])
     values = np.array(expected)
     np.testing.assert_array_equal(evaluation.tokens, np.diff(bounds))

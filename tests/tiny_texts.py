@@ -130,7 +130,7 @@ def finished_run(
     chosen = [binding for binding in BINDINGS if has_memory or "KNNAttention" not in binding]
     experiment, text = load_experiment(["runs/base.gin", model_file], [*chosen, *bindings])
     folder = open_workdir(str(workdir), experiment, text)
-    checkpointer = Checkpointer(folder)
+    checkpointer = Checkpointer(folder, stacked_layers=experiment.model.stack.stacked_layers)
     for step in (1, 2):
         checkpointer.save(_state(experiment, seed, step), {})
     checkpointer.close()
@@ -152,7 +152,7 @@ def _state(experiment, seed: int, step: int):
     def make():
         batch = experiment.batch
         state = init_train_state(
-            experiment.model, experiment.optimizer.build(), batch.num_rows, batch.segment_length, seed
+            experiment.model, experiment.make_optimizer(), batch.num_rows, batch.segment_length, seed
         )
         keys = jax.random.split(jax.random.key(100 * seed + step), len(jax.tree.leaves(state.params)))
         noise = iter(keys)

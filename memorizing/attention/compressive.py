@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -12,9 +12,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from memorizing.array_typing import Activations, AxesTree, Scalar
-from memorizing.attention.base import Attention, LayerDims, hide, visible_keys
-from memorizing.attention.transformer_xl import RelativeAttention
-from memorizing.context import Report, Segment
+from memorizing.attention.base import Attention, Example, LayerDims, hide, matmul_flops, visible_keys
+from memorizing.attention.transformer_xl import RelativeAttention, relative_attention_flops
+from memorizing.context import Layout, Report, Segment
 from memorizing.errors import UserError
 from memorizing.layers import Einsum
 
@@ -40,19 +40,23 @@ class CompressiveState:
 
 @dataclasses.dataclass(frozen=True)
 class CompressiveAttention(Attention):
-    """Attends to [compressed memory; memory; segment] with Transformer-XL's relative positions; the oldest segment leaves the memory as `segment / rate` compressed states.
+    """Attends to [compressed memory; memory; segment] with Transformer-XL's relative positions.
 
-    Only the auxiliary loss trains the compressor, and it trains nothing else (section 3.2).
+    The oldest segment leaves the memory as `segment / rate` compressed states. Only the auxiliary loss trains the
+    compressor, and it trains nothing else (section 3.2).
 
     Attributes:
       window: W, positions in the memory; a multiple of the segment length.
       compressed_size: C, compressed states.
       rate: positions that become one compressed state; divides the segment length.
-      compressor: 'mean', 'max', 'conv' (kernel and stride are the rate), 'dilated' (two dilated convolutions before it), or 'most_used' (keeps the positions that were attended
-        to most, as they are).
-      loss: 'attention' (reconstructs what the layer reads from the old states), 'autoencoding' (the old states themselves) or 'none'.
+      compressor: 'mean', 'max', 'conv' (kernel and stride are the rate), 'dilated' (two dilated convolutions before it),
+        or 'most_used' (keeps the positions that were attended to most, as they are).
+      loss: 'attention' (reconstructs what the layer reads from the old states), 'autoencoding' (the old states
+        themselves) or 'none'.
       loss_weight: factor of the auxiliary loss.
     """
+
+    can_decode: ClassVar[bool] = True
 
     window: int = 512
     compressed_size: int = 512
@@ -95,8 +99,25 @@ class CompressiveAttention(Attention):
     def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return CompressiveLayer(self, dims, name=name)
 
+    def flops(self, dims: LayerDims, layout: Layout) -> int:
+        """Transformer-XL's attention over all that is remembered, and the compression of as many positions as enter.
+
+        Auxiliary losses are a matter of training.
+        """
+        # T / c windows of c positions each, D -> D: the rate drops out. 'dilated' has two convolutions of width 3 first.
+        kernel_widths = {"conv": 1, "dilated": 1 + 2 * 3}.get(self.compressor, 0)
+        compression = kernel_widths * matmul_flops(layout.length, dims.embed_dim, dims.embed_dim)
+        return relative_attention_flops(dims, layout, self.window + self.compressed_size) + compression
+
+    @classmethod
+    def example(cls, segment_length: int) -> Example:
+        meaning = f"{segment_length} cached and {segment_length} compressed positions in every layer"
+        return Example("compressive", meaning, cls(window=segment_length, compressed_size=segment_length))
+
 
 class CompressiveLayer(nn.Module):
+    """The layer: see `Attention.layer`."""
+
     attention: CompressiveAttention
     dims: LayerDims
 
@@ -105,20 +126,27 @@ class CompressiveLayer(nn.Module):
         self, x: Activations, segment: Segment, state: CompressiveState
     ) -> tuple[Activations, CompressiveState | None, Report]:
         config, own = self.attention, segment.layout.own
-        hidden, compressed = hide(state.hidden, state.valid), hide(state.compressed, state.compressed_valid)
+        # [B, W, D] and [B, C, D]
+        hidden = hide(state.hidden, state.valid)
+        compressed = hide(state.compressed, state.compressed_valid)
         carried = jnp.concatenate([compressed, hidden], axis=1)
-        mask = visible_keys(segment, x.shape[1], jnp.concatenate([state.compressed_valid, state.valid], axis=1))
+        carried_valid = jnp.concatenate([state.compressed_valid, state.valid], axis=1)
+        mask = visible_keys(segment, x.shape[1], carried_valid)
         relative = RelativeAttention(self.dims, name="relative")
-        y, weights, kept = relative(x, carried, mask, segment)
-        if segment.slice:
-            return y, None, Report(kept=kept)
+        # [B, T, D] and [B, N, T, S], S = C + W + T
+        y, weights, kv_cache = relative(x, carried, mask, segment)
+        if segment.decoding is not None:
+            return y, None, Report(kv_cache=kv_cache)
 
         # Attention that each slot of the memory has received so far, this segment's included.
+        # [B, S]
         is_query = segment.is_real[:, None, :, None]
         received = jnp.where(is_query, jax.lax.stop_gradient(weights), 0.0).sum(axis=(1, 2))
         usage = state.usage + received[:, config.compressed_size : carried.shape[1]]
         length = segment.layout.length
-        old, old_valid = hidden[:, :length], state.valid[:, :length]
+        # The oldest segment of the memory [B, T, D], and what it becomes [B, T / rate, D].
+        old = hidden[:, :length]
+        old_valid = state.valid[:, :length]
         new, new_valid = Compressor(config, self.dims, name="compressor")(old, old_valid, usage[:, :length])
         losses = self._losses(relative, own(x), own(segment.is_real), old, new, old_valid)
 
@@ -148,9 +176,11 @@ class CompressiveLayer(nn.Module):
         if config.loss == "none" or config.compressor in ("mean", "max", "most_used"):
             return {}
         if config.loss == "attention":
-            error, counts = relative.content(x, old) - relative.content(x, new), is_real
+            error = relative.content(x, old) - relative.content(x, new)
+            counts = is_real
         else:
-            error, counts = Decompressor(config, self.dims, name="decompressor")(new) - old, old_valid
+            error = Decompressor(config, self.dims, name="decompressor")(new) - old
+            counts = old_valid
         # [B, T] by position; padding asks for nothing.
         squares = jnp.mean(jnp.square(error.astype(jnp.float32)).reshape(*x.shape[:2], -1), axis=2)
         squares = jnp.sum(jnp.where(counts, squares, 0.0), axis=1) / jnp.maximum(jnp.sum(counts, axis=1), 1)

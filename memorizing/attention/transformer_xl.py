@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -12,8 +13,17 @@ from jaxtyping import Array, Bool, Float
 
 from memorizing import masks, positions
 from memorizing.array_typing import Activations, AxesTree
-from memorizing.attention.base import Attention, LayerDims, attention_weights, hide, visible_keys
-from memorizing.context import Report, Segment
+from memorizing.attention.base import (
+    Attention,
+    Example,
+    LayerDims,
+    attend_flops,
+    attention_weights,
+    hide,
+    matmul_flops,
+    visible_keys,
+)
+from memorizing.context import Layout, Report, Segment
 from memorizing.errors import UserError
 from memorizing.layers import Einsum
 
@@ -41,6 +51,8 @@ class TransformerXLAttention(Attention):
       same_length: lets every position see exactly the last W positions up to itself, instead of the whole cache.
     """
 
+    can_decode: ClassVar[bool] = True
+
     window: int = 512
     clamp_distance: int = 0
     same_length: bool = False
@@ -62,8 +74,18 @@ class TransformerXLAttention(Attention):
     def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return TransformerXLLayer(self, dims, name=name)
 
+    def flops(self, dims: LayerDims, layout: Layout) -> int:
+        return relative_attention_flops(dims, layout, self.window)
+
+    @classmethod
+    def example(cls, segment_length: int) -> Example:
+        meaning = f"Transformer-XL, {segment_length} cached positions in every layer"
+        return Example("XL", meaning, cls(window=segment_length))
+
 
 class TransformerXLLayer(nn.Module):
+    """The layer: see `Attention.layer`."""
+
     attention: TransformerXLAttention
     dims: LayerDims
 
@@ -71,15 +93,19 @@ class TransformerXLLayer(nn.Module):
     def __call__(
         self, x: Activations, segment: Segment, state: TransformerXLState
     ) -> tuple[Activations, TransformerXLState | None, Report]:
-        config, own, length = self.attention, segment.layout.own, x.shape[1]
+        config, layout = self.attention, segment.layout
+        # [B, W, D]
         hidden = hide(state.hidden, state.valid)
-        relative = RelativeAttention(self.dims, config.clamp_distance, name="relative")
-        mask = visible_keys(segment, length, state.valid)
+        # [B, T, S], S = W + T
+        mask = visible_keys(segment, x.shape[1], state.valid)
         if config.same_length:
-            mask &= segment.cut(masks.within(config.window, segment.layout.size, mask.shape[2]), length)[None]
-        y, _, kept = relative(x, hidden, mask, segment)
-        if segment.slice:
-            return y, None, Report(kept=kept)
+            near = masks.within(config.window, layout.size, mask.shape[2])
+            mask &= segment.select(near, x.shape[1])[None]
+        relative = RelativeAttention(self.dims, config.clamp_distance, name="relative")
+        y, _, kv_cache = relative(x, hidden, mask, segment)
+        if segment.decoding is not None:
+            return y, None, Report(kv_cache=kv_cache)
+        own = layout.own
         new_state = TransformerXLState(
             hidden=jax.lax.stop_gradient(jnp.concatenate([hidden, own(x)], axis=1)[:, -config.window :]),
             valid=jnp.concatenate([state.valid, own(segment.is_real)], axis=1)[:, -config.window :],
@@ -88,7 +114,10 @@ class TransformerXLLayer(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Attention whose logits are (q + u) . k + (q + v) . r(distance), over sqrt(H): equation (5) without its first approximation, r a projection of sinusoids."""
+    """Attention whose logits are (q + u) . k + (q + v) . r(distance), over sqrt(H), r a projection of sinusoids.
+
+    Equation (5) without its first approximation.
+    """
 
     dims: LayerDims
     clamp_distance: int = 0
@@ -111,22 +140,29 @@ class RelativeAttention(nn.Module):
           x: [B, T, D].
           hidden: carried states, S = W + T; zeros where the mask hides them.
           mask: true where visible.
-          segment: whose positions, or a slice of them, x is.
+          segment: whose positions, or some of them, x is.
 
         Returns:
-          The output [B, T, D], the weights, and what to keep while the segment is open.
+          The output [B, T, D], the weights, and the KV cache.
         """
-        keys_and_values = x if segment.continues else jnp.concatenate([hidden, x], axis=1)
-        keys = segment.extend("keys", self.key(keys_and_values))
-        values = segment.extend("values", self.value(keys_and_values))
-        queries, num_keys = self.query(x), keys.shape[1]
-        distances = segment.slice.kept["distances"] if segment.continues else self._distances(segment, num_keys)
+        seen = x if segment.is_decode_step else jnp.concatenate([hidden, x], axis=1)
+        # [B, S, N, H]
+        keys = segment.with_kv_cache("keys", self.key(seen))
+        values = segment.with_kv_cache("values", self.value(seen))
+        queries = self.query(x)
+        num_keys = keys.shape[1]
+        if segment.is_decode_step:
+            distances = segment.decoding.kv_cache["distances"]
+        else:
+            distances = self._distances(segment, num_keys)
         with jax.named_scope("local_attention"):
+            # [B, N, T, S]
             logits = _dot(queries + self.u[None, None].astype(x.dtype), keys)
+            # [B, N, T, R], R = S + T - 1
             by_distance = jnp.einsum(
                 "BTNH,RNH->BNTR",
                 queries + self.v[None, None].astype(x.dtype),
-                segment.cut(distances, x.shape[1] + num_keys - 1),
+                segment.select(distances, x.shape[1] + num_keys - 1),
                 preferred_element_type=jnp.float32,
             )
             logits = logits + positions.by_key(by_distance, num_keys)
@@ -135,9 +171,13 @@ class RelativeAttention(nn.Module):
         return self.output(y), weights, {"keys": keys, "values": values, "distances": distances}
 
     def content(self, x: Activations, hidden: Float[Array, "B W D"]) -> Float[Array, "B T N H"]:
-        """Attention from x to hidden by content alone, everything visible. Gradients reach `hidden` only: not x, and no parameter (Rae et al. 2020, algorithm 2)."""
+        """Attention from x to hidden by content alone, everything visible (Rae et al. 2020, algorithm 2).
+
+        Gradients reach `hidden` only: not x, and no parameter.
+        """
         queries = self.query(jax.lax.stop_gradient(x), frozen=True)
-        keys, values = self.key(hidden, frozen=True), self.value(hidden, frozen=True)
+        keys = self.key(hidden, frozen=True)
+        values = self.value(hidden, frozen=True)
         weights = jax.nn.softmax(_dot(queries, keys) * self.dims.head_dim**-0.5, axis=-1).astype(values.dtype)
         return jnp.einsum("BNTS,BSNH->BTNH", weights, values)
 
@@ -147,6 +187,20 @@ class RelativeAttention(nn.Module):
         if self.clamp_distance:
             distances = distances.clip(max=self.clamp_distance)
         return self.position(positions.sinusoids(distances, self.dims.embed_dim).astype(self.dims.dtype))
+
+
+def relative_attention_flops(dims: LayerDims, layout: Layout, num_cached: int) -> int:
+    """FLOPs of attention to cached hidden states and the segment.
+
+    The cached states' keys and values and the position term are part of it (Dai et al. 2019, section 3.3).
+    """
+    num_keys = num_cached + layout.size
+    # From every query to every key, later ones included.
+    num_distances = layout.size + num_keys - 1
+    keys_and_values = matmul_flops(num_cached, dims.embed_dim, 2 * dims.width)
+    encodings = matmul_flops(num_distances, dims.embed_dim, dims.width)
+    position_term = matmul_flops(layout.size, dims.width, num_distances)
+    return attend_flops(dims, layout.size, num_keys) + keys_and_values + encodings + position_term
 
 
 def _dot(queries: Float[Array, "B T N H"], keys: Float[Array, "B S N H"]) -> Float[Array, "B N T S"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -11,8 +12,17 @@ from flax import struct
 
 from memorizing import masks
 from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
-from memorizing.attention.base import Attention, LayerDims, T5Bias, hide, local_attention, visible_keys
-from memorizing.context import Report, Segment
+from memorizing.attention.base import (
+    Attention,
+    Example,
+    LayerDims,
+    attend_flops,
+    hide,
+    local_attention,
+    position_bias,
+    visible_keys,
+)
+from memorizing.context import Layout, Report, Segment
 from memorizing.errors import UserError
 
 
@@ -39,6 +49,8 @@ class XLAttention(Attention):
       num_buckets, max_distance: T5's relative bias; the distance is in tokens.
       same_length: lets every position see exactly the last W positions up to itself (a sliding window), instead of the whole cache.
     """
+
+    can_decode: ClassVar[bool] = True
 
     window: int = 512
     num_buckets: int = 32
@@ -67,8 +79,18 @@ class XLAttention(Attention):
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return XLCore(self, dims, name=name)
 
+    def flops(self, dims: LayerDims, layout: Layout) -> int:
+        return attend_flops(dims, layout.size, self.window + layout.size)
+
+    @classmethod
+    def example(cls, segment_length: int) -> Example:
+        meaning = f"keys and values of {segment_length} positions in every layer"
+        return Example("cache", meaning, cls(window=segment_length))
+
 
 class XLCore(nn.Module):
+    """The dot-product core: see `Attention.core`."""
+
     attention: XLAttention
     dims: LayerDims
 
@@ -76,27 +98,35 @@ class XLCore(nn.Module):
     def __call__(
         self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: XLState
     ) -> tuple[Queries, XLState | None, Report]:
-        config, length = self.attention, queries.shape[1]
-        cached_keys, cached_values = hide(state.keys, state.valid), hide(state.values, state.valid)
-
-        def seen(name: str, cached: jax.Array, own: jax.Array) -> jax.Array:
-            return segment.extend(name, own if segment.continues else jnp.concatenate([cached, own], axis=1))
-
-        def recent(own: jax.Array, cached: jax.Array) -> jax.Array:
-            own = segment.layout.own(own)
-            return jax.lax.stop_gradient(jnp.concatenate([cached, own], axis=1)[:, -config.window :])
-
-        all_keys, all_values = seen("keys", cached_keys, keys), seen("values", cached_values, values)
-        bias = T5Bias(self.dims.num_heads, config.num_buckets, config.max_distance, name="bias")
-        bias, mask = bias(segment, length, all_keys.shape[1]), visible_keys(segment, length, state.valid)
+        config, layout = self.attention, segment.layout
+        # [B, W, N, H]
+        cached_keys = hide(state.keys, state.valid)
+        cached_values = hide(state.values, state.valid)
+        # [B, S, N, H], S = W + T
+        all_keys = segment.with_kv_cache("keys", _after(cached_keys, keys, segment))
+        all_values = segment.with_kv_cache("values", _after(cached_values, values, segment))
+        mask = visible_keys(segment, queries.shape[1], state.valid)
         if config.same_length:
-            mask &= segment.cut(masks.within(config.window, segment.layout.size, mask.shape[2]), length)[None]
+            near = masks.within(config.window, layout.size, mask.shape[2])
+            mask &= segment.select(near, queries.shape[1])[None]
+        num_queries, num_keys = queries.shape[1], all_keys.shape[1]
+        bias = position_bias(self.dims, config.num_buckets, config.max_distance, segment, num_queries, num_keys)
         y = local_attention(queries, all_keys, all_values, scale, bias, mask)
-        if segment.slice:
-            return y, None, Report(kept={"keys": all_keys, "values": all_values})
+        if segment.decoding is not None:
+            return y, None, Report(kv_cache={"keys": all_keys, "values": all_values})
+
+        def push(cached: jax.Array, own: jax.Array) -> jax.Array:
+            """The last W positions."""
+            return jax.lax.stop_gradient(jnp.concatenate([cached, layout.own(own)], axis=1)[:, -config.window :])
+
         new_state = XLState(
-            keys=recent(keys, cached_keys),
-            values=recent(values, cached_values),
-            valid=recent(segment.is_real, state.valid),
+            keys=push(cached_keys, keys),
+            values=push(cached_values, values),
+            valid=push(state.valid, segment.is_real),
         )
         return y, new_state, Report()
+
+
+def _after(cached: jax.Array, own: jax.Array, segment: Segment) -> jax.Array:
+    """What the KV cache is given: [cached; own], and in a decode step, which finds the cached in it, only the own."""
+    return own if segment.is_decode_step else jnp.concatenate([cached, own], axis=1)

@@ -19,7 +19,7 @@ from memorizing.errors import UserError
 from memorizing.evaluate import Ablation, Evaluation, Evaluator
 from memorizing.finished_run import FinishedRun, open_run
 from memorizing.json_lines import replace_text
-from memorizing.model import LMConfig
+from memorizing.language_model import LMConfig
 
 FOLDER = "evaluation"
 
@@ -159,8 +159,8 @@ def _with_memory(model: LMConfig, size: int, segment_length: int) -> Setting:
 
 def _larger(finished: FinishedRun, own: int) -> list[int]:
     """Four times the run's own memory, unless that would take more than a gigabyte: who wants that asks for it."""
-    dims, rows = finished.experiment.model.dims, finished.experiment.batch.num_rows
-    num_bytes = 4 * own * rows * 2 * dims.num_heads * dims.head_dim * dims.dtype.itemsize
+    model, batch = finished.experiment.model, finished.experiment.batch
+    num_bytes = model.with_memory_size(4 * own).state_bytes(batch.segment_length) * batch.num_rows
     return [4 * own] if num_bytes <= 1 << 30 else []
 
 
@@ -181,10 +181,10 @@ def _run_all(finished: FinishedRun, settings: Sequence[Setting], rows: int | Non
     num_rows = -(-min(rows or experiment.batch.num_rows, data.num_eval_documents) // devices) * devices
     evaluations = {}
     with jax.set_mesh(mesh):
-        params = finished.params_on(mesh)
+        params, buffers = finished.variables_on(mesh)
         for setting in settings:
             started = time.monotonic()
-            evaluation = Evaluator(setting.model, num_rows, length, mesh).run(params, data, setting.ablation)
+            evaluation = Evaluator(setting.model, num_rows, length, mesh).run(params, buffers, data, setting.ablation)
             evaluations[setting.name] = evaluation
             seconds = time.monotonic() - started
             print(f"{setting.name}: perplexity {evaluation.values()['perplexity']:.3f}  ({seconds:.1f} s)", flush=True)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from memorizing import inspection as inspection_lib
 from memorizing import inspection_page, plots
 from memorizing.batch import DataSource, text_of
 from memorizing.commands import experiment_flags
@@ -80,11 +81,12 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
         flush=True,
     )
     progress = _Progress(2 * len(document.tokens))
+    params, buffers = jax.device_put((finished.params, finished.buffers))
     inspection = inspect(
         finished.experiment.model,
-        jax.device_put(finished.params),
-        document.tokens,
-        finished.experiment.data.start_id,
+        params,
+        buffers,
+        inspection_lib.Document(document.tokens, finished.experiment.data.start_id),
         sizes,
         finished.experiment.batch.segment_length,
         progress.advance,
