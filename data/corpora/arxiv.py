@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from memorizing.data.corpora.reader_settings import setting
 from memorizing.data.documents import Document, damaged, damages
 from memorizing.data.errors import DataError
 from memorizing.data.formats import archives, json_lines, tex_sources
@@ -50,17 +51,13 @@ class ArxivReader:
 
     Attributes:
       source: the folder of the archives, or one archive.
-      metadata: file of the labels; empty for the one beside the archives.
-      subject: papers with a category of this archive of arXiv are read, such as math or cs.
-      primary_only: whether the first category of a paper has to be one.
-      max_bytes: papers with more source than this are left out.
     """
 
     source: str
-    metadata: str = ""
-    subject: str = "math"
-    primary_only: bool = False
-    max_bytes: int = 64 << 20
+    metadata: str = setting("", "file of the labels; empty for the one beside the archives.")
+    subject: str = setting("math", "papers with a category of this archive of arXiv are read, such as math or cs.")
+    primary_only: bool = setting(False, "whether the first category of a paper has to be one.")
+    max_bytes: int = setting(64 << 20, "papers with more source than this are left out.")
 
     def shards(self) -> list[str]:
         """See `documents.Reader`. Raises DataError where the metadata is missing, too."""

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from memorizing.data.corpora.reader_settings import setting
 from memorizing.data.corpora.repositories import NO_LICENCE, VENDORED, Repositories
 from memorizing.data.documents import Document
 from memorizing.data.errors import DataError
@@ -39,13 +40,9 @@ _COLUMNS: dict[str, dict[str, type]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BigQueryReader(Repositories):
-    """A folder of exported tables; a shard is a part of the repositories.
+    """A folder of exported tables; a shard is a part of the repositories."""
 
-    Attributes:
-      parts: into how many the repositories of a BigQuery export are divided.
-    """
-
-    parts: int = 1
+    parts: int = setting(1, "into how many the repositories of a BigQuery export are divided.")
 
     def __post_init__(self) -> None:
         """Raises DataError where there would be no part."""

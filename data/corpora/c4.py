@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from memorizing.data.corpora.reader_settings import setting
 from memorizing.data.documents import Document
 from memorizing.data.errors import DataError
 from memorizing.data.formats import archives, json_lines
@@ -28,11 +29,10 @@ class C4Reader:
 
     Attributes:
       source: the folder of the files, or of the variant's folder.
-      variant: name of the variant's folder, where the files do not lie in the source itself.
     """
 
     source: str
-    variant: str = "en"
+    variant: str = setting("en", "name of the variant's folder, where the files do not lie in the source itself.")
 
     def shards(self) -> list[str]:
         """See `documents.Reader`."""

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
-import re
 import types
-import typing
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
-from memorizing.data.corpora import bigquery, c4, github
+from memorizing.data.corpora import bigquery, c4, github, reader_settings
 from memorizing.data.corpora.arxiv import ArxivReader
 from memorizing.data.corpora.bigquery import BigQueryReader
 from memorizing.data.corpora.c4 import C4Reader
@@ -34,7 +30,7 @@ class Corpus:
       title: what people call it.
       open: makes its reader from the path of its source.
       readers: the types of reader it may make: dataclasses, whose first field is the source and whose others are
-        settings that a user may give.
+        settings that a user may give (`reader_settings`).
       licence: what its texts may be used for, in a sentence.
       citation: the work that describes it.
       archives: how to get it as it is distributed.
@@ -132,7 +128,8 @@ CORPORA: dict[str, Corpus] = {
 
 def find(name: str) -> Corpus:
     """The corpus of a name. Raises DataError where there is none."""
-    return _chosen(CORPORA, name, "corpus")
+    _check_known(name, CORPORA, "corpus")
+    return CORPORA[name]
 
 
 def reader(corpus: str, source: str, settings: Mapping[str, str] = types.MappingProxyType({})) -> Reader:
@@ -148,53 +145,31 @@ def reader(corpus: str, source: str, settings: Mapping[str, str] = types.Mapping
       DataError: there is no such corpus, or no such setting, or a value is not of its type.
     """
     made = find(corpus).open(source)
-    kinds = _kinds(type(made))
-    if settings and not kinds:
+    known = reader_settings.meanings(type(made))
+    if settings and not known:
         raise DataError(f"--reader.{next(iter(settings))}: the reader of {corpus} has no settings")
-    values = {name: _converted(name, text, _chosen(kinds, name, "reader setting")) for name, text in settings.items()}
+    values = {}
+    for name, text in settings.items():
+        _check_known(name, known, "reader setting")
+        values[name] = reader_settings.converted(type(made), name, text)
     return dataclasses.replace(made, **values)
 
 
 def settings() -> dict[str, str]:
-    """What every setting of the readers means, by its name: what their docstrings say, each after its corpus."""
+    """What every setting of the readers means, by its name: one text for all corpora that have it, each named in it."""
     found: dict[str, dict[str, str]] = {}
     for corpus in CORPORA.values():
-        for kind in corpus.readers:
-            documented = "\n".join(inspect.getdoc(base) or "" for base in kind.__mro__)
-            for name in _kinds(kind):
-                meaning = re.search(rf"^  {name}: (.+(?:\n    .+)*)", documented, re.MULTILINE)[1]
-                found.setdefault(name, {})[corpus.name] = " ".join(meaning.split())
-    return {name: " ".join(f"{user}: {text}" for user, text in by_corpus.items()) for name, by_corpus in found.items()}
+        for reader_type in corpus.readers:
+            for name, meaning in reader_settings.meanings(reader_type).items():
+                found.setdefault(name, {})[corpus.name] = meaning
+    return {
+        name: " ".join(f"{corpus}: {meaning}" for corpus, meaning in by_corpus.items())
+        for name, by_corpus in found.items()
+    }
 
 
-def _kinds(reader_type: type[Reader]) -> dict[str, Any]:
-    """The types of a reader's settings by name."""
-    _, *fields = dataclasses.fields(reader_type)
-    hints = typing.get_type_hints(reader_type)
-    return {field.name: hints[field.name] for field in fields}
-
-
-def _chosen(table: Mapping[str, Any], name: str, what: str) -> Any:
-    if name not in table:
-        nearest = difflib.get_close_matches(name, table, n=1, cutoff=0)[0]
-        raise DataError(f"no {what} {name!r}; the nearest name is {nearest!r}, all are: {', '.join(table)}")
-    return table[name]
-
-
-_BOOLEANS = {"true": True, "false": False}
-
-
-def _converted(name: str, text: str, kind: Any) -> Any:
-    """A setting's value; `kind` is bool, int, float, str or tuple[str, ...]."""
-    if kind is str:
-        return text
-    if kind is bool:
-        if text.lower() not in _BOOLEANS:
-            raise DataError(f"--reader.{name}={text}: give true or false")
-        return _BOOLEANS[text.lower()]
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            raise DataError(f"--reader.{name}={text}: give a {'whole ' if kind is int else ''}number") from None
-    return tuple(filter(None, map(str.strip, text.split(","))))
+def _check_known(name: str, known: Collection[str], what: str) -> None:
+    """Raises DataError, which tells the nearest name, where a name is not known."""
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise DataError(f"no {what} {name!r}; the nearest name is {nearest!r}, all are: {', '.join(known)}")

@@ -12,6 +12,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from memorizing.data.corpora.reader_settings import setting
 from memorizing.data.corpora.repositories import NO_LICENCE, VENDORED, Repositories
 from memorizing.data.documents import Document
 from memorizing.data.errors import DataError
@@ -27,12 +28,9 @@ class GithubReader(Repositories):
     """A folder of repositories; a shard is a repository.
 
     Every sub-folder is one, unless it only holds checkouts: then it is their owner.
-
-    Attributes:
-      single_files: whether a source file that lies beside the repositories is one too.
     """
 
-    single_files: bool = False
+    single_files: bool = setting(False, "whether a source file that lies beside the repositories is one too.")
 
     def shards(self) -> list[str]:
         """Names of the repositories; see `documents.Reader`."""

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from memorizing.data.corpora.reader_settings import setting
 from memorizing.data.documents import SEPARATOR, Document, damaged
 from memorizing.data.errors import DataError
 from memorizing.data.formats import archives, isabelle_syntax
@@ -36,11 +37,12 @@ class IsabelleReader:
 
     Attributes:
       source: an archive or folder of a library, or a folder that holds such ones.
-      licences: entries under others are left out; bsd or lgpl, as the metadata of the AFP says; empty for all.
     """
 
     source: str
-    licences: tuple[str, ...] = ()
+    licences: tuple[str, ...] = setting(
+        (), "entries under others are left out; bsd or lgpl, as the metadata of the AFP says; empty for all."
+    )
 
     def shards(self) -> list[str]:
         """See `documents.Reader`."""

@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+from memorizing.data.corpora.reader_settings import setting
 from memorizing.data.documents import SEPARATOR, Document
 from memorizing.data.formats import licences, source_files
 
@@ -30,23 +31,20 @@ class Repositories:
 
     Attributes:
       root: the folder that is read.
-      languages: whose source files are read: c, c++, java, python, go, typescript.
-      licences: repositories under others are left out; SPDX identifiers, or any.
-      exclude: names of further directories to leave out, at any depth.
-      seed: of the order of the files of a repository.
-      min_bytes: repositories with less source than this are left out.
-      max_bytes: no further file of a repository is read when it would exceed this many bytes.
-      max_file_bytes: larger files are left out.
     """
 
     root: str
-    languages: tuple[str, ...] = tuple(source_files.SUFFIXES)
-    licences: tuple[str, ...] = licences.OPEN_SOURCE
-    exclude: tuple[str, ...] = ()
-    seed: int = 0
-    min_bytes: int = 1 << 10
-    max_bytes: int = 32 << 20
-    max_file_bytes: int = 1 << 20
+    languages: tuple[str, ...] = setting(
+        tuple(source_files.SUFFIXES), "whose source files are read: c, c++, java, python, go, typescript."
+    )
+    licences: tuple[str, ...] = setting(
+        licences.OPEN_SOURCE, "repositories under others are left out; SPDX identifiers, or any."
+    )
+    exclude: tuple[str, ...] = setting((), "names of further directories to leave out, at any depth.")
+    seed: int = setting(0, "of the order of the files of a repository.")
+    min_bytes: int = setting(1 << 10, "repositories with less source than this are left out.")
+    max_bytes: int = setting(32 << 20, "no further file of a repository is read when it would exceed this many bytes.")
+    max_file_bytes: int = setting(1 << 20, "larger files are left out.")
 
     def is_excluded(self, directory_name: str) -> bool:
         """Whether a directory holds what others wrote, or what is not wanted."""

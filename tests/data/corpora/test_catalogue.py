@@ -7,7 +7,7 @@ import pickle
 import pytest
 from raw_corpora import write
 
-from memorizing.data.corpora import catalogue
+from memorizing.data.corpora import catalogue, reader_settings
 from memorizing.data.errors import DataError
 
 TASKS = pathlib.Path(__file__).parents[3] / "gin" / "tasks"
@@ -69,6 +69,9 @@ def test_every_setting_says_what_it_means():
     assert settings["primary_only"].startswith("arxiv: whether the first category")
     assert "arxiv: papers with more" in settings["max_bytes"] and "github: no further file" in settings["max_bytes"]
     assert "parts" in settings and "languages" in settings
+    for reader in (reader for corpus in catalogue.CORPORA.values() for reader in corpus.readers):
+        _, *others = (field.name for field in dataclasses.fields(reader))
+        assert list(reader_settings.meanings(reader)) == others, "every field but the source is a setting"
 
 
 def test_languages_that_are_not_known_are_told(tmp_path):
