@@ -25,7 +25,7 @@ class Document(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-class Reader(Protocol):
+class CorpusReader(Protocol):
     """A corpus in its raw form. Readers are frozen dataclasses: plain Python that can be pickled, no TensorFlow.
 
     What a reader leaves out it counts by reason in a plain Counter, so that the counts of many processes add up. What is
@@ -66,7 +66,7 @@ def damaged(name: str, why: str) -> str:
     return f"{_DAMAGED}{name}: {why}"
 
 
-def damages(skipped: Mapping[str, int]) -> list[str]:
+def all_damage(skipped: Mapping[str, int]) -> list[str]:
     """Everything that was damaged, as "NAME: WHY"."""
     return sorted(reason.removeprefix(_DAMAGED) for reason in skipped if reason.startswith(_DAMAGED))
 
@@ -79,7 +79,7 @@ def reasons(skipped: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def read(reader: Reader, skipped: Counter[str] | None = None) -> Iterator[Document]:
+def read_all(reader: CorpusReader, skipped: Counter[str] | None = None) -> Iterator[Document]:
     """Yields the documents of all shards of a corpus.
 
     Args:

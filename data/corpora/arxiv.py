@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from memorizing.data.corpora.reader_settings import setting
-from memorizing.data.documents import Document, damaged, damages
+from memorizing.data.documents import Document, all_damage, damaged
 from memorizing.data.errors import DataError
 from memorizing.data.formats import archives, json_lines, tex_sources
 
@@ -60,7 +60,7 @@ class ArxivReader:
     max_bytes: int = setting(64 << 20, "papers with more source than this are left out.")
 
     def shards(self) -> list[str]:
-        """See `documents.Reader`. Raises DataError where the metadata is missing, too."""
+        """See `documents.CorpusReader`. Raises DataError where the metadata is missing, too."""
         if archives.exists(self.source) and not archives.is_folder(self.source):
             shards = [posixpath.basename(self.source)]
         else:
@@ -73,7 +73,7 @@ class ArxivReader:
         return shards
 
     def documents(self, shard: str, skipped: Counter[str]) -> Iterator[Document]:
-        """Yields papers; see `documents.Reader`. Raises DataError where no label can be read."""
+        """Yields papers; see `documents.CorpusReader`. Raises DataError where no label can be read."""
         labels, damage = _labels(self._metadata_path(), self.subject, self.primary_only)
         # All shards read the same file.
         if shard == self.shards()[0]:
@@ -132,7 +132,7 @@ class ArxivReader:
                 if source.name.lower().endswith(".tex"):
                     contents[source.name] = source.open().read(self.max_bytes + 1 - size)
                     size = sum(map(len, contents.values()))
-            if damages(within):
+            if all_damage(within):
                 # A file that would be written outside: nobody's honest paper.
                 raise tarfile.ReadError("a path leaves the archive")
         else:
@@ -201,6 +201,6 @@ def _labels(path: str, subject: str, primary_only: bool) -> tuple[dict[str, _Lab
         if any(category.partition(".")[0] == subject for category in categories[: 1 if primary_only else None]):
             labels[paper["id"]] = _Label(paper["categories"], paper.get("license") or "")
     if not labels:
-        why = "; ".join(damages(damage)[:1]) or "its categories name others"
+        why = "; ".join(all_damage(damage)[:1]) or "its categories name others"
         raise DataError(f"{path!r} has no paper of the subject {subject!r}: {why}")
     return labels, damage

@@ -50,7 +50,7 @@ class BigQueryReader(Repositories):
             raise DataError(f"--reader.parts={self.parts}: give 1 or more")
 
     def shards(self) -> list[str]:
-        """Parts as "INDEX of NUMBER"; see `documents.Reader`."""
+        """Parts as "INDEX of NUMBER"; see `documents.CorpusReader`."""
         missing = [table for table in _NEEDED if not _files_of(self.root, table)]
         if missing:
             raise DataError(
@@ -60,7 +60,7 @@ class BigQueryReader(Repositories):
         return [f"{index} of {self.parts}" for index in range(self.parts)]
 
     def documents(self, shard: str, skipped: Counter[str]) -> Iterator[Document]:
-        """Yields the repositories of a part by name; see `documents.Reader`."""
+        """Yields the repositories of a part by name; see `documents.CorpusReader`."""
         part = int(shard.split()[0])
         # All parts read the same files: one of them tells what is damaged there.
         damage = skipped if part == 0 else Counter()

@@ -35,7 +35,7 @@ class C4Reader:
     variant: str = setting("en", "name of the variant's folder, where the files do not lie in the source itself.")
 
     def shards(self) -> list[str]:
-        """See `documents.Reader`."""
+        """See `documents.CorpusReader`."""
         inside = posixpath.join(self.source, self.variant)
         prefix = f"{self.variant}/" if archives.is_folder(inside) else ""
         names = archives.listing(posixpath.join(self.source, prefix), _EXPECTED)
@@ -47,7 +47,7 @@ class C4Reader:
         return shards
 
     def documents(self, shard: str, skipped: Counter[str]) -> Iterator[Document]:
-        """Yields pages; see `documents.Reader`."""
+        """Yields pages; see `documents.CorpusReader`."""
         label = posixpath.basename(shard)
         split = _FILE.fullmatch(label)["split"]
         # The corpus has each address once; a page that comes again is told from the first by its line.

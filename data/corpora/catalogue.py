@@ -14,7 +14,7 @@ from memorizing.data.corpora.c4 import C4Reader
 from memorizing.data.corpora.github import GithubReader
 from memorizing.data.corpora.isabelle import IsabelleReader
 from memorizing.data.corpora.pg19 import PG19Reader
-from memorizing.data.documents import Reader
+from memorizing.data.documents import CorpusReader
 from memorizing.data.errors import DataError
 
 # The source that every user has.
@@ -41,8 +41,8 @@ class Corpus:
 
     name: str
     title: str
-    open: Callable[[str], Reader]
-    readers: tuple[type[Reader], ...]
+    open: Callable[[str], CorpusReader]
+    readers: tuple[type[CorpusReader], ...]
     licence: str
     citation: str
     archives: str
@@ -51,7 +51,7 @@ class Corpus:
     is_prose: bool = False
 
 
-def _github(source: str) -> Reader:
+def _github(source: str) -> CorpusReader:
     if source == STANDARD_LIBRARY:
         return github.standard_library()
     return BigQueryReader(source) if bigquery.is_export(source) else GithubReader(source)
@@ -132,7 +132,7 @@ def find(name: str) -> Corpus:
     return CORPORA[name]
 
 
-def reader(corpus: str, source: str, settings: Mapping[str, str] = types.MappingProxyType({})) -> Reader:
+def reader(corpus: str, source: str, settings: Mapping[str, str] = types.MappingProxyType({})) -> CorpusReader:
     """The reader of a corpus.
 
     Args:

@@ -33,7 +33,7 @@ class GithubReader(Repositories):
     single_files: bool = setting(False, "whether a source file that lies beside the repositories is one too.")
 
     def shards(self) -> list[str]:
-        """Names of the repositories; see `documents.Reader`."""
+        """Names of the repositories; see `documents.CorpusReader`."""
         suffixes = source_files.suffixes_of(self.languages)
         try:
             entries = sorted(os.scandir(self.root), key=lambda entry: entry.name)
@@ -50,7 +50,7 @@ class GithubReader(Repositories):
         return shards
 
     def documents(self, shard: str, skipped: Counter[str]) -> Iterator[Document]:
-        """Yields one repository, or none; see `documents.Reader`."""
+        """Yields one repository, or none; see `documents.CorpusReader`."""
         path = os.path.join(self.root, shard)
         if os.path.islink(path):
             skipped[archives.SYMBOLIC_LINK] += 1

@@ -45,7 +45,7 @@ class IsabelleReader:
     )
 
     def shards(self) -> list[str]:
-        """See `documents.Reader`."""
+        """See `documents.CorpusReader`."""
         if archives.exists(self.source) and not archives.is_folder(self.source):
             return ["."]
         names = archives.listing(self.source, _EXPECTED)
@@ -61,7 +61,7 @@ class IsabelleReader:
         return any(archives.exists(posixpath.join(path, top)) for top in _TOP)
 
     def documents(self, shard: str, skipped: Counter[str]) -> Iterator[Document]:
-        """Yields entries as soon as their last theory is read; see `documents.Reader`."""
+        """Yields entries as soon as their last theory is read; see `documents.CorpusReader`."""
         path = self.source if shard == "." else posixpath.join(self.source, shard)
         library = _survey(path, skipped)
         remaining = Counter(library.owners.values())

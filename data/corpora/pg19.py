@@ -14,8 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from memorizing.data.documents import Document, damaged
-from memorizing.data.documents import damages as damages_of
+from memorizing.data.documents import Document, all_damage, damaged
 from memorizing.data.errors import DataError
 from memorizing.data.formats import archives
 
@@ -40,7 +39,7 @@ class PG19Reader:
     source: str
 
     def shards(self) -> list[str]:
-        """See `documents.Reader`."""
+        """See `documents.CorpusReader`."""
         if archives.exists(self.source) and not archives.is_folder(self.source):
             return ["."]
         names = archives.listing(self.source, _EXPECTED)
@@ -55,7 +54,7 @@ class PG19Reader:
         return sorted({name[-_LENGTH_OF_END:] for name in names})
 
     def documents(self, shard: str, skipped: Counter[str]) -> Iterator[Document]:
-        """Yields books; see `documents.Reader`."""
+        """Yields books; see `documents.CorpusReader`."""
         match = _SHARD.fullmatch(shard)
         if match is None:
             path = self.source if shard == "." else posixpath.join(self.source, shard)
@@ -66,10 +65,10 @@ class PG19Reader:
                 posixpath.join(path, split), skipped, accept=lambda name: name.endswith(match["end"])
             )
             books = (book._replace(name=f"{split}/{book.name}", label=f"{split}/{book.name}") for book in books)
-        metadata, damages = _metadata(path)
+        metadata, damage = _metadata(path)
         # All shards of a folder read the same file.
         if match is None or shard == self.shards()[0]:
-            skipped.update(damages)
+            skipped.update(damage)
         for book in books:
             named = _BOOK.fullmatch(book.name)
             if named is None:
@@ -93,22 +92,22 @@ def _metadata(path: str) -> tuple[dict[str, dict[str, str]], Counter[str]]:
     Raises:
       DataError: it is there, and no line of it can be used.
     """
-    damages: Counter[str] = Counter()
+    damage: Counter[str] = Counter()
     if archives.is_folder(path):
         found = archives.files(path, METADATA_FILE)
     else:
         found = archives.members(path, Counter(), accept=lambda name: not _is_no_metadata(name))
     books: dict[str, dict[str, str]] = {}
     for member in found:
-        text = archives.read_text(member, damages)
+        text = archives.read_text(member, damage)
         if text is not None:
-            books |= _parsed(member.label, text, damages)
-            if damages and not books:
-                raise DataError(f"{damages_of(damages)[0]}; no line of this file can be used")
-    return books, damages
+            books |= _parsed(member.label, text, damage)
+            if damage and not books:
+                raise DataError(f"{all_damage(damage)[0]}; no line of this file can be used")
+    return books, damage
 
 
-def _parsed(label: str, text: str, damages: Counter[str]) -> dict[str, dict[str, str]]:
+def _parsed(label: str, text: str, damage: Counter[str]) -> dict[str, dict[str, str]]:
     books = {}
     rows = csv.reader(io.StringIO(text, newline=""))
     try:
@@ -117,7 +116,7 @@ def _parsed(label: str, text: str, damages: Counter[str]) -> dict[str, dict[str,
                 books[row[0]] = dict(zip(_COLUMNS[1:], row[1:], strict=True))
             elif row:
                 wrong = f"{len(row)} columns, not {len(_COLUMNS)}: {', '.join(_COLUMNS)}"
-                damages[damaged(f"{label}, line {rows.line_num}", wrong)] += 1
+                damage[damaged(f"{label}, line {rows.line_num}", wrong)] += 1
     except csv.Error as error:
-        damages[damaged(f"{label}, line {rows.line_num}", str(error))] += 1
+        damage[damaged(f"{label}, line {rows.line_num}", str(error))] += 1
     return books

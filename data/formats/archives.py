@@ -131,7 +131,7 @@ def files(folder: str, *names: str) -> Iterator[Member]:
             yield Member(name, name, functools.partial(path.open, "rb"))
 
 
-def read(member: Member, skipped: Counter[str], max_bytes: int | None = None) -> bytes | None:
+def read_bytes(member: Member, skipped: Counter[str], max_bytes: int | None = None) -> bytes | None:
     """The bytes of a member; None, counted, where it is damaged or larger than `max_bytes`."""
     try:
         with member.open() as file:
@@ -147,7 +147,7 @@ def read(member: Member, skipped: Counter[str], max_bytes: int | None = None) ->
 
 def read_text(member: Member, skipped: Counter[str]) -> str | None:
     """The text of a member, without a byte order mark; None, counted, where it is damaged or no UTF-8."""
-    content = read(member, skipped)
+    content = read_bytes(member, skipped)
     if content is None:
         return None
     try:

@@ -79,7 +79,7 @@ def imports(theory: str) -> list[str]:
     return found
 
 
-class Session(NamedTuple):
+class IsabelleSession(NamedTuple):
     """A session of a ROOT file.
 
     Attributes:
@@ -103,7 +103,7 @@ class Root(NamedTuple):
     """What a ROOT file declares: the chapters of its sessions, and the sessions, in its order."""
 
     chapters: frozenset[str]
-    sessions: tuple[Session, ...]
+    sessions: tuple[IsabelleSession, ...]
 
 
 def root(text: str) -> Root:
@@ -115,10 +115,10 @@ def root(text: str) -> Root:
         if section == "chapter" and words:
             chapters.add(words[0])
         elif section == "session" and words:
-            sessions.append(Session(words[0], (words[1] if len(words) > 1 else ".",)))
+            sessions.append(IsabelleSession(words[0], (words[1] if len(words) > 1 else ".",)))
         elif section == "directories" and sessions:
             name, (own, *others) = sessions[-1]
-            sessions[-1] = Session(name, (own, *others, *(posixpath.join(own, word) for word in words)))
+            sessions[-1] = IsabelleSession(name, (own, *others, *(posixpath.join(own, word) for word in words)))
 
     is_head, depth, after_in = False, 0, False
     for token in tokens(text):

@@ -58,8 +58,8 @@ def order(sources: Mapping[str, str]) -> list[str]:
     if len(sources) == 1:
         return list(sources)
     plain = {name: _COMMENT.sub("", text) for name, text in sources.items()}
-    reader = _Reader(plain)
-    reads = {name: [*reader(name)] for name in sources}
+    inputs = _Inputs(plain)
+    reads = {name: [*inputs(name)] for name in sources}
     main = _main_file({name: plain[name] for name, text in sources.items() if not is_ignored(text)}, reads)
     first = _reached(main, reads) if main else []
     reached = set(first)
@@ -91,7 +91,7 @@ def _reached(main: str, reads: Mapping[str, list[str]]) -> list[str]:
     return found
 
 
-class _Reader:
+class _Inputs:
     """Which files a source reads in; made from texts without comments."""
 
     def __init__(self, plain: Mapping[str, str]) -> None:

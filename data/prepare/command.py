@@ -15,7 +15,7 @@ from memorizing.data.errors import DataError
 from memorizing.data.prepare import describe, pipeline, workers
 from memorizing.data.prepare.beam import Beam
 from memorizing.data.prepare.pipeline import Settings
-from memorizing.data.prepare.progress import Progress
+from memorizing.data.prepare.progress import PreparationProgress
 from memorizing.data.prepare.workers import Processes, Workers
 from memorizing.data.tasks import task_name
 from memorizing.data.tokens import paths, token_cache, vocabulary
@@ -102,9 +102,9 @@ def run(args: argparse.Namespace, bindings: Sequence[str] = ()) -> int:
         if bindings:
             raise DataError(f"--gin.{bindings[0]}: prepare has no gin bindings; its settings are flags")
         if args.describe:
-            describe.describe(args.describe, args.output, Progress())
+            describe.describe(args.describe, args.output, PreparationProgress())
         else:
-            _make(args, Progress())
+            _make(args, PreparationProgress())
     except DataError as error:
         print(f"{_ERROR_PREFIX}{error}", file=sys.stderr)
         return 2
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, bindings: Sequence[str] = ()) -> int:
     return 0
 
 
-def _make(args: argparse.Namespace, progress: Progress) -> None:
+def _make(args: argparse.Namespace, progress: PreparationProgress) -> None:
     task = task_name.parse(args.task)
     is_path = args.source != catalogue.STANDARD_LIBRARY and not paths.is_remote(args.source)
     settings = Settings(

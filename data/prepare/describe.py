@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from memorizing.data.prepare.progress import Progress
+from memorizing.data.prepare.progress import PreparationProgress
 from memorizing.data.tokens import paths, token_cache
 from memorizing.data.tokens.token_cache import Split, TokenCache
 
@@ -22,7 +22,7 @@ _WIDTH = 120
 PICTURE = "lengths.png"
 
 
-def describe(path: str, picture: str | None, progress: Progress) -> None:
+def describe(path: str, picture: str | None, progress: PreparationProgress) -> None:
     """Prints what a cache holds and draws the lengths of its documents.
 
     Args:

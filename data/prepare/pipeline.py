@@ -18,16 +18,16 @@ import numpy as np
 
 from memorizing.data import documents
 from memorizing.data.corpora import catalogue
-from memorizing.data.documents import Reader
+from memorizing.data.documents import CorpusReader
 from memorizing.data.errors import DataError
 from memorizing.data.prepare import survey, tokenising
-from memorizing.data.prepare.progress import Progress
+from memorizing.data.prepare.progress import PreparationProgress
 from memorizing.data.prepare.survey import Survey, Surveying
 from memorizing.data.prepare.text_sample import max_bytes_of_part
 from memorizing.data.prepare.tokenising import Tokenising
 from memorizing.data.prepare.workers import Workers
 from memorizing.data.tasks import splits, task_name
-from memorizing.data.tasks.splits import Splits
+from memorizing.data.tasks.splits import SplitRule
 from memorizing.data.tasks.task_name import TaskName
 from memorizing.data.tokens import cache_writer, staging, vocabulary
 from memorizing.data.tokens.staging import Staging
@@ -88,7 +88,9 @@ class Settings:
         }
 
 
-def make_cache(settings: Settings, output: str, workers: Workers, progress: Progress, replace: bool = False) -> None:
+def make_cache(
+    settings: Settings, output: str, workers: Workers, progress: PreparationProgress, replace: bool = False
+) -> None:
     """Makes a token cache. Nothing that is half made is ever seen at the output.
 
     Args:
@@ -101,26 +103,26 @@ def make_cache(settings: Settings, output: str, workers: Workers, progress: Prog
     Raises:
       DataError: a setting, the source or the output cannot be used.
     """
-    making = _Making(settings, workers, progress)
-    with staging.staged(output, METADATA_FILE, making.plan, replace, making.wait_for(output)) as staged:
+    preparation = _Preparation(settings, workers, progress)
+    with staging.staged(output, METADATA_FILE, preparation.plan, replace, preparation.wait_for(output)) as staged:
         if staged is None:
             progress.print(f"{output} was made by another process")
             return
-        surveyed = making.survey(staged)
-        rule, split_numbers = making.divide(surveyed)
-        used = making.vocabulary(staged, surveyed, split_numbers)
-        index_paths = making.tokenise(staged, surveyed, split_numbers, used)
+        surveyed = preparation.survey(staged)
+        rule, split_numbers = preparation.divide(surveyed)
+        used = preparation.vocabulary(staged, surveyed, split_numbers)
+        index_paths = preparation.tokenise(staged, surveyed, split_numbers, used)
         skipped = Counter(surveyed.skipped)
         for path in index_paths:
             skipped.update(cache_writer.notes(path))
         described = settings.provenance | {
             "splits_rule": rule.described(),
-            "reader": _described(making.reader),
+            "reader": _described(preparation.reader),
             "source_fingerprint": surveyed.fingerprint,
             "licence": settings.corpus.licence,
             "citation": settings.corpus.citation,
             "skipped": documents.reasons(skipped),
-            "damaged": documents.damages(skipped),
+            "damaged": documents.all_damage(skipped),
         }
         names = [name for name, count in splits.count(split_numbers).items() if count]
         metadata = cache_writer.join(staged.path, index_paths, names, str(settings.task), used, described)
@@ -130,7 +132,7 @@ def make_cache(settings: Settings, output: str, workers: Workers, progress: Prog
     print_summary(output, metadata, progress)
 
 
-def make_vocabulary(settings: Settings, output: str, workers: Workers, progress: Progress) -> None:
+def make_vocabulary(settings: Settings, output: str, workers: Workers, progress: PreparationProgress) -> None:
     """Trains a SentencePiece model on the training documents of a corpus, and writes it to the file `output`.
 
     Raises:
@@ -140,19 +142,19 @@ def make_vocabulary(settings: Settings, output: str, workers: Workers, progress:
         raise DataError(
             f"--vocab --task={settings.task}: bytes need no vocabulary; give {settings.task.corpus}_spm32000"
         )
-    making = _Making(settings, workers, progress)
-    with staging.scratch(output, making.plan, making.wait_for(output)) as staged:
-        surveyed = making.survey(staged)
-        _, split_numbers = making.divide(surveyed)
-        used = making.vocabulary(staged, surveyed, split_numbers)
+    preparation = _Preparation(settings, workers, progress)
+    with staging.scratch(output, preparation.plan, preparation.wait_for(output)) as staged:
+        surveyed = preparation.survey(staged)
+        _, split_numbers = preparation.divide(surveyed)
+        used = preparation.vocabulary(staged, surveyed, split_numbers)
         staging.save(output, used.model)
     progress.print(f"vocabulary of {used.size} pieces: {output}")
 
 
-class _Making:
+class _Preparation:
     """The steps, each of which does only what is not done yet."""
 
-    def __init__(self, settings: Settings, workers: Workers, progress: Progress) -> None:
+    def __init__(self, settings: Settings, workers: Workers, progress: PreparationProgress) -> None:
         """Raises DataError where a setting or the source cannot be used."""
         splits.check_fraction(settings.validation_fraction)
         self.settings, self._workers, self._progress = settings, workers, progress
@@ -183,16 +185,16 @@ class _Making:
         self._run("reading documents", work, self._parts, None)
         found = Survey(work, self._parts)
         skipped = documents.reasons(found.skipped)
-        for name in documents.damages(found.skipped):
+        for name in documents.all_damage(found.skipped):
             self._progress.print(f"damaged: {name}")
         if not found.num_documents:
             raise DataError(f"{self.settings.source!r} has no document; left out: {listed(skipped)}")
         return found
 
-    def divide(self, surveyed: Survey) -> tuple[Splits, list[np.ndarray]]:
+    def divide(self, surveyed: Survey) -> tuple[SplitRule, list[np.ndarray]]:
         """The rule of the splits, and the split numbers of the documents of each part of the survey."""
         by = self.settings.split_rule
-        rule: Splits
+        rule: SplitRule
         if self._file_splits:
             rule = self._file_splits
         elif by == splits.OFFICIAL:
@@ -268,7 +270,7 @@ def _given_vocabulary(settings: Settings) -> Vocabulary | None:
     return loaded
 
 
-def _described(reader: Reader) -> dict[str, Any]:
+def _described(reader: CorpusReader) -> dict[str, Any]:
     """All settings of a reader, JSON-able."""
     return {"class": type(reader).__name__} | {
         field.name: list(value) if isinstance(value := getattr(reader, field.name), tuple) else value
@@ -276,7 +278,7 @@ def _described(reader: Reader) -> dict[str, Any]:
     }
 
 
-def print_summary(output: str, metadata: Mapping[str, Any], progress: Progress) -> None:
+def print_summary(output: str, metadata: Mapping[str, Any], progress: PreparationProgress) -> None:
     """Prints what a cache holds."""
     progress.print(f"left out: {listed(metadata['skipped'])}")
     for name, counts in metadata["splits"].items():

@@ -13,7 +13,7 @@ import rich.progress
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress:
+class PreparationProgress:
     """Shows one stage after another on standard output."""
 
     def __init__(self, console: rich.console.Console | None = None) -> None:

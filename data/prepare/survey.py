@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from memorizing.data.documents import Document, Reader
+from memorizing.data.documents import CorpusReader, Document
 from memorizing.data.errors import DataError
 from memorizing.data.prepare import text_sample
-from memorizing.data.prepare.text_sample import Sample, Sampler
+from memorizing.data.prepare.text_sample import TextSample, TextSampler
 from memorizing.data.tasks import splits
-from memorizing.data.tasks.splits import Splits
+from memorizing.data.tasks.splits import SplitRule
 from memorizing.data.tokens import staging
 
 
@@ -55,7 +55,7 @@ class Surveying:
       sample_bytes: text that each part keeps for the sample; 0 where none is needed.
     """
 
-    reader: Reader
+    reader: CorpusReader
     folder: str
     sample_bytes: int
 
@@ -71,7 +71,7 @@ class Surveying:
         """
         hashes, num_bytes, official, keys = [], [], [], []
         skipped: Counter[str] = Counter()
-        sampler = Sampler(self.sample_bytes)
+        sampler = TextSampler(self.sample_bytes)
         digests, shard_bytes, shard_documents = [], [], []
         for shard in part.shards:
             digest, first = ShardDigest(), len(hashes)
@@ -169,7 +169,7 @@ class Survey:
         content = self._load(number, "keys")["keys"].tobytes().decode()
         return list(map(json.loads, content.split("\n"))) if content else []
 
-    def split_numbers(self, rule: Splits) -> list[np.ndarray]:
+    def split_numbers(self, rule: SplitRule) -> list[np.ndarray]:
         """The splits of the documents of each part, int8 [documents]."""
         return [
             rule.numbers(_Lazily(lambda number=number: self.keys(number)), found["hashes"], found["official"])
@@ -188,9 +188,9 @@ class Survey:
         """Lines of about `max_bytes` of the training documents, from all parts in proportion."""
         is_train = [numbers == splits.NAMES.index(splits.TRAIN) for numbers in split_numbers]
         sizes = [int(found["num_bytes"][chosen].sum()) for found, chosen in zip(self._by_part, is_train, strict=True)]
-        names = [f"sample_{name}" for name in Sample._fields]
+        names = [f"sample_{name}" for name in TextSample._fields]
         return text_sample.lines(
-            (Sample(*self._load(number, *names).values()), is_train[number], share)
+            (TextSample(*self._load(number, *names).values()), is_train[number], share)
             for number, share in enumerate(text_sample.shares(sizes, max_bytes))
             if share
         )

@@ -21,7 +21,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _NO_LIMIT = 1 << 64
 
 
-class Sample(NamedTuple):
+class TextSample(NamedTuple):
     """Blocks of the text of one part, by rising priority.
 
     Attributes:
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     text: np.ndarray
 
 
-class Sampler:
+class TextSampler:
     """Collects the blocks of one part."""
 
     def __init__(self, max_bytes: int) -> None:
@@ -56,9 +56,9 @@ class Sampler:
                 while self._num_bytes > self._max_bytes:
                     self._lower()
 
-    def result(self) -> Sample:
+    def result(self) -> TextSample:
         self._kept.sort()
-        return Sample(
+        return TextSample(
             np.asarray([document for _, document, _ in self._kept], np.int64),
             np.asarray([len(content) for *_, content in self._kept], np.int64),
             np.frombuffer(b"".join(content for *_, content in self._kept), np.uint8),
@@ -70,7 +70,7 @@ class Sampler:
         self._num_bytes = sum(len(content) for *_, content in self._kept)
 
 
-def lines(samples: Iterator[tuple[Sample, np.ndarray, int]]) -> Iterator[str]:
+def lines(samples: Iterator[tuple[TextSample, np.ndarray, int]]) -> Iterator[str]:
     """The lines of the chosen blocks.
 
     Args:

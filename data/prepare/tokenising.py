@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from memorizing.data.documents import Reader
+from memorizing.data.documents import CorpusReader
 from memorizing.data.errors import DataError
 from memorizing.data.prepare.survey import ShardDigest, Survey
 from memorizing.data.tasks import splits, tensorflow_start
@@ -91,7 +91,7 @@ class Tokenising:
       work: folder of the parts' indices.
     """
 
-    reader: Reader
+    reader: CorpusReader
     task: TaskName
     model_path: str | None
     vocab_size: int

@@ -17,9 +17,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from memorizing.data.corpora import catalogue
-from memorizing.data.documents import Reader
+from memorizing.data.documents import CorpusReader
 from memorizing.data.tasks import splits
-from memorizing.data.tasks.splits import Splits
+from memorizing.data.tasks.splits import SplitRule
 
 TEXT = "text"
 DOCUMENT_ID = "doc_id"
@@ -63,7 +63,7 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         rule, numbers = self._divide(reader)
         return {splits.NAMES[number]: self._generate_examples(reader, rule, number) for number in sorted(numbers)}
 
-    def _divide(self, reader: Reader) -> tuple[Splits, set[int]]:
+    def _divide(self, reader: CorpusReader) -> tuple[SplitRule, set[int]]:
         """The rule of the splits, and the numbers of those that have documents."""
         hashes, official = [], []
         for shard in reader.shards():
@@ -72,13 +72,13 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 official.append(splits.number(document.metadata.get("split"), document.key))
         by_hash = np.asarray(hashes, np.uint64)
         if self.CORPUS.official_splits:
-            rule: Splits = splits.OfficialSplits()
+            rule: SplitRule = splits.OfficialSplits()
         else:
             rule = splits.by_rank(by_hash, self.VALIDATION_FRACTION)
         numbers = rule.numbers((), by_hash, np.asarray(official, np.int8))
         return rule, set(numbers.tolist())
 
-    def _generate_examples(self, reader: Reader, rule: Splits, number: int) -> Iterator[tuple[int, Any]]:
+    def _generate_examples(self, reader: CorpusReader, rule: SplitRule, number: int) -> Iterator[tuple[int, Any]]:
         index = 0
         for shard in reader.shards():
             for document in reader.documents(shard, Counter()):
@@ -88,7 +88,7 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     index += 1
 
 
-def _number(rule: Splits, key: str, official: str | None) -> int:
+def _number(rule: SplitRule, key: str, official: str | None) -> int:
     hashes, given = np.asarray([splits.key_hash(key)], np.uint64), np.asarray([splits.number(official, key)], np.int8)
     return int(rule.numbers([key], hashes, given)[0])
 

@@ -27,7 +27,7 @@ OFFICIAL = "official"
 HASH = "hash"
 
 
-class Splits(Protocol):
+class SplitRule(Protocol):
     """A rule that divides documents. Rules can be pickled."""
 
     def numbers(self, keys: Iterable[str], hashes: np.ndarray, official: np.ndarray) -> np.ndarray:

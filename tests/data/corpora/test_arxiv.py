@@ -118,7 +118,7 @@ def test_what_is_no_paper_is_counted_and_the_others_read(tmp_path, name, content
     assert list(found) == ["2601.00002"]
     assert documents.reasons(skipped) == {reason: 1}
     if reason == "damaged":
-        (damage,) = documents.damages(skipped)
+        (damage,) = documents.all_damage(skipped)
         assert damage.startswith(f"arXiv_src_2601_001.tar: 2601/{name}: ")
 
 
@@ -232,7 +232,7 @@ def test_an_archive_that_ends_early_gives_the_papers_before(tmp_path):
     path.write_bytes(path.read_bytes()[: 2 * 1024 + 300])
     found, skipped = read(ArxivReader(str(tmp_path)))
     assert list(found) == ["2601.00000", "2601.00001"]
-    assert documents.damages(skipped)[-1] == "arXiv_src_2601_001.tar: it ends early; the rest of it is lost"
+    assert documents.all_damage(skipped)[-1] == "arXiv_src_2601_001.tar: it ends early; the rest of it is lost"
 
 
 def test_shards_are_read_alone_and_in_other_processes(tmp_path):
@@ -258,7 +258,7 @@ def test_damaged_labels_are_named_once(tmp_path):
         labels.write('{"id": "2601.00002"}\n')
     found, skipped = read(reader)
     assert list(found) == ["2601.00001"]
-    assert documents.damages(skipped) == [f"{METADATA_FILE}, line 2: no categories"]
+    assert documents.all_damage(skipped) == [f"{METADATA_FILE}, line 2: no categories"]
     assert sum(skipped.values()) == 1
 
 

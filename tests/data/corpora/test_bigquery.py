@@ -80,7 +80,7 @@ def test_parts_hold_every_repository_once(export, parts):
     assert reader.shards() == [f"{index} of {parts}" for index in range(parts)]
     found, skipped = read(reader)
     assert {key: document.text for key, document in found.items()} == whole
-    assert documents.damages(skipped) == ["contents/000000000002.json, line 1: not JSON"]
+    assert documents.all_damage(skipped) == ["contents/000000000002.json, line 1: not JSON"]
     assert documents.reasons(skipped)["damaged"] == 1
     alone = [document.key for shard in reader.shards() for document in reader.documents(shard, Counter())]
     assert sorted(alone) == sorted(whole)

@@ -68,7 +68,7 @@ def test_damaged_lines_and_files_are_named_and_the_rest_read(tmp_path):
     })  # fmt: skip
     found, skipped = read(C4Reader(str(tmp_path)))
     assert "https://a.org/3" in found and 300 < len(found) < 700
-    assert documents.damages(skipped) == [
+    assert documents.all_damage(skipped) == [
         "c4-train.00001-of-00002.json.gz, line 1: no url",
         "c4-train.00001-of-00002.json.gz, line 3: not JSON",
         "c4-validation.00000-of-00001.json.gz: it ends early",

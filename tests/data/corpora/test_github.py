@@ -20,7 +20,7 @@ def write(root, path, text="x = 1\n"):
 
 def read(root, skipped=None, **settings):
     reader = GithubReader(str(root), **({"min_bytes": 1, "licences": ("any",)} | settings))
-    return {document.key: document.text for document in documents.read(reader, skipped)}
+    return {document.key: document.text for document in documents.read_all(reader, skipped)}
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_missing_folder_and_unknown_corpus_are_told(tmp_path):
 
 
 def test_standard_library_is_a_corpus_of_long_documents():
-    sizes = {document.key: len(document.text.encode()) for document in documents.read(github.standard_library())}
+    sizes = {document.key: len(document.text.encode()) for document in documents.read_all(github.standard_library())}
     assert {"asyncio", "email", "typing.py"} <= set(sizes)
     assert not {"test", "site-packages", "this.py"} & set(sizes)
     assert min(sizes.values()) >= 20_000
@@ -198,7 +198,7 @@ def test_repositories_are_read_under_open_licences_only(tmp_path, name, text, li
     write(tmp_path, "repo/a.py", "x = 1")
     write(tmp_path, f"repo/{name}", text)
     skipped = Counter()
-    found = list(documents.read(GithubReader(str(tmp_path), min_bytes=1), skipped))
+    found = list(documents.read_all(GithubReader(str(tmp_path), min_bytes=1), skipped))
     assert [document.metadata["license"] for document in found] == ([licence] if licence else [])
     assert list(skipped) == (
         [] if licence else ["repository without an open licence (--reader.licences=any keeps them)"]

@@ -163,7 +163,7 @@ def test_damaged_members_are_named_and_the_rest_read(tmp_path, file, content, to
     found, skipped = read(IsabelleReader(str(tmp_path)))
     assert set(found) == {"One", "Two"}
     assert names(found["One"].text) == (["A", "X"] if "B.thy" in file else ["X", "B", "A"])
-    (damage,) = documents.damages(skipped)
+    (damage,) = documents.all_damage(skipped)
     assert damage.startswith("x.tar: ") and told in damage and sum(skipped.values()) == 1
 
 
@@ -241,4 +241,4 @@ def test_folders_without_a_library_are_told(tmp_path, files):
 def test_a_file_that_is_no_archive_is_damage(tmp_path):
     path = write(tmp_path, {"x.tar.gz": "nothing"}) / "x.tar.gz"
     found, skipped = read(IsabelleReader(str(path)))
-    assert not found and documents.damages(skipped)[0].startswith("x.tar.gz: ")
+    assert not found and documents.all_damage(skipped)[0].startswith("x.tar.gz: ")

@@ -71,7 +71,7 @@ def test_damaged_books_and_lines_are_named_once_and_the_rest_read(tmp_path):
     for source in sources(tmp_path, bad):
         found, skipped = read(PG19Reader(str(source)))
         assert sorted(found) == ["1001", "2002", "3", "4"]
-        line, book = sorted(documents.damages(skipped), key=lambda damage: "1002.txt" in damage)
+        line, book = sorted(documents.all_damage(skipped), key=lambda damage: "1002.txt" in damage)
         assert line.endswith("metadata.csv, line 3: 3 columns, not 4: id, title, year, url")
         assert book.endswith("train/1002.txt: not UTF-8 at byte 3")
         assert documents.reasons(skipped) == {"damaged": 2, "no book": 1}
@@ -82,7 +82,7 @@ def test_an_archive_that_ends_early_gives_the_books_before(tmp_path):
     path = write(tmp_path, {"pg19.tar.gz": content[: content.index(b"metadata.csv") + 700]}) / "pg19.tar.gz"
     found, skipped = read(PG19Reader(str(path)))
     assert len(found) == 5
-    assert documents.damages(skipped) == [
+    assert documents.all_damage(skipped) == [
         "pg19.tar.gz: it ends early; the rest of it is lost",
         "pg19.tar.gz: metadata.csv: it ends early",
     ]

@@ -66,7 +66,7 @@ def test_what_comes_before_the_damage_is_read(tmp_path):
         found, skipped = members(path)
         assert found == dict([*FILES.items()][: len(found)])
         assert expected is None or len(found) == expected
-        damages = documents.damages(skipped)
+        damages = documents.all_damage(skipped)
         assert any(damage.startswith("x.tar: ") and damage.endswith("the rest of it is lost") for damage in damages)
 
 
@@ -76,7 +76,7 @@ def test_a_wrong_checksum_is_told(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(packed)
     found, skipped = members(tmp_path / "x.tar.gz")
     assert found == FILES
-    (damage,) = documents.damages(skipped)
+    (damage,) = documents.all_damage(skipped)
     assert damage.startswith("x.tar.gz: CRC check failed")
 
 
@@ -96,7 +96,7 @@ def test_nothing_leaves_the_archive_and_links_are_not_followed(tmp_path):
     found, skipped = members(path)
     assert found == {"good.txt": "good"}
     assert skipped.pop("symbolic link") == 2
-    assert documents.damages(skipped) == sorted(
+    assert documents.all_damage(skipped) == sorted(
         f"x.tar: {name}: the path leaves the archive" for name in hostile if "escaped" in name
     )
     assert sorted(before.rglob("*")) == listed and not pathlib.Path("/tmp/escaped.txt").exists()
@@ -113,7 +113,7 @@ def test_texts_that_are_no_utf8_are_named(tmp_path):
     write(tmp_path, {"a.txt": b"\xef\xbb\xbffine", "b.txt": b"caf\xe9"})
     found, skipped = members(tmp_path)
     assert found == {"a.txt": "fine"}
-    assert documents.damages(skipped) == ["b.txt: not UTF-8 at byte 3"]
+    assert documents.all_damage(skipped) == ["b.txt: not UTF-8 at byte 3"]
 
 
 def test_an_encrypted_member_is_named(tmp_path):
@@ -124,7 +124,7 @@ def test_an_encrypted_member_is_named(tmp_path):
     (tmp_path / "x.zip").write_bytes(content)
     found, skipped = members(tmp_path / "x.zip")
     assert found == dict([*FILES.items()][1:])
-    assert documents.damages(skipped) == ["x.zip: a.txt: it is encrypted"]
+    assert documents.all_damage(skipped) == ["x.zip: a.txt: it is encrypted"]
 
 
 def test_a_large_archive_is_never_in_memory(tmp_path):
@@ -146,7 +146,7 @@ def test_a_large_archive_is_never_in_memory(tmp_path):
 
 def lines(path, fields):
     skipped = Counter()
-    return [value for _, value in json_lines.read(str(path), path.name, skipped, fields)], documents.damages(skipped)
+    return [value for _, value in json_lines.read(str(path), path.name, skipped, fields)], documents.all_damage(skipped)
 
 
 def test_damaged_lines_are_named_and_the_others_read(tmp_path):
@@ -194,4 +194,4 @@ def test_counts_of_damage_add_up_like_all_others():
     one = Counter({documents.damaged("x.tar", "it ends early"): 1, "empty": 2})
     other = Counter({documents.damaged("y.tar", "it ends early"): 1, "empty": 1})
     assert documents.reasons(one + other) == {"damaged": 2, "empty": 3}
-    assert documents.damages(one + other) == ["x.tar: it ends early", "y.tar: it ends early"]
+    assert documents.all_damage(one + other) == ["x.tar: it ends early", "y.tar: it ends early"]

@@ -57,7 +57,7 @@ def cache_path(request, corpus, tmp_path_factory):
 
 def test_cache_holds_every_document_byte_for_byte(corpus, cache_path):
     cache = token_cache.open_cache(cache_path)
-    texts = {document.key: document.text for document in documents.read(GithubReader(str(corpus)))}
+    texts = {document.key: document.text for document in documents.read_all(GithubReader(str(corpus)))}
     assert len(texts) == 12 and HARD_TEXT + SEPARATOR in "".join(texts.values()) + SEPARATOR
     found = {}
     for name, expected in (("train", 9), ("validation", 3)):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from memorizing.data.prepare import text_sample
-from memorizing.data.prepare.text_sample import Sampler
+from memorizing.data.prepare.text_sample import TextSampler
 from memorizing.data.tasks import splits
 
 
@@ -14,7 +14,7 @@ def text(index, length):
 
 
 def sample(documents, max_bytes):
-    sampler = Sampler(max_bytes)
+    sampler = TextSampler(max_bytes)
     for number, (key, content) in enumerate(documents.items()):
         sampler.add(number, splits.key_hash(key), content)
     return sampler.result()

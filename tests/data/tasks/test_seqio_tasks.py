@@ -91,7 +91,9 @@ def test_tokens_of_a_document_are_its_text(sources, model, tmp_path, corpus, use
     flags = [f"--vocabulary={model}"] if used != "bytes" else []
     assert run(f"--task={corpus}_{used}", f"--source={sources[corpus]}", f"--output={tmp_path / 'cache'}", *flags) == 0
     cache = token_cache.open_cache(str(tmp_path / "cache"))
-    expected = {document.key: document for document in documents.read(catalogue.reader(corpus, str(sources[corpus])))}
+    expected = {
+        document.key: document for document in documents.read_all(catalogue.reader(corpus, str(sources[corpus])))
+    }
     if corpus == "c4":
         assert cache.metadata["min_tokens"] == 4096
         assert len(cache.vocabulary.encode(expected.pop("https://a.org/2").text)) < 4096
