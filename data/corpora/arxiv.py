@@ -1,8 +1,9 @@
 """The arXiv Math corpus of Wu et al. 2022 (section 4.1): the LaTeX sources of papers labelled as mathematics.
 
-Read as arXiv distributes them: `arXiv_src_YYMM_NNN.tar`, about 500 MB each, of members `YYMM/ID.gz` (gzip of one file or
-of a tar, which no suffix tells apart) and `YYMM/ID.pdf`; and the labels, `arxiv-metadata-oai-snapshot.json`, a paper a
-line. Of a paper's files its .tex files are read; whether it is mathematics its categories tell.
+The sources are read as arXiv distributes them: archives `arXiv_src_YYMM_NNN.tar`, about 500 MB each, with members
+`YYMM/ID.gz` (gzip of one file or of a tar, with no suffix to tell which) and `YYMM/ID.pdf`. The labels are in
+`arxiv-metadata-oai-snapshot.json`, a paper a line. Of a paper its .tex files are read. Its categories say whether it is
+mathematics.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ _EXPECTED = (
     f"and with {METADATA_FILE} from kaggle.com/datasets/Cornell-University/arxiv"
 )
 _ARCHIVE = re.compile(r"arXiv_src_.+\.tar")
-# 2601.90002, 0704.0001; math9901903, math.GT0309136. An id may carry its version.
+# 2601.90002, 0704.0001; math9901903, math.GT0309136. An id may end with a version.
 _NEW_ID = re.compile(r"(?P<id>\d{4}\.\d{4,5})(?:v\d+)?")
 _OLD_ID = re.compile(r"(?P<archive>[a-z-]+)(?:\.[A-Z]{2})?(?P<number>\d{7})(?:v\d+)?")
-# Archives that became categories of others.
+# Former archives of arXiv, which are categories of others now.
 _ABSORBED = {"alg-geom": "math.AG", "dg-ga": "math.DG", "funct-an": "math.FA", "q-alg": "math.QA"}
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _HEADER_BYTES = 512
 
 
 class _Label(NamedTuple):
-    """What the metadata tells of a paper."""
+    """What the metadata says about a paper."""
 
     categories: str
     license: str
@@ -60,7 +61,7 @@ class ArxivReader:
     max_bytes: int = setting(64 << 20, "papers with more source than this are left out.")
 
     def shards(self) -> list[str]:
-        """See `documents.CorpusReader`. Raises DataError where the metadata is missing, too."""
+        """See `documents.CorpusReader`. Raises DataError also where the metadata is missing."""
         if archives.exists(self.source) and not archives.is_folder(self.source):
             shards = [posixpath.basename(self.source)]
         else:
@@ -116,10 +117,10 @@ class ArxivReader:
         return tex_sources.join(sources)
 
     def _sources(self, file: BinaryIO, label: str) -> tuple[dict[str, str], str | None]:
-        """The .tex files of a paper by their names, or why there are none.
+        """The .tex files of a paper by their names, and None; or no files, and the reason.
 
         Args:
-          file: what was packed: one source or a tar of several.
+          file: the decompressed member: one source, or a tar of several.
           label: names the paper.
 
         Raises:
@@ -133,7 +134,7 @@ class ArxivReader:
                     contents[source.name] = source.open().read(self.max_bytes + 1 - size)
                     size = sum(map(len, contents.values()))
             if all_damage(within):
-                # A file that would be written outside: nobody's honest paper.
+                # No honest paper has a path that leads outside.
                 raise tarfile.ReadError("a path leaves the archive")
         else:
             contents["main.tex"] = file.read(self.max_bytes + 1)
@@ -146,7 +147,7 @@ class ArxivReader:
 
 
 def paper_id(name: str) -> str | None:
-    """The id of a paper, without its version, by the name of its member; None where it is none."""
+    """The id of a paper, without its version, from the name of its member; None where that is no paper's."""
     stem = posixpath.basename(name).rpartition(".")[0]
     if match := _NEW_ID.fullmatch(stem):
         return match["id"]
@@ -159,7 +160,7 @@ def _is_archive(name: str) -> bool:
 
 
 def _is_tar(file: BinaryIO) -> bool:
-    """Whether a file, which can seek, begins with the header of a tar, also of one without the magic word."""
+    """Whether a file, which can seek, begins with the header of a tar. Old ones have no magic word."""
     header = file.read(_HEADER_BYTES)
     file.seek(0)
     try:
@@ -170,7 +171,7 @@ def _is_tar(file: BinaryIO) -> bool:
 
 
 def _reason_against(sources: dict[str, str]) -> str | None:
-    """Why a paper's sources are no text to read, if they are not."""
+    """Why a paper is left out because of its sources, or None."""
     if not sources:
         return "no source: no .tex file"
     if all(map(tex_sources.is_ignored, sources.values())):
@@ -189,7 +190,7 @@ def _reason_against(sources: dict[str, str]) -> str | None:
 def _labels(path: str, subject: str, primary_only: bool) -> tuple[dict[str, _Label], Counter[str]]:
     """The labels of the papers of a subject by their ids, and the damaged lines.
 
-    A process reads the file, of several GB, once.
+    Cached, so that a process reads the file of several GB only once.
 
     Raises:
       DataError: there are none.

@@ -5,8 +5,8 @@ The tables, each in one or several files, compressed or not, named after it or i
   files      repo_name, ref, path, mode, id
   contents   id, content, binary: the text once, however many repositories have it; none for what is larger than 1 MB
   languages  repo_name, language: optional, spares reading what has no source in the languages
-They are in no order. The repositories are divided into parts by the hash of their names, and a part is joined in memory
-in one pass over the tables: more parts need less memory and more passes.
+Their rows are in no order. The repositories are divided into parts by the hash of their names, and the rows of a part
+are joined in memory, in one pass over the tables: more parts need less memory and more passes.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class BigQueryReader(Repositories):
 
 
 def is_export(root: str) -> bool:
-    """Whether a folder holds exported tables, if not all of them."""
-    # A repository may have the name of one.
+    """Whether a folder holds exported tables: more than one of those that are needed."""
+    # A single one could be a repository of the same name.
     return archives.is_folder(root) and sum(bool(_files_of(root, table)) for table in _NEEDED) > 1
 
 

@@ -1,7 +1,7 @@
 """C4 (Raffel et al. 2020) as allenai distributes it: `en/c4-train.00000-of-01024.json.gz`, a web page a line.
 
-The corpus C4(4K+) of Wu et al. 2022 is that of the pages with 4096 tokens or more. How many tokens a page has depends on
-the vocabulary: the pages are all read here and the short ones are left out once they are tokenised.
+The corpus C4(4K+) of Wu et al. 2022 has only the pages of 4096 tokens or more. How many tokens a page has depends on
+the vocabulary. So all pages are read here, and the short ones are left out once they are tokenised.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from memorizing.data.formats import archives, json_lines
 
 MIN_TOKENS = 4096
 
-_EXPECTED = "the folder of the variants of C4 (en, realnewslike ...) or of one variant: c4-train.*.json.gz and c4-validation.*.json.gz"
+_EXPECTED = (
+    "the folder of the variants of C4 (en, realnewslike ...) or of one variant: "
+    "c4-train.*.json.gz and c4-validation.*.json.gz"
+)
 _FILE = re.compile(r"c4-(?P<split>train|validation)\.\d+-of-\d+\.json(?:\.gz)?")
 
 
@@ -42,7 +45,8 @@ class C4Reader:
         shards = [f"{prefix}{name}" for name in names if _FILE.fullmatch(name)]
         if not shards:
             raise DataError(
-                f"no file c4-train.*.json.gz or c4-validation.*.json.gz in {self.source!r} or {inside!r}; give {_EXPECTED}"
+                f"no file c4-train.*.json.gz or c4-validation.*.json.gz in {self.source!r} or {inside!r}; "
+                f"give {_EXPECTED}"
             )
         return shards
 
@@ -50,7 +54,7 @@ class C4Reader:
         """Yields pages; see `documents.CorpusReader`."""
         label = posixpath.basename(shard)
         split = _FILE.fullmatch(label)["split"]
-        # The corpus has each address once; a page that comes again is told from the first by its line.
+        # The corpus has each address once. If a page comes again, its line distinguishes it from the first.
         seen: set[str] = set()
         lines = json_lines.read(posixpath.join(self.source, shard), label, skipped, {"text": str, "url": str})
         for number, page in lines:

@@ -35,8 +35,8 @@ class Corpus:
       citation: the work that describes it.
       archives: how to get it as it is distributed.
       min_tokens: documents of fewer tokens are left out, once they are tokenised.
-      official_splits: whether its documents tell their split, in their metadata.
-      is_prose: whether its texts are made of words between white space, so that perplexity per word means something.
+      official_splits: whether the metadata of its documents says which split they are in.
+      is_prose: whether its texts are made of words between white space, so that perplexity per word makes sense.
     """
 
     name: str
@@ -67,11 +67,15 @@ CORPORA: dict[str, Corpus] = {
             title="arXiv Math",
             open=ArxivReader,
             readers=(ArxivReader,),
-            licence="mostly arXiv's non-exclusive licence to distribute: not to be passed on; each paper's is in the metadata",
+            licence=(
+                "mostly arXiv's non-exclusive licence to distribute: not to be passed on; "
+                "each paper's is in the metadata"
+            ),
             citation=_MEMORIZING_TRANSFORMERS,
             archives=(
-                "the bulk source s3://arxiv/src/arXiv_src_*.tar (requester pays, see info.arxiv.org/help/bulk_data_s3.html) "
-                "and arxiv-metadata-oai-snapshot.json (kaggle.com/datasets/Cornell-University/arxiv) in one folder"
+                "the bulk source s3://arxiv/src/arXiv_src_*.tar (requester pays, see "
+                "info.arxiv.org/help/bulk_data_s3.html) and arxiv-metadata-oai-snapshot.json "
+                "(kaggle.com/datasets/Cornell-University/arxiv) in one folder"
             ),
         ),
         Corpus(
@@ -82,8 +86,9 @@ CORPORA: dict[str, Corpus] = {
             licence="each repository has its own, which asks at least that its notice is kept",
             citation=_MEMORIZING_TRANSFORMERS,
             archives=(
-                "a folder of checkouts or of unpacked source distributions, one sub-folder each; or the tables licenses, files "
-                "and contents of bigquery-public-data.github_repos, exported as JSON lines into one folder"
+                "a folder of checkouts or of unpacked source distributions, one sub-folder each; or the tables "
+                "licenses, files and contents of bigquery-public-data.github_repos, exported as JSON lines into one "
+                "folder"
             ),
         ),
         Corpus(
@@ -94,8 +99,8 @@ CORPORA: dict[str, Corpus] = {
             licence="entries of the AFP: BSD, a few LGPL, as the metadata says; Isabelle: BSD",
             citation=_MEMORIZING_TRANSFORMERS,
             archives=(
-                "releases of the AFP (isa-afp.org/download) and of Isabelle (isabelle.in.tum.de), packed or unpacked, in one "
-                "folder; the paper's is of October 2021"
+                "releases of the AFP (isa-afp.org/download) and of Isabelle (isabelle.in.tum.de), packed or unpacked, "
+                "in one folder; the paper's is of October 2021"
             ),
         ),
         Corpus(
@@ -105,10 +110,12 @@ CORPORA: dict[str, Corpus] = {
             readers=(C4Reader,),
             licence="ODC-BY, and the terms of use of Common Crawl",
             citation=(
-                "Raffel, Shazeer, Roberts et al.: Exploring the Limits of Transfer Learning with a Unified Text-to-Text "
-                "Transformer. JMLR 2020"
+                "Raffel, Shazeer, Roberts et al.: Exploring the Limits of Transfer Learning with a Unified "
+                "Text-to-Text Transformer. JMLR 2020"
             ),
-            archives="en/c4-train.*.json.gz and en/c4-validation.*.json.gz of huggingface.co/datasets/allenai/c4 (305 GB)",
+            archives=(
+                "en/c4-train.*.json.gz and en/c4-validation.*.json.gz of huggingface.co/datasets/allenai/c4 (305 GB)"
+            ),
             min_tokens=c4.MIN_TOKENS,
             official_splits=True,
         ),
@@ -118,7 +125,10 @@ CORPORA: dict[str, Corpus] = {
             open=PG19Reader,
             readers=(PG19Reader,),
             licence="texts in the public domain in the United States; metadata: Apache 2.0",
-            citation="Rae, Potapenko, Jayakumar, Lillicrap: Compressive Transformers for Long-Range Sequence Modelling. ICLR 2020",
+            citation=(
+                "Rae, Potapenko, Jayakumar, Lillicrap: Compressive Transformers for Long-Range Sequence Modelling. "
+                "ICLR 2020"
+            ),
             archives="a copy of the bucket gs://deepmind-gutenberg (11 GB): train, validation, test and metadata.csv",
             official_splits=True,
         ),
@@ -139,7 +149,7 @@ def reader(corpus: str, source: str, settings: Mapping[str, str] = types.Mapping
       corpus: a name in `CORPORA`.
       source: the folder or archive of the raw corpus; for github also "stdlib", the standard library of the running
         Python.
-      settings: fields of the reader by name, as text: a number, true or false, a word, or words with commas between.
+      settings: values of the reader's settings by name, as text (see `reader_settings.converted`).
 
     Raises:
       DataError: there is no such corpus, or no such setting, or a value is not of its type.

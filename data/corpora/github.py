@@ -27,7 +27,7 @@ _EXPECTED = "a folder that holds one sub-folder a repository, or an owner's repo
 class GithubReader(Repositories):
     """A folder of repositories; a shard is a repository.
 
-    Every sub-folder is one, unless it only holds checkouts: then it is their owner.
+    Every sub-folder is one. But a folder of checkouts that is no checkout itself stands for their owner.
     """
 
     single_files: bool = setting(False, "whether a source file that lies beside the repositories is one too.")
@@ -110,17 +110,17 @@ def standard_library() -> GithubReader:
     return GithubReader(
         root=sysconfig.get_paths()["stdlib"],
         languages=("python",),
-        # All of it is under Python's own, which no package repeats.
+        # All of it is under Python's own licence, which its packages do not repeat.
         licences=(licences.ANY,),
         single_files=True,
-        # Their presence depends on how Python was installed.
+        # Whether these are there depends on how Python was installed.
         exclude=("test", "tests", "idle_test", "lib-dynload", "ensurepip"),
         min_bytes=20_000,
     )
 
 
 def _checkouts(folder: os.DirEntry[str]) -> list[str]:
-    """Names of the checkouts in a folder that is none itself, as "OWNER/NAME"."""
+    """Names of the checkouts in a folder that is no checkout itself, as "OWNER/NAME"."""
     if folder.is_symlink() or os.path.exists(os.path.join(folder.path, _GIT)):
         return []
     try:
@@ -131,9 +131,9 @@ def _checkouts(folder: os.DirEntry[str]) -> list[str]:
 
 
 def _licence(repository: str) -> str | None:
-    """What the files at the top of a repository tell of its licence.
+    """The licence that the files at the top of a repository name, or None.
 
-    Where a package was unpacked into a folder made for it, the top is the one folder in there.
+    Where a package was unpacked into a folder made for it, the top is the only folder in there.
     """
     try:
         entries = list(os.scandir(repository))
@@ -158,7 +158,7 @@ def _commit(repository: str) -> str | None:
 
 
 def _start_of(path: str) -> str:
-    """The first megabyte of a small text file, "" where there is none."""
+    """The first megabyte of a text file, "" where there is none."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(1 << 20)

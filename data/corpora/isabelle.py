@@ -2,8 +2,8 @@
 session of another library such as the distribution's own.
 
 A document holds all theories of its entry or session, in the order of their imports: no theory comes before one that it
-imports. A theory belongs to the session in whose directories it lies; entries of the Archive are taken whole, also where
-they declare several sessions.
+imports. A theory belongs to the session in whose directories it lies. An entry of the Archive is one document, even if
+it declares several sessions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class IsabelleReader:
     """Libraries of Isabelle theories; a shard is a library.
 
     Attributes:
-      source: an archive or folder of a library, or a folder that holds such ones.
+      source: an archive or folder of a library, or a folder of several of these.
     """
 
     source: str
@@ -66,7 +66,7 @@ class IsabelleReader:
         library = _survey(path, skipped)
         remaining = Counter(library.owners.values())
         texts: dict[str, dict[str, str]] = {key: {} for key in remaining}
-        # What is wrong with the archive itself is known by now.
+        # `_survey` has counted what is wrong with the archive itself.
         for member in archives.members(path, Counter()):
             key = library.owners.get(member.name)
             if key is None:
@@ -92,7 +92,7 @@ class IsabelleReader:
 
 
 class _Library(NamedTuple):
-    """What the names and the ROOT files of a library tell.
+    """What is known of a library before its theories are read.
 
     Attributes:
       owners: key of the document by the name of the theory's file.
@@ -108,7 +108,7 @@ class _Library(NamedTuple):
 
 
 def _survey(path: str, skipped: Counter[str]) -> _Library:
-    """Reads everything of a library but its theories."""
+    """Reads a library, except for the texts of its theories."""
     theories: list[str] = []
     roots: dict[str, isabelle_syntax.Root] = {}
     metadata: dict[str, dict[str, Any]] = {}
@@ -139,7 +139,11 @@ class _Owners:
     """Which document a theory belongs to, by its directory."""
 
     def __init__(self, roots: Mapping[str, isabelle_syntax.Root], library: str) -> None:
-        """Takes the ROOT files by their directories, and the name of the library."""
+        """
+        Args:
+          roots: the ROOT files by their directories.
+          library: name of the library.
+        """
         self._entries: dict[str, str] = {}
         self._directories: dict[str, str] = {}
         self.sessions: dict[str, frozenset[str]] = {}
@@ -155,12 +159,12 @@ class _Owners:
                     self._directories.setdefault(posixpath.normpath(posixpath.join(folder, directory)), key)
 
     def owner(self, directory: str) -> str | None:
-        """The entry that holds a directory, else the session of the nearest one above it."""
+        """The entry that holds a directory, or else the session of the nearest directory above; None for neither."""
         nearest = (self._directories.get(above or ".") for above in _upwards(directory))
         return self._entry(directory) or next(filter(None, nearest), None)
 
     def _entry(self, directory: str) -> str | None:
-        # `_entries` never lie in one another.
+        # No entry lies in another one.
         return next(filter(None, map(self._entries.get, _upwards(directory))), None)
 
 
@@ -172,7 +176,7 @@ def _upwards(directory: str) -> Iterator[str]:
 
 
 def _of_ini(member: archives.Member, skipped: Counter[str]) -> dict[str, dict[str, Any]]:
-    """Entries of `metadata/metadata`, one file up to the release of 2021."""
+    """Entries of `metadata/metadata`, one file for all entries up to the release of 2021."""
     text = archives.read_text(member, skipped)
     parser = configparser.RawConfigParser(strict=False)
     try:
@@ -183,7 +187,7 @@ def _of_ini(member: archives.Member, skipped: Counter[str]) -> dict[str, dict[st
 
 
 def _of_toml(member: archives.Member, skipped: Counter[str]) -> dict[str, dict[str, Any]]:
-    """The entry of `metadata/entries/ENTRY.toml`, a file each since the release 2021-1."""
+    """The entry of `metadata/entries/ENTRY.toml`, a file for each entry since the release 2021-1."""
     text = archives.read_text(member, skipped)
     try:
         fields = tomllib.loads(text or "")

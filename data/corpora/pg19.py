@@ -84,7 +84,7 @@ def _is_no_metadata(name: str) -> bool:
 
 
 def _metadata(path: str) -> tuple[dict[str, dict[str, str]], Counter[str]]:
-    """What metadata.csv tells of the books by their ids, if it is there, and how much of it is damaged.
+    """What metadata.csv says about the books, by their ids, and what is damaged in it. Without the file, nothing.
 
     Args:
       path: of the folder or archive of the books.

@@ -27,7 +27,7 @@ _TOO_SMALL = "repository too small"
 
 @dataclasses.dataclass(frozen=True)
 class Repositories:
-    """What readers of repositories have in common.
+    """What the readers of repositories have in common.
 
     Attributes:
       root: the folder that is read.
@@ -47,11 +47,11 @@ class Repositories:
     max_file_bytes: int = setting(1 << 20, "larger files are left out.")
 
     def is_excluded(self, directory_name: str) -> bool:
-        """Whether a directory holds what others wrote, or what is not wanted."""
+        """Whether a directory of this name is left out: it holds copies of other projects, or the user excludes it."""
         return source_files.is_vendored(directory_name) or directory_name in self.exclude
 
     def is_allowed(self, licence: str | None) -> bool:
-        """Whether repositories under a licence are read; it is given as `licences` gives it."""
+        """Whether repositories are read that are under a licence, as the functions of `licences` name it."""
         return licences.is_allowed(licence, tuple(map(str.lower, self.licences)))
 
     def document(
@@ -65,9 +65,9 @@ class Repositories:
         """Yields a repository as a document, unless there is too little of it.
 
         Args:
-          name: of the repository. It is the key, with the commit if the metadata tells it.
+          name: of the repository. It is the document's key, with the commit if the metadata has it.
           paths: of its source files.
-          read: gives the text of a file by its path and None, or "" and why it is left out.
+          read: returns the text of a file by its path and None, or "" and why it is left out.
           metadata: what is known of it; goes into the document.
           skipped: counts what was left out, by reason.
         """
@@ -94,7 +94,7 @@ def document_order(paths: Collection[str], salt: str) -> list[str]:
 
     Args:
       paths: of the files of a repository, relative, with slashes.
-      salt: another one gives another order.
+      salt: decides how they are shuffled.
     """
     files: dict[str, list[str]] = defaultdict(list)
     directories: dict[str, set[str]] = defaultdict(set)

@@ -1,1 +1,1 @@
-"""Files as they are distributed: archives, JSON lines, LaTeX sources, Isabelle theories, source code and its licences."""
+"""Files as they are distributed: archives, JSON lines, LaTeX, Isabelle theories, source code and its licences."""

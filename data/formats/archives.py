@@ -1,8 +1,8 @@
 """Files, folders and archives of raw corpora, as streams. Nothing is ever extracted to a disk.
 
-A source is a folder or an archive of files, and both are read alike: member after member, of which one at a time is
-open. What cannot be read is counted by its name (see `documents.damaged`) and passed over; what comes before a place
-where an archive is damaged is still read.
+A source is a folder or an archive of files. Both are read in the same way, one member after the other, and only one
+is open at a time. What cannot be read is skipped and counted under its name (see `documents.damaged`). Where an archive
+is damaged, everything before that place is still read.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Member(NamedTuple):
     """A regular file in a folder or in an archive.
 
     Attributes:
-      name: its path in there, relative and with slashes, without "..".
+      name: its relative path in the folder or archive, with slashes and without "..".
       label: names it in messages.
-      open: opens it, until the next member is asked for.
+      open: opens it; it stays open until the next member is asked for.
     """
 
     name: str
@@ -67,10 +67,10 @@ def listing(path: str, expected: str) -> list[str]:
 
     Args:
       path: of the folder.
-      expected: completes "give ..." where there is none.
+      expected: completes the error message "give ...".
 
     Raises:
-      DataError: it is no folder or cannot be read.
+      DataError: there is no such folder, or it cannot be read.
     """
     if not exists(path):
         raise DataError(f"no folder {path!r}; give {expected}")
@@ -88,7 +88,7 @@ def open_file(path: str) -> BinaryIO:
 
 
 def decompressed(file: BinaryIO) -> BinaryIO:
-    """A file that can seek, and what is in it if it is compressed by gzip, bzip2 or xz."""
+    """Decompresses a file, which can seek, if it is compressed by gzip, bzip2 or xz; any other is returned as it is."""
     start = file.read(6)
     file.seek(0)
     for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)):
@@ -124,7 +124,7 @@ def members(path: str, skipped: Counter[str], accept: Callable[[str], bool] = la
 
 
 def files(folder: str, *names: str) -> Iterator[Member]:
-    """Yields those files of a folder that are there."""
+    """Yields those of the named files that a folder has."""
     for name in names:
         path = epath.Path(folder) / name
         if path.is_file():
@@ -146,7 +146,7 @@ def read_bytes(member: Member, skipped: Counter[str], max_bytes: int | None = No
 
 
 def read_text(member: Member, skipped: Counter[str]) -> str | None:
-    """The text of a member, without a byte order mark; None, counted, where it is damaged or no UTF-8."""
+    """The text of a member, without a byte order mark; None, counted, where it is damaged or not UTF-8."""
     content = read_bytes(member, skipped)
     if content is None:
         return None
@@ -158,7 +158,7 @@ def read_text(member: Member, skipped: Counter[str]) -> str | None:
 
 
 def why(error: BaseException) -> str:
-    """What a message says of one of `READ_ERRORS`, in a line."""
+    """One of `READ_ERRORS` in a line, for a message."""
     if isinstance(error, EOFError) or "unexpected end of data" in str(error):
         return "it ends early"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
@@ -166,13 +166,17 @@ def why(error: BaseException) -> str:
 
 
 def drain(file: BinaryIO) -> None:
-    """Reads the rest of a file, at whose end gzip and xz keep a checksum; raises one of `READ_ERRORS` if it is wrong."""
+    """Reads the rest of a file, at whose end gzip and xz have a checksum.
+
+    Raises:
+      READ_ERRORS: the checksum is wrong.
+    """
     while file.read(1 << 20):
         pass
 
 
 def tar_members(file: BinaryIO, label: str, skipped: Counter[str]) -> Iterator[Member]:
-    """Yields the regular files of a tar, and holds none of the others in memory.
+    """Yields the regular files of a tar, without a list of all members in memory.
 
     Args:
       file: the tar, not compressed.
@@ -184,7 +188,7 @@ def tar_members(file: BinaryIO, label: str, skipped: Counter[str]) -> Iterator[M
     """
     with tarfile.TarFile(fileobj=file, tarinfo=_StrictTarInfo) as tar:
         while (info := tar.next()) is not None:
-            # It would remember every member.
+            # TarFile would remember every member.
             tar.members.clear()
             if _is_allowed(info.name, info.issym() or info.islnk(), label, skipped) and info.isreg():
                 yield Member(
@@ -195,7 +199,7 @@ def tar_members(file: BinaryIO, label: str, skipped: Counter[str]) -> Iterator[M
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Raises on a damaged header, where tarfile takes it for the end of the archive."""
+    """Raises on a damaged header, which tarfile would take for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:

@@ -14,8 +14,9 @@ _SUFFIX = ".thy"
 def import_order(theories: Mapping[str, str], sessions: Collection[str]) -> list[str]:
     """Sorts theories so that none comes before one that it imports.
 
-    Each theory comes right after what it needs and what is not there yet, in the order of the imports; where nothing
-    tells, by name. Theories that import one another in a circle, which Isabelle refuses, are kept, in some order.
+    A theory comes right after those of its imports that no earlier theory needed, in the order in which it names them.
+    Where imports do not decide, names do. Theories that import one another in a circle, which Isabelle refuses, come in
+    some order.
 
     Args:
       theories: texts by the names of their files.

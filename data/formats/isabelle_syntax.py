@@ -1,4 +1,4 @@
-"""As much of Isabelle's outer syntax as tells which theories a session has and what each imports.
+"""The part of Isabelle's outer syntax that says which theories a session has and what each of them imports.
 
 From "The Isabelle/Isar Reference Manual" (theory headers) and "The Isabelle System Manual" (session ROOT files).
 """
@@ -19,7 +19,7 @@ _TOKENS = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-# Comments, cartouches in two ways of writing, and the text blocks of old. Each nests in itself only.
+# What ends a comment, a cartouche (written in two ways) and a text block of older versions. Each nests in itself only.
 _CLOSED_BY = {"(*": ("*)",), "\\<open>": ("\\<close>", "›"), "‹": ("\\<close>", "›"), "{*": ("*}",)}
 
 
@@ -32,7 +32,7 @@ class Token(NamedTuple):
 
 
 def tokens(text: str) -> Iterator[Token]:
-    """Yields the tokens outside comments, cartouches and text blocks, as far as they are asked for."""
+    """Yields the tokens outside comments, cartouches and text blocks; reads no further than it is asked to."""
     position = 0
     while match := _TOKENS.search(text, position):
         position = match.end()
@@ -55,14 +55,14 @@ def _end_of_block(text: str, opened: str, position: int) -> int:
         match = marks.search(text, position)
         if match is None:
             return len(text)
-        # Text blocks of old do not nest.
+        # Text blocks of older versions do not nest.
         depth += -1 if match[0] in closed_by else opened != "{*"
         position = match.end()
     return position
 
 
 def imports(theory: str) -> list[str]:
-    """What a theory imports, as it names it: `theory NAME imports ... begin`."""
+    """What a theory imports, as it is written: `theory NAME imports ... begin`."""
     found: list[str] = []
     state = ""
     for token in tokens(theory):

@@ -10,7 +10,7 @@ from typing import Any
 from memorizing.data.documents import damaged
 from memorizing.data.formats import archives
 
-# A file that is none of JSON lines is not reported line by line.
+# A file that is not JSON lines at all is not reported line by line.
 _MAX_REPORTED_LINES = 20
 
 
@@ -22,8 +22,8 @@ def read(
     Args:
       path: of the file, local or gs://.
       label: names it in messages.
-      skipped: counts the lines that are damaged: no JSON object, without one of `fields`, no valid Unicode.
-      fields: what every object must have, and of which type.
+      skipped: counts damaged lines: not a JSON object, without one of `fields`, or not valid Unicode.
+      fields: names and types of the values that every object must have.
     """
     num_damaged = 0
     for number, line in enumerate(_lines(path, label, skipped), start=1):
@@ -48,10 +48,10 @@ def _lines(path: str, label: str, skipped: Counter[str]) -> Iterator[bytes]:
 
 
 def _parsed(line: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
-    """Raises ValueError, which says what is wrong."""
+    """The object in a line. Raises ValueError, whose message says what is wrong."""
     try:
         value = json.loads(line.decode())
-        # Half of a surrogate pair can be written as an escape, and is no character.
+        # JSON can hold half of a surrogate pair as an escape, which is not a character.
         if b"\\ud" in line or b"\\uD" in line:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeError:

@@ -1,4 +1,4 @@
-"""Under which licence a repository is, by its SPDX identifier in small letters, and whether that is an open one.
+"""The licence of a repository, as an SPDX identifier in small letters, and whether it is an open one.
 
 SPDX: https://spdx.org/licenses. A repository without a licence is not open: all rights are its author's.
 """
@@ -11,8 +11,8 @@ import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
 
-# The fifteen that `bigquery-public-data.github_repos.licenses` knows come first; all are approved by the OSI, or dedicate
-# a work to the public.
+# The fifteen that `bigquery-public-data.github_repos.licenses` knows come first. All are approved by the OSI, or put a
+# work into the public domain.
 OPEN_SOURCE = (
     *("mit", "apache-2.0", "gpl-2.0", "gpl-3.0", "bsd-3-clause", "bsd-2-clause", "unlicense", "lgpl-3.0", "agpl-3.0"),
     *("cc0-1.0", "mpl-2.0", "epl-1.0", "lgpl-2.1", "isc", "artistic-2.0"),
@@ -22,7 +22,7 @@ OPEN_SOURCE = (
 # Allows every repository, also those without a licence.
 ANY = "any"
 
-# What a licence's own text says first of all; of several, the one that comes first counts.
+# Words in the text of each licence. Of several licences in a text, the one that comes first counts.
 _TEXTS = {
     "apache-2.0": r"apache license,? version 2\.0",
     "agpl-3.0": r"gnu affero general public license,? version 3",
@@ -36,14 +36,17 @@ _TEXTS = {
     "epl-2.0": r"eclipse public license - v ?2\.0",
     "epl-1.0": r"eclipse public license - v ?1\.0",
     "eupl-1.2": r"european union public licence v\. ?1\.2",
-    "mit": r"permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated",
-    "isc": r"permission to use, copy, modify, and(?:/or)? distribute this software for any purpose with or without fee is "
-    r"hereby granted, provided",
-    "0bsd": r"permission to use, copy, modify, and(?:/or)? distribute this software for any purpose with or without fee is "
-    r"hereby granted\.",
+    "mit": r"permission is hereby granted, free of charge, to any person obtaining a copy of this software and "
+    r"associated",
+    "isc": r"permission to use, copy, modify, and(?:/or)? distribute this software for any purpose with or without "
+    r"fee is hereby granted, provided",
+    "0bsd": r"permission to use, copy, modify, and(?:/or)? distribute this software for any purpose with or without "
+    r"fee is hereby granted\.",
     "ncsa": r"university of illinois/ncsa open source license",
-    "bsd-3-clause": r"redistribution and use in source and binary forms(?=.{0,2000}(?:neither the name|endorse or promote))",
-    "bsd-2-clause": r"redistribution and use in source and binary forms(?!.{0,2000}(?:neither the name|endorse or promote))",
+    "bsd-3-clause": r"redistribution and use in source and binary forms"
+    r"(?=.{0,2000}(?:neither the name|endorse or promote))",
+    "bsd-2-clause": r"redistribution and use in source and binary forms"
+    r"(?!.{0,2000}(?:neither the name|endorse or promote))",
     "unlicense": r"this is free and unencumbered software released into the public domain",
     "cc0-1.0": r"cc0 1\.0 universal",
     "bsl-1.0": r"boost software license - version 1\.0",
@@ -54,7 +57,7 @@ _TEXTS = {
     "zlib": r"altered source versions must be plainly marked as such",
 }
 _TEXT = re.compile("|".join(f"(?P<l{index}>{pattern})" for index, pattern in enumerate(_TEXTS.values())), re.DOTALL)
-# Identifiers, and the names that packages of Python and JavaScript give their licences; the first that fits counts.
+# Identifiers, and the names that packages of Python and JavaScript use; the first pattern that fits counts.
 _NAMES = {
     "agpl-3.0": r"\bagpl|affero",
     "lgpl-3.0": r"\blgpl.*3|lesser general.*3",
@@ -86,12 +89,12 @@ _NAMES = {
 }
 _MARK = re.compile(r"SPDX-License-Identifier:[ \t]*(?P<expression>[^\r\n*#<>]+)")
 _FILE = re.compile(r"(?:licen[cs]es?|copying|unlicense)(?:[.\-_].*)?", re.IGNORECASE)
-# A licence's text, and not its name, is in the field of some packages.
+# Some packages have the text of the licence in the field for its name.
 _LONGEST_NAME = 200
 
 
 def is_allowed(expression: str | None, allowed: Collection[str]) -> bool:
-    """Whether a licence is one of some.
+    """Whether a licence is allowed.
 
     Args:
       expression: identifiers as this module's functions give them, joined by "or" or "and"; None where none is known.
@@ -105,9 +108,9 @@ def is_allowed(expression: str | None, allowed: Collection[str]) -> bool:
 
 
 def named(name: str) -> str | None:
-    """The licence of a name, or of an SPDX expression such as "MIT OR Apache-2.0"; None if it is not known.
+    """The licence that a name, or an SPDX expression such as "MIT OR Apache-2.0", stands for; None if it is not known.
 
-    Of an expression with brackets every licence has to be kept.
+    An expression with brackets is read as if all of its licences applied.
     """
     choices = [name] if "(" in name else re.split(r"\s+or\s+", name.strip(), flags=re.IGNORECASE)
     found = []
@@ -126,7 +129,7 @@ def _single(name: str) -> str | None:
 
 
 def of_text(text: str) -> str | None:
-    """The licence whose text, or mark, a file holds."""
+    """The licence whose text or SPDX identifier a file contains; None if it is not known."""
     if mark := _MARK.search(text):
         return named(mark["expression"])
     match = _TEXT.search(" ".join(re.sub(r"[\s*#/;]+", " ", text).lower().split()))
@@ -134,12 +137,12 @@ def of_text(text: str) -> str | None:
 
 
 def is_licence_file(name: str) -> bool:
-    """Whether a file at the top of a repository tells its licence."""
+    """Whether a file of this name, at the top of a repository, says what its licence is."""
     return _FILE.fullmatch(name) is not None or name in _METADATA
 
 
 def of_files(texts: Mapping[str, str]) -> str | None:
-    """The licence of a repository: that of its licence file, else what its package says.
+    """The licence of a repository: that of its licence file, or else the one in the metadata of its package.
 
     Args:
       texts: of its files for which `is_licence_file` holds, by name.

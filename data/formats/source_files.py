@@ -1,4 +1,4 @@
-"""Which files of a repository are source code that somebody wrote."""
+"""Which files of a repository are source code that a person wrote."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from memorizing.data.errors import DataError
 
-# By the language's name: the suffixes of its files.
+# Suffixes of source files by the name of the language.
 SUFFIXES = {
     "c": (".c", ".h"),
     "c++": (".cc", ".cpp", ".cxx", ".c++", ".h", ".hh", ".hpp", ".hxx", ".h++"),
@@ -51,7 +51,7 @@ def suffixes_of(languages: tuple[str, ...]) -> frozenset[str]:
 
 
 def is_vendored(directory_name: str) -> bool:
-    """Whether a directory holds what others wrote."""
+    """Whether a directory holds copies of other projects."""
     return directory_name.startswith(".") or directory_name.lower() in VENDORED
 
 
@@ -89,7 +89,7 @@ def read_text(path: str | os.PathLike[str], max_bytes: int) -> tuple[str, str | 
 
 
 def reason_against(text: str) -> str | None:
-    """Why a file of this text is not what somebody wrote, or None."""
+    """Why a file with this text is left out: it is empty, or no person wrote it. None if it is not left out."""
     if not text.strip():
         return "empty"
     lines = text.split("\n")

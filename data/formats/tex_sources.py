@@ -35,7 +35,7 @@ def decode(content: bytes) -> str:
 
 
 def is_ignored(text: str) -> bool:
-    """Whether a source begins with the mark by which arXiv passes it over: alone, it is that of a withdrawn paper."""
+    """Whether a source begins with the mark that makes arXiv ignore it. A withdrawn paper has no other source."""
     return text.lstrip().startswith(_AUTO_IGNORE)
 
 
@@ -49,11 +49,11 @@ def join(sources: Mapping[str, str]) -> str:
 
 
 def order(sources: Mapping[str, str]) -> list[str]:
-    """The files of a paper: the main file, those it reads in, in the order of reading and each before what follows it
-    and after who reads it, then the others by name.
+    """The files of a paper in order: the main file, what it reads in, in the order of reading, then the rest by name.
 
-    The main file is one with a \\documentclass and a beginning of the document; of several (a supplement, a cover, a
-    figure of its own) it is the one that is longest with all that it reads in.
+    A file comes after the one that reads it in, and brings along what it reads in itself. The main file is one with a
+    \\documentclass and a \\begin{document}. If there are several (a supplement, a cover, a separate figure), it is the
+    one that is longest together with all that it reads in.
     """
     if len(sources) == 1:
         return list(sources)
@@ -78,7 +78,7 @@ def _main_file(plain: Mapping[str, str], reads: Mapping[str, list[str]]) -> str 
 
 
 def _reached(main: str, reads: Mapping[str, list[str]]) -> list[str]:
-    """What a file reads in, itself first, each file once, in the order of reading."""
+    """A file and everything that it reads in, each file once, in the order of reading."""
     found: list[str] = []
     seen: set[str] = set()
     pending = [main]
@@ -96,7 +96,7 @@ class _Inputs:
 
     def __init__(self, plain: Mapping[str, str]) -> None:
         self._plain = plain
-        # TeX of a paper may have been written where names have no case.
+        # The author's file system may not have distinguished small and capital letters.
         self._by_lower = {name.lower(): name for name in sorted(plain, reverse=True)}
 
     def __call__(self, name: str) -> Iterator[str]:
@@ -110,7 +110,7 @@ class _Inputs:
 
     def _file(self, folder: str, wanted: str) -> str | None:
         """A file by its name, as seen from the top of the paper or else from the file that reads it."""
-        # What a macro stands for is mostly the top, or nothing.
+        # A macro in a path mostly stands for the top of the paper, or for nothing.
         wanted = _MACRO.sub("", wanted).strip('"/ ')
         for start in ("", folder):
             path = posixpath.normpath(posixpath.join(start, wanted))

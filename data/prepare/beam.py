@@ -1,7 +1,7 @@
 """The work on the parts of a corpus as an Apache Beam pipeline, for corpora that one machine is too small for.
 
 The same functions run on the same parts, so that the caches are the same byte for byte. Workers on other machines need
-the package, the source and the output in an object store, and TensorFlow: `prepare --help` tells the flags.
+this package with TensorFlow, and the source and the output in an object store. `prepare --help` shows the flags.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from memorizing.data.errors import DataError
 from memorizing.data.prepare.workers import Work
 
 _COUNTER = "documents"
-_TOLD = re.compile(rf"{DataError.__name__}: (.+?)(?: \[while running|\n|$)")
+_REPORTED = re.compile(rf"{DataError.__name__}: (.+?)(?: \[while running|\n|$)")
 
 
 class Beam:
@@ -44,16 +44,16 @@ class Beam:
         try:
             pipeline.run().wait_until_finish()
         except Exception as error:
-            # Runners tell an error of a worker as a text, with where it happened.
-            told = _TOLD.search(f"{type(error).__name__}: {error}")
-            if told is None:
+            # Runners report an error of a worker as a text, which also says where it happened.
+            reported = _REPORTED.search(f"{type(error).__name__}: {error}")
+            if reported is None:
                 raise
-            raise DataError(told[1]) from None
-        del advance  # Beam shows the progress of its own.
+            raise DataError(reported[1]) from None
+        del advance  # Beam shows its own progress.
 
 
 class _Counted:
-    """The work on a part, its documents counted where Beam shows them."""
+    """The work on a part, which counts its documents in a counter that Beam shows."""
 
     def __init__(self, work: Work) -> None:
         self._work = work

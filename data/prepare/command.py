@@ -37,7 +37,8 @@ It is parallel over this machine's processors, and goes on where it was when it 
 On many machines it is an Apache Beam pipeline (pip install 'memorizing[prep]'); every --beam=OPTION goes to Beam:
 
   memorizing prepare --task=c4_bytes --source=gs://BUCKET/c4 --output=gs://BUCKET/cache --beam=--runner=DataflowRunner
-      --beam=--project=PROJECT --beam=--region=REGION --beam=--temp_location=gs://BUCKET/tmp --beam=--sdk_container_image=IMAGE
+      --beam=--project=PROJECT --beam=--region=REGION --beam=--temp_location=gs://BUCKET/tmp \
+--beam=--sdk_container_image=IMAGE
 
 corpora and how to get them:
 {corpora}"""
@@ -146,10 +147,10 @@ def _make(args: argparse.Namespace, progress: PreparationProgress) -> None:
 
 
 def _is_there(settings: Settings, output: str) -> bool:
-    """Whether the output is a cache that will do.
+    """Whether the output is already a cache of these settings.
 
     Raises:
-      DataError: it is a cache of something else.
+      DataError: it is a cache of other settings.
     """
     if not token_cache.exists(output):
         return False

@@ -112,7 +112,7 @@ def _draw(task: str, opened: Mapping[str, Split], picture: str) -> None:
 
 
 def _thousands(number: int) -> str:
-    """A round number as people say it: 4K."""
+    """A round number in short form, such as 4K."""
     for suffix, unit in (("M", 1 << 20), ("K", 1 << 10), ("M", 1_000_000), ("K", 1000)):
         if number >= unit and number % unit == 0:
             return f"{number // unit}{suffix}"
@@ -120,5 +120,5 @@ def _thousands(number: int) -> str:
 
 
 def _printable(line: str) -> str:
-    """A line without what would change the terminal."""
+    """A line whose characters that would change the terminal are escaped."""
     return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in line)

@@ -1,9 +1,9 @@
 """From a raw corpus to a vocabulary, and to a token cache.
 
-The corpus is read twice, part by part and by any number of workers. The first reading (`survey`) finds out what
-documents there are and takes a sample of their text; then the splits are known, and a vocabulary is trained on the
-training documents; the second reading (`tokenising`) writes the tokens. All that was done lies in the folder that grows
-beside the output, so that whoever was killed goes on with the part he was at.
+The corpus is read twice, part by part, by any number of workers. The first reading (`survey`) finds out what documents
+there are and takes a sample of their text. Then the splits are known, and a vocabulary is trained on the training
+documents. The second reading (`tokenising`) writes the tokens. Finished parts are in a folder beside the output (see
+`staging`), so that a run that was killed and is started again continues with the parts that are missing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from memorizing.data.tokens.token_cache import METADATA_FILE
 from memorizing.data.tokens.vocabulary import Vocabulary
 
 _MAX_PARTS = 1024
-# Text to train a vocabulary on: byte-pair merges change little with more than so much for each piece.
+# Size of the text to train a vocabulary on. Byte-pair merges change little with more than this for each piece.
 _MIN_SAMPLE_BYTES = 4 << 20
 _SAMPLE_BYTES_PER_PIECE = 2 << 10
 
@@ -76,7 +76,7 @@ class Settings:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a cache records of these settings, and by which it is known again; JSON-able."""
+        """What a cache records of these settings, to be compared with those of a later call; JSON-able."""
         by_hash, by_file = self.split_rule == splits.HASH, self.split_rule not in (splits.HASH, splits.OFFICIAL)
         return {
             "source": self.source,
@@ -91,14 +91,14 @@ class Settings:
 def make_cache(
     settings: Settings, output: str, workers: Workers, progress: PreparationProgress, replace: bool = False
 ) -> None:
-    """Makes a token cache. Nothing that is half made is ever seen at the output.
+    """Makes a token cache. An unfinished one is never visible at the output.
 
     Args:
       settings: what it is made from.
       output: its folder, which is no cache yet unless `replace`.
-      workers: who read the corpus.
-      progress: is told what is done.
-      replace: whether a cache that is there gives way.
+      workers: what reads the corpus.
+      progress: shows what is done.
+      replace: whether to replace a cache that exists.
 
     Raises:
       DataError: a setting, the source or the output cannot be used.
@@ -152,7 +152,7 @@ def make_vocabulary(settings: Settings, output: str, workers: Workers, progress:
 
 
 class _Preparation:
-    """The steps, each of which does only what is not done yet."""
+    """The steps, each of which does only what has not been done yet."""
 
     def __init__(self, settings: Settings, workers: Workers, progress: PreparationProgress) -> None:
         """Raises DataError where a setting or the source cannot be used."""
@@ -166,7 +166,7 @@ class _Preparation:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What is made: where it is not what it was, what was done does not help."""
+        """What is made. Work that was begun with another plan is of no use."""
         return self.settings.provenance | {
             "task": str(self.settings.task),
             "reader": _described(self.reader),
@@ -206,7 +206,7 @@ class _Preparation:
         return rule, numbers
 
     def vocabulary(self, staged: Staging, surveyed: Survey, split_numbers: Sequence[np.ndarray]) -> Vocabulary:
-        """Bytes, the given one, or one that is trained on the training documents only."""
+        """Bytes, the vocabulary that the user gave, or one that is trained on the training documents only."""
         if self._given:
             if isinstance(self._given, vocabulary.SentencePieceVocabulary):
                 staging.save(staged.path / vocabulary.MODEL_FILE, self._given.model)
@@ -242,7 +242,7 @@ class _Preparation:
         return max(_MIN_SAMPLE_BYTES, _SAMPLE_BYTES_PER_PIECE * (self.settings.task.num_pieces or 0))
 
     def _run(self, name: str, work: Surveying | Tokenising, parts: Sequence[_Part], total: int | None) -> None:
-        """Does the work on the parts whose files are not there."""
+        """Does the work on the parts whose files are missing."""
         missing = [part for part in parts if not work.path(part).exists()]
         if len(missing) < len(parts):
             self._progress.print(f"{name}: {len(parts) - len(missing)} of {len(parts)} parts were done before")
@@ -252,11 +252,12 @@ class _Preparation:
 
 
 def _given_vocabulary(settings: Settings) -> Vocabulary | None:
-    """The vocabulary that needs no training."""
+    """The vocabulary, or None where one has to be trained."""
     if settings.task.num_pieces is None:
         if settings.vocabulary_file:
             raise DataError(
-                f"--vocabulary={settings.vocabulary_file}: {settings.task} is of bytes; give --task={settings.task.corpus}_spmSIZE"
+                f"--vocabulary={settings.vocabulary_file}: {settings.task} is of bytes; "
+                f"give --task={settings.task.corpus}_spmSIZE"
             )
         return vocabulary.ByteVocabulary()
     if settings.vocabulary_file is None:

@@ -1,4 +1,4 @@
-"""Progress of the stages of preparing: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of the stages of preparing: a live bar on a terminal, elsewhere a plain line from time to time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PreparationProgress:
 
         Args:
           name: what is done.
-          total: documents that it will go through, where that is known.
+          total: number of documents that it will go through, where that is known.
 
         Yields:
           A function to call with the number of documents that were done since the last call.

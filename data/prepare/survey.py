@@ -1,7 +1,7 @@
 """The first reading of a corpus: what documents there are, and a sample of their text; no text is kept otherwise.
 
-Parts of the corpus are read by as many processes as there are. What was found in a part lies in a file, which is there
-when the part has been read whole.
+The parts of the corpus are read by any number of processes. What was found in a part is written to a file of its own
+once the whole part has been read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Part:
 
     Attributes:
       number: from 0.
-      shards: of the reader, in order.
+      shards: names of the reader's shards, in order.
     """
 
     number: int
@@ -39,7 +39,7 @@ class Part:
 
 
 def parts(shards: Sequence[str], max_parts: int) -> list[Part]:
-    """Divides shards into at most so many runs of about equal number."""
+    """Divides shards into at most `max_parts` parts, which have about the same number of consecutive shards."""
     count = min(len(shards), max_parts)
     bounds = [len(shards) * index // count for index in range(count + 1)] if count else [0]
     return [Part(index, tuple(shards[bounds[index] : bounds[index + 1]])) for index in range(count)]
@@ -52,7 +52,7 @@ class Surveying:
     Attributes:
       reader: of the corpus.
       folder: of the files.
-      sample_bytes: text that each part keeps for the sample; 0 where none is needed.
+      sample_bytes: bytes of text that each part keeps for the sample; 0 where no sample is needed.
     """
 
     reader: CorpusReader
@@ -101,7 +101,7 @@ class Surveying:
 
 
 class ShardDigest:
-    """Hash of the keys and texts of a shard, by which a second reading is known to have found the same."""
+    """Hash of the keys and texts of a shard. It shows whether a second reading found the same documents."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -117,12 +117,12 @@ class ShardDigest:
 
 
 class Survey:
-    """What all parts found.
+    """What was found in all parts.
 
-    Of a document it holds in memory its hash, its size, and two small numbers.
+    For each document it holds only a hash, a size and a small number in memory.
 
     Attributes:
-      parts: that were read.
+      parts: what was read.
       skipped: number of files that were left out, by reason.
       hashes: uint64 [documents], of the keys.
       fingerprint: of the corpus: all keys and texts.
@@ -185,7 +185,7 @@ class Survey:
         return self._by_part[number]["digests"].tolist()
 
     def sample_lines(self, split_numbers: Sequence[np.ndarray], max_bytes: int) -> Iterator[str]:
-        """Lines of about `max_bytes` of the training documents, from all parts in proportion."""
+        """Lines of training documents, about `max_bytes` in all, from each part in proportion to its size."""
         is_train = [numbers == splits.NAMES.index(splits.TRAIN) for numbers in split_numbers]
         sizes = [int(found["num_bytes"][chosen].sum()) for found, chosen in zip(self._by_part, is_train, strict=True)]
         names = [f"sample_{name}" for name in TextSample._fields]
@@ -213,7 +213,7 @@ class Survey:
 
 
 class _Lazily:
-    """An iterable that is made when it is iterated over."""
+    """An iterable whose items are made when it is iterated over."""
 
     def __init__(self, make: Callable[[], list[Any]]) -> None:
         self._make = make

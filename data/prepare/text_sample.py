@@ -1,8 +1,8 @@
 """A sample of the text of a corpus, to train a vocabulary on, taken while the corpus is read once.
 
 Which documents will be held out is not known while they are read. So every part of the corpus keeps more blocks of text
-than will be needed, those of the lowest hash of document and place; in the end the blocks of the training documents are
-taken, of each part in proportion to its size. The sample depends on nothing but the training documents, and not on how
+than will be needed: those with the lowest hash of document and place. Later, blocks of training documents are taken
+from each part in proportion to its size. The sample depends on nothing but the training documents, and so not on how
 many processes read them.
 """
 
@@ -22,7 +22,7 @@ _NO_LIMIT = 1 << 64
 
 
 class TextSample(NamedTuple):
-    """Blocks of the text of one part, by rising priority.
+    """Blocks of the text of one part, in ascending order of their hashes.
 
     Attributes:
       document: int64 [blocks], number of each block's document in its part.
@@ -39,12 +39,12 @@ class TextSampler:
     """Collects the blocks of one part."""
 
     def __init__(self, max_bytes: int) -> None:
-        """Will keep about `max_bytes`, at least half as much of a part that has so much."""
+        """Keeps at most `max_bytes` of text, and about half of that or more where the part has as much."""
         self._max_bytes, self._limit, self._num_bytes = max_bytes, _NO_LIMIT, 0
         self._kept: list[tuple[int, int, bytes]] = []
 
     def add(self, document: int, key_hash: int, text: str) -> None:
-        """Looks at one document, the `document`-th of its part."""
+        """Adds those blocks of a document, the `document`-th of its part, whose hashes are low enough."""
         blocks = np.arange(-(-len(text) // _BLOCK), dtype=np.uint64)
         priorities = mix(mix(blocks * _GOLDEN) ^ np.uint64(key_hash))
         chosen = np.flatnonzero(priorities < np.uint64(min(self._limit, _NO_LIMIT - 1)))
@@ -74,12 +74,12 @@ def lines(samples: Iterator[tuple[TextSample, np.ndarray, int]]) -> Iterator[str
     """The lines of the chosen blocks.
 
     Args:
-      samples: of each part in order: its blocks; bool [documents], which documents may be taken; and the bytes to take.
+      samples: for each part, in order: its blocks; bool [documents], the documents they may come from; bytes to take.
     """
     for sample, may_take, max_bytes in samples:
         ends = np.cumsum(sample.lengths)
         taken = np.flatnonzero(may_take[sample.document])
-        # The first one always, so that no part is without a voice.
+        # The first block is always taken, so that every part is represented.
         before = np.cumsum(sample.lengths[taken]) - sample.lengths[taken]
         for block in taken[before < max_bytes]:
             text = sample.text[ends[block] - sample.lengths[block] : ends[block]].tobytes().decode()
@@ -87,7 +87,7 @@ def lines(samples: Iterator[tuple[TextSample, np.ndarray, int]]) -> Iterator[str
 
 
 def max_bytes_of_part(max_bytes: int, num_parts: int) -> int:
-    """What a part has to keep, so that a sample of `max_bytes` of all parts can be taken where parts differ in size."""
+    """Bytes that each part has to keep, so that a sample of `max_bytes` can be taken where parts differ in size."""
     return max(8 * max_bytes // num_parts, 4 << 20)
 
 

@@ -1,7 +1,7 @@
-"""The second reading of a corpus: its documents as tokens, into the parts of a token cache.
+"""The second reading of a corpus: its documents become tokens, in the parts of a token cache.
 
-Parts are written by as many processes as there are, each of which starts TensorFlow once. A part is done when its index
-is there.
+The parts are written by any number of processes, each of which starts TensorFlow once. A part is done when its index is
+there.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from memorizing.data.tasks.task_name import TaskName
 from memorizing.data.tokens import cache_writer
 from memorizing.data.tokens.cache_writer import TokenisedDocument
 
-# Text of a part: less is not worth another start of TensorFlow. A large corpus is divided into so many parts at most,
+# Less text in a part would not be worth another start of TensorFlow.
 _MIN_PART_BYTES = 32 << 20
+# Even a large corpus has no more parts.
 _MAX_PARTS = 1024
 
 
@@ -33,7 +34,7 @@ class Shard(NamedTuple):
     Attributes:
       name: what the reader calls it.
       digest: `ShardDigest.value` of its documents.
-      splits: the split number of each, one byte each.
+      splits: the split number of each document, an int8.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Part(NamedTuple):
 
     Attributes:
       number: from 0.
-      shards: consecutive ones.
+      shards: consecutive shards.
     """
 
     number: int
@@ -54,7 +55,7 @@ class Part(NamedTuple):
 
 
 def parts(survey: Survey, split_numbers: Sequence[np.ndarray]) -> list[Part]:
-    """Divides a corpus into parts of about the same text; it depends on nothing but the corpus.
+    """Divides a corpus into parts of about the same size, which depend on nothing but the corpus.
 
     Args:
       survey: of the corpus.
@@ -86,7 +87,7 @@ class Tokenising:
       task: name of the Task.
       model_path: of its SentencePiece model; None for bytes.
       vocab_size: number of ids.
-      min_tokens: documents of fewer, their end not counted, are left out.
+      min_tokens: documents of fewer tokens are left out, the end of the document not counted.
       directory: of the cache.
       work: folder of the parts' indices.
     """
@@ -121,7 +122,7 @@ class Tokenising:
         self, part: Part, skipped: Counter[str], advance: Callable[[], None]
     ) -> Iterator[tuple[str, TokenisedDocument]]:
         tasks = tensorflow_start.tasks()
-        # Of the documents that are under way.
+        # Of the documents that seqio has read and not yet returned.
         split_numbers: deque[int] = deque()
         for example in tasks.tokenised(self.task, self.model_path, lambda: self._examples(part, split_numbers)):
             split = splits.NAMES[split_numbers.popleft()]
@@ -135,7 +136,7 @@ class Tokenising:
     def _examples(self, part: Part, split_numbers: deque[int]) -> Iterator[dict[str, Any]]:
         for shard in part.shards:
             digest, numbers = ShardDigest(), np.frombuffer(shard.splits, np.int8)
-            # The first reading has counted what is left out.
+            # What is left out was counted in the first reading.
             for index, document in enumerate(self.reader.documents(shard.name, Counter())):
                 num_bytes = digest.add(document)
                 if index >= len(numbers):

@@ -1,4 +1,4 @@
-"""Running the work on the parts of a corpus: in this process, in several, or by whoever else can call a function."""
+"""What runs the work on the parts of a corpus: this process, several processes, or another system such as Beam."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from memorizing.data.errors import DataError
 from memorizing.data.tasks.tensorflow_start import quiet_stderr
 
 Advance = Callable[[], None]
-# The work on a part: it writes its results to files, and calls the function it is given after each document.
+# The work on a part: it writes its results to files, and calls the function that it is given after each document.
 Work = Callable[[Any, Advance], None]
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
 class Workers(Protocol):
-    """Whoever does the work."""
+    """What does the work on all parts of a corpus."""
 
     def run(self, work: Work, parts: Sequence[Any], advance: Callable[[int], None]) -> None:
         """Does the work on every part, in any order.
@@ -32,14 +32,14 @@ class Workers(Protocol):
         Args:
           work: can be pickled.
           parts: can be pickled.
-          advance: called now and then with the number of documents that were done since the last call.
+          advance: called from time to time with the number of documents that were done since the last call.
         """
 
 
 class Processes:
     """Processes on this machine.
 
-    They are started afresh, since TensorFlow does not survive a fork, and end when this process does, however it ends.
+    They are spawned, since TensorFlow does not survive a fork, and end when this process ends, however it ends.
     """
 
     def __init__(self, num_processes: int) -> None:
@@ -84,7 +84,7 @@ def _pool(num_processes: int, context: Any, done: Any) -> Iterator[concurrent.fu
     try:
         yield pool
     except BaseException:
-        # What they are at is in vain.
+        # Nobody needs their results any more.
         for process in list(pool._processes.values()):
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
@@ -96,7 +96,7 @@ _done: Any = None
 
 
 def _start(done: Any) -> None:
-    """What a new process does first."""
+    """Runs first in every new process."""
     global _done
     _done = done
     # Ctrl-C reaches all processes of a terminal; the one that started this one will end it.

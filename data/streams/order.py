@@ -1,11 +1,11 @@
 """The endless line of documents that training reads: which document stands at which position.
 
-A position's document is computed, not looked up, so that ten million documents cost no memory and any position can be
-asked for at once. Of every corpus the line holds a permutation of all documents, then another one, an epoch each.
-Several corpora are mixed in blocks of positions: a block holds so many places of each corpus, in a random order, and
-the places of a corpus are filled with its own line.
+The document at a position is computed, not looked up, so that ten million documents cost no memory and any position can
+be asked for at once. For each corpus the line holds a permutation of all its documents, an epoch, then another one, and
+so on. Several corpora are mixed in blocks of positions: a block has a fixed number of places for each corpus, in a
+random order, and the places of a corpus are filled from its own line.
 
-Everything is integer arithmetic that no version of NumPy can change: a stored position means the same for ever.
+All of it is integer arithmetic that no version of NumPy can change: a stored position always means the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memorizing.data.errors import DataError
 
 # Part of a stream's identity: positions of another order are refused.
 ORDER = "feistel-1"
-# Positions of a block of a mixture: the rates are kept to one part in so many.
+# Positions in a block of a mixture. Rates are rounded to one part in this many.
 _BLOCK = 1 << 16
 _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -38,8 +38,8 @@ def permuted(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray
     """Where each index goes in a pseudo-random permutation of its range.
 
     A Feistel network over pairs of digits (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): an index
-    is `left * b + right` with left < a, right < b and a * b only just above the size; what leaves the range goes round
-    again.
+    is `left * b + right` with left < a, right < b and a * b only just above the size. An index that leaves the range is
+    permuted again until it is inside.
 
     Args:
       index: int64 [n], each from 0 to below its `size`.
@@ -50,7 +50,7 @@ def permuted(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray
       int64 [n], from 0 to below `size`.
     """
     size = size.astype(np.uint64)
-    # Any `a` would do; near the root little is left over.
+    # Any `a` would be right; near the root few values are outside the range.
     a = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
     b = (size + a - 1) // a
     result = index.astype(np.uint64)
@@ -67,9 +67,9 @@ def permuted(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray
 
 
 class Line:
-    """Documents of one or several corpora without end.
+    """The documents of one or several corpora, in an order without end.
 
-    Documents are numbered through: those of the first corpus, then those of the second one, ...
+    Documents are numbered consecutively: those of the first corpus, then those of the second one, and so on.
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] | None = None) -> None:
@@ -77,7 +77,7 @@ class Line:
         Args:
           sizes: number of documents of each corpus, each at least 1.
           seed: of the permutations.
-          weights: share of the places that each corpus gets, up to a factor; None for one corpus.
+          weights: share of the places that each corpus gets; only their ratios matter. None for one corpus.
 
         Raises:
           DataError: a corpus has no documents.
@@ -107,7 +107,7 @@ class Line:
 
 
 def _apportioned(weights: np.ndarray) -> np.ndarray:
-    """A block's places by weight, int64 [corpora]: by largest remainder, at least one each."""
+    """Places of each corpus in a block, int64 [corpora]: by the largest remainders, at least one each."""
     exact = weights / weights.sum() * _BLOCK
     places = np.maximum(np.floor(exact).astype(np.int64), 1)
     missing = _BLOCK - int(places.sum())

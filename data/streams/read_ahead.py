@@ -13,8 +13,8 @@ from memorizing.batch import Batch, BatchIterator
 class ReadAhead:
     """The batches of another iterator, made before they are asked for; a `memorizing.batch.BatchIterator`.
 
-    Its state is that of the batches that were handed out, whatever has been read beyond them. An error of the iterator
-    is raised in the place of the batch that it prevented. The thread starts with the first batch and ends with
+    Its state is that after the last batch that was handed out, however many more have been read. An error of the
+    iterator is raised in place of the batch that it prevented. The thread starts with the first batch and ends with
     `close`, with this object, or with the program.
     """
 
@@ -53,12 +53,15 @@ class ReadAhead:
         if self._reading is not None:
             self._reading.stop()
             self._reading = None
-            # Back from what was read in vain.
+            # Back to the batch that follows the last one handed out.
             self._batches.set_state(self._state)
 
 
 class _Reading:
-    """A thread that reads until it is stopped or fails. It does not know who takes what it reads."""
+    """A thread that reads until it is stopped or fails.
+
+    It has no reference to its `ReadAhead`, so that this can be collected while the thread waits.
+    """
 
     def __init__(self, batches: BatchIterator, depth: int) -> None:
         self._ready: queue.Queue[tuple[Batch, dict[str, Any]] | BaseException] = queue.Queue(depth)

@@ -1,4 +1,4 @@
-"""The corpus that a run trains on, as a configuration: a token cache and how to make it where it is missing."""
+"""The corpora that a run trains on, as configurations: token caches, and how to make those that are missing."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class CachedCorpus:
 
     Attributes:
       task: name of the seqio Task of the cache: corpus and vocabulary, such as github_bytes or github_spm2048.
-      source: folder of the raw corpus, or "stdlib", the standard library of this Python, to make a missing cache from.
-        None is "stdlib" where no path is named either; otherwise the cache must be there.
+      source: what to make a missing cache from: the folder of the raw corpus, or "stdlib", the standard library of this
+        Python. None means "stdlib" where no path is given either; with a path the cache must exist.
       path: folder of the cache, local or gs://; None: a folder of its own in the user's cache.
     """
 
@@ -118,7 +118,10 @@ class CachedCorpus:
 
     @functools.cached_property
     def document_words(self) -> np.ndarray | None:
-        """Words of each held-out document of a corpus of prose, int64: as in the PG-19 statistics, what stands between white space; None for other corpora."""
+        """Words of each held-out document, int64; None unless the corpus is prose.
+
+        As in the statistics of PG-19, a word is what stands between white space.
+        """
         if not CORPORA[task_name.parse(self.task).corpus].is_prose:
             return None
         documents = (self.decode(self._validation.tokens(index)) for index in range(self.num_eval_documents))
@@ -144,7 +147,7 @@ class CachedCorpus:
         """The text of some ids; padding and ends are left out."""
         return self.cache.vocabulary.decode(tokens)
 
-    # Opened at first use, so that a configuration can be built and printed where there is no data.
+    # Opened when it is first used, so that a configuration can be built and printed where there is no data.
     @functools.cached_property
     def cache(self) -> TokenCache:
         """The opened cache, made where it is missing."""
@@ -162,7 +165,7 @@ class Mixture:
 
     Attributes:
       corpora: to mix; held-out documents of all of them are evaluated.
-      rates: share of the training tokens that comes from each, up to a factor.
+      rates: share of the training tokens that comes from each; only their ratios matter.
     """
 
     corpora: tuple[CachedCorpus, ...]
@@ -198,7 +201,7 @@ class Mixture:
         """See `DataSource`."""
         members = [cache.split(splits.TRAIN) for cache in self._caches]
         sizes = [len(member) for member in members]
-        # A share of tokens is more documents where documents are short.
+        # For the same share of tokens, a corpus of short documents needs more of them.
         weights = [rate / max(member.num_tokens.mean(), 1) for rate, member in zip(self.rates, members, strict=True)]
         fingerprint = "+".join(cache.fingerprint for cache in self._caches)
         line = Line(sizes, seed, weights)
@@ -239,13 +242,13 @@ class Mixture:
 
     @functools.cached_property
     def _caches(self) -> list[TokenCache]:
-        """Raises DataError where the ids of one corpus mean something else than those of another."""
+        """Raises DataError where the corpora have different vocabularies."""
         opened = [corpus.cache for corpus in self.corpora]
         for corpus, cache in zip(self.corpora, opened, strict=True):
             if cache.metadata["vocabulary"]["digest"] != opened[0].metadata["vocabulary"]["digest"]:
                 raise DataError(
-                    f"Mixture.corpora: {corpus.cache_path} and {self.corpora[0].cache_path} have different vocabularies; "
-                    "prepare both with the same --vocabulary=FILE"
+                    f"Mixture.corpora: {corpus.cache_path} and {self.corpora[0].cache_path} have different "
+                    "vocabularies; prepare both with the same --vocabulary=FILE"
                 )
         return opened
 

@@ -3,7 +3,7 @@
     builder = tfds.builder("memorizing_arxiv")          # after: import memorizing.data.tasks.builders
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=ARCHIVES))
 
-`memorizing prepare` reads the corpora without them; they are for whoever wants the documents in TFDS or seqio.
+They are there for users of TFDS and seqio; `memorizing prepare` reads the corpora without them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The seqio Tasks: the one definition of what the tokens of a document are.
+"""The seqio Tasks: the only definition of what the tokens of a document are.
 
 A Task gives each document in one piece, however long: it is read without a feature converter, which would cut it.
 
@@ -50,7 +50,7 @@ def register(
       name: of the Task.
       model_path: of its SentencePiece model; None for bytes.
       data_dir: TFDS's data folder; None for the usual one.
-      replace: whether a Task of that name gives way.
+      replace: whether to replace a Task of that name.
     """
     if str(name) in seqio.TaskRegistry.names():
         if not replace:
@@ -87,13 +87,13 @@ def register_all(
 def tokenised(
     name: TaskName, model_path: str | None, documents: Callable[[], Iterable[Mapping[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
-    """What a Task makes of some documents, in their order, as numpy.
+    """Yields what a Task makes of some documents, in their order, as numpy arrays.
 
     Args:
       name: of the Task.
       model_path: of its SentencePiece model; None for bytes.
-      documents: makes an iterator over examples with the key, the text and the size of a document, which is read ahead,
-        in another thread. What it raises is raised here.
+      documents: makes an iterator over examples with the key, the text and the size of a document. Another thread reads
+        it ahead. What it raises is raised here.
     """
     raised: list[Exception] = []
 
@@ -101,7 +101,7 @@ def tokenised(
         try:
             yield from documents()
         except Exception as error:
-            # TensorFlow would make a text of it.
+            # TensorFlow would turn it into a text.
             raised.append(error)
 
     task = make(name, _GivenSource(guarded), model_path)
@@ -110,7 +110,7 @@ def tokenised(
         split=_GIVEN,
         use_cached=False,
         shuffle=False,
-        # It would hold all documents of a small corpus in memory for one pass.
+        # It would hold all documents of a small corpus in memory, for a single pass.
         try_in_mem_cache=False,
     )
     yield from dataset.as_numpy_iterator()
@@ -119,7 +119,7 @@ def tokenised(
 
 
 class _GivenSource(seqio.DataSource):
-    """Examples as a function gives them."""
+    """Examples that a function makes."""
 
     def __init__(self, make_examples: Callable[[], Iterator[Mapping[str, Any]]]) -> None:
         super().__init__(splits=(_GIVEN,), caching_permitted=False)

@@ -1,6 +1,6 @@
 """Which documents are held out: the corpus says it, the user says it in a file, or the hash of the key decides.
 
-Whoever decides, a document's split depends on nothing but its key and what is recorded with the cache.
+In each case the split of a document depends on nothing but its key and what the cache records.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SplitRule(Protocol):
         """Splits of some documents, int8 [n], by their number in `NAMES`.
 
         Args:
-          keys: n keys, which are asked for only where they are needed.
+          keys: n keys, iterated over only where they are needed.
           hashes: uint64 [n], `key_hash` of each.
           official: int8 [n], the split that the corpus names, or `NONE`.
 
@@ -52,7 +52,7 @@ def key_hash(key: str) -> int:
 
 
 def number(name: Any, key: str) -> int:
-    """The number of a split that the metadata of a document names, `NONE` for None.
+    """The number of the split that the metadata of a document names, or `NONE` where it names none.
 
     Raises:
       DataError: there is no such split.
@@ -130,7 +130,7 @@ class FileSplits:
 def by_rank(hashes: np.ndarray, validation_fraction: float) -> HashSplits:
     """The rule that holds out a share of some documents: as many as it says, at least one, and not all.
 
-    A threshold chosen beforehand could leave a split of a small corpus empty; the rank in it cannot.
+    A threshold chosen beforehand could leave a split of a small corpus empty; a rank cannot.
 
     Args:
       hashes: uint64 [n] of all documents of the corpus, in any order, each once.

@@ -1,4 +1,4 @@
-"""Starting TensorFlow where it is needed: once a process, without its chatter, away from any accelerator."""
+"""Starts TensorFlow where it is needed: once a process, without its log, away from any accelerator."""
 
 from __future__ import annotations
 
@@ -36,24 +36,27 @@ def _tasks() -> ModuleType:
     return seqio_tasks
 
 
-# Of several threads one starts it.
+# Only one of several threads starts it.
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Holds back what libraries log past Python, of the whole process; shows it only when the block fails unexpectedly."""
+    """Holds back what libraries write to the process's standard error without Python's knowledge.
+
+    It is shown only when the block fails unexpectedly.
+    """
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as kept:
+    with tempfile.TemporaryFile() as held_back:
         original = os.dup(2)
-        os.dup2(kept.fileno(), 2)
+        os.dup2(held_back.fileno(), 2)
         try:
             yield
         except DataError:
             raise
         except Exception:
-            kept.seek(0)
-            os.write(original, kept.read())
+            held_back.seek(0)
+            os.write(original, held_back.read())
             raise
         finally:
             os.dup2(original, 2)

@@ -1,4 +1,4 @@
-"""Where caches lie when the user does not say."""
+"""Where vocabularies and token caches are when the user names no place, and local copies of remote ones."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def cache_home() -> pathlib.Path:
 
 
 def vocabulary_path(num_pieces: int) -> str:
-    """Where the SentencePiece model of a size lies unless the user names a place: one for all corpora."""
+    """Where the SentencePiece model of a size is, unless the user names a place: one for all corpora."""
     return os.fspath(cache_home() / "vocabularies" / f"spm{num_pieces}.model")
 
 
 def default_cache_path(task: str, source: str) -> str:
-    """Where the token cache of a Task over a source lies unless the user names a place.
+    """Where the token cache of a Task over a source is, unless the user names a place.
 
     Sources of the same name in different folders, and the standard libraries of different Pythons, have different
     places.

@@ -1,8 +1,8 @@
-"""A folder that is made in many steps and seen only when it is whole.
+"""A folder that is made in many steps and visible only when it is complete.
 
-What is to become the folder NAME grows in `.NAME.partial` beside it, which is renamed when all is done. Whoever stops
-before that, by a kill or an error that is not the user's, finds there what was done and goes on. An object store knows no
-renaming: there the folder grows in its place, and is no cache before its last file is written.
+The folder NAME is made as `.NAME.partial` beside it, which is renamed at the end. If a process is killed before that,
+or stops by an error that is not the user's, the next one continues with what it finds there. An object store cannot
+rename: there the folder is made in its final place, and is no cache before its last file is written.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _PLAN = "plan.json"
 
 
 class Staging:
-    """The growing folder.
+    """A folder that is being made.
 
     Attributes:
-      path: of what will be the folder.
-      work: of a folder in it for what is needed only on the way; it is removed at the end.
+      path: of the folder, until it is complete.
+      work: of a folder in it for temporary files; it is removed at the end.
     """
 
     def __init__(self, path: epath.PathLike) -> None:
@@ -45,23 +45,23 @@ class Staging:
 def staged(
     target: str, last: str, plan: Mapping[str, Any], replace: bool = False, wait: Callable[[], None] = lambda: None
 ) -> Iterator[Staging | None]:
-    """A folder to write into that becomes `target` when the block ends well.
+    """A folder to write into that becomes `target` when the block ends without an error.
 
-    When the block raises DataError everything is removed. After any other end it is kept, and the next call with the
-    same plan goes on with it.
+    When the block raises DataError everything is removed. After any other error it stays, and the next call with the
+    same plan continues with it.
 
     Args:
       target: the folder to make, local or remote.
-      last: name of the file without which a reader takes the folder for unfinished; the block writes it last.
-      plan: what the folder is made from, JSON-able; what was begun by another plan is thrown away.
-      replace: whether a folder that is there gives way.
-      wait: called when another process is at work on the same folder, which has to end first.
+      last: name of the file without which the folder counts as unfinished; the block writes it last.
+      plan: what the folder is made from, JSON-able; what was begun with another plan is removed.
+      replace: whether to replace a folder that exists.
+      wait: called when another process is working on the same folder, before this one waits for it to end.
 
     Yields:
       The folder; or None, where another process has finished it in the meantime.
 
     Raises:
-      DataError: `target` cannot be written, found out before the block runs.
+      DataError: `target` cannot be written; raised before the block runs.
     """
     remote = paths.is_remote(target)
     with _held(epath.Path(target) if remote else _partial(target), target, wait) as folder:
@@ -79,7 +79,7 @@ def staged(
 
 @contextlib.contextmanager
 def scratch(target: str, plan: Mapping[str, Any], wait: Callable[[], None] = lambda: None) -> Iterator[Staging]:
-    """A folder for what is needed on the way to the file `target`; see `staged`. It is removed at the end."""
+    """A folder for temporary files while the file `target` is made; see `staged`. It is removed at the end."""
     with _held(_partial(target), target, wait) as folder, _growing(folder, _PLAN, plan) as staging:
         yield staging
         folder.rmtree()
@@ -110,7 +110,10 @@ def _growing(folder: epath.Path, last: str, plan: Mapping[str, Any]) -> Iterator
 
 
 def private_folder(beside: epath.PathLike) -> contextlib.AbstractContextManager[pathlib.Path]:
-    """A folder of this process alone, on the same file system as a local path, so that files can be moved there at once."""
+    """A temporary folder of this process alone.
+
+    It is on the file system of `beside`, if that is local, so that a file can be moved there in one step.
+    """
     return _private_folder(None if paths.is_remote(beside) else os.path.dirname(beside))
 
 
@@ -123,14 +126,14 @@ def publish(local: pathlib.Path, target: epath.PathLike) -> None:
 
 
 def save_arrays(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a .npz file, which is there as a whole or not at all."""
+    """Writes a .npz file in one step: it is never there in part."""
     content = io.BytesIO()
     np.savez(content, **arrays)
     save(path, content.getvalue())
 
 
 def save(path: epath.PathLike, content: bytes) -> None:
-    """Writes a file, which is there as a whole or not at all."""
+    """Writes a file in one step: it is never there in part."""
     with private_folder(path) as folder:
         (folder / "file").write_bytes(content)
         publish(folder / "file", path)
@@ -155,7 +158,7 @@ def _partial(target: str) -> epath.Path:
 
 @contextlib.contextmanager
 def _locked(folder: str, wait: Callable[[], None]) -> Iterator[None]:
-    """Makes a folder and holds it for this process; the system lets go of it when the process ends, however it ends."""
+    """Makes a folder and locks it for this process. However the process ends, the system releases the lock."""
     while True:
         os.makedirs(folder, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -167,7 +170,7 @@ def _locked(folder: str, wait: Callable[[], None]) -> Iterator[None]:
         except BlockingIOError:
             wait()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Who held it may have renamed or removed it.
+        # The process that had the lock may have renamed or removed the folder.
         if os.path.exists(folder) and os.path.samestat(os.stat(folder), os.fstat(descriptor)):
             yield
             return
@@ -178,12 +181,12 @@ def _locked(folder: str, wait: Callable[[], None]) -> Iterator[None]:
 
 
 def _begin(staging: Staging, last: str, plan: dict[str, Any]) -> None:
-    """Empties the folder unless it was begun by the same plan."""
+    """Empties the folder unless it was begun with the same plan."""
     path = staging.work / _PLAN
     if path.exists() and json.loads(path.read_text()) == plan:
         return
     if staging.path.exists():
-        # The last file goes first: without it nobody takes the rest for a cache.
+        # The last file is removed first: without it the rest does not count as a cache.
         (staging.path / last).unlink(missing_ok=True)
         for entry in list(staging.path.iterdir()):
             entry.rmtree() if entry.is_dir() else entry.unlink()
