@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_data_cache import write_cache
+from token_caches import write_cache
 
 from memorizing.batch import PADDING
 from memorizing.data.errors import DataError

@@ -77,7 +77,7 @@ def test_the_smallest_rate_still_gets_a_place():
 
 
 def test_mixtures_are_the_same_for_ever():
-    # As for one corpus, see test_data_streams: part of the format of checkpoints.
+    # As for one corpus, see test_segments: part of the format of checkpoints.
     assert Line([4, 5], 17, [0.5, 0.5]).documents_at(np.arange(12)).tolist() == GOLDEN_MIXTURE
     assert Line([10**7], 17).documents_at(np.asarray([0, 10**7 - 1, 10**11])).tolist() == GOLDEN_LARGE
 
