@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "memorizing" / "__init__.py").read_text()).group(1)
@@ -32,6 +32,7 @@ setup(
         "memorizing.commands",
         "memorizing.synthetic",
         "memorizing.data",
+        *(f"memorizing.data.{room}" for room in find_packages(str(ROOT / "data"))),
         "memorizing.gin",
         "memorizing.launch",
     ],

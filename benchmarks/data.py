@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from memorizing import tables
-from memorizing.data import cache_writer, staging, token_cache
-from memorizing.data.cache_writer import TokenisedDocument
-from memorizing.data.order import Line
-from memorizing.data.read_ahead import ReadAhead
-from memorizing.data.streams import Documents, DocumentStream
-from memorizing.data.vocabulary import ByteVocabulary
+from memorizing.data.streams.order import Line
+from memorizing.data.streams.read_ahead import ReadAhead
+from memorizing.data.streams.segments import Documents, DocumentStream
+from memorizing.data.tokens import cache_writer, staging, token_cache
+from memorizing.data.tokens.cache_writer import TokenisedDocument
+from memorizing.data.tokens.vocabulary import ByteVocabulary
 from memorizing.errors import UserError
 
 TOKENS_PER_STEP, SECONDS_PER_STEP, NUM_HOSTS, LENGTH = 1 << 17, 0.25, 4, 512

@@ -24,7 +24,8 @@ import numpy as np
 
 from memorizing import bootstrap
 from memorizing.benchmarks import measure
-from memorizing.data import task_name, token_cache
+from memorizing.data.tasks import task_name
+from memorizing.data.tokens import token_cache
 from memorizing.errors import EXIT_START_AGAIN
 from memorizing.plots import COLORS, MARKERS
 

@@ -1,8 +1,16 @@
-"""The data side: corpora, vocabularies, the token cache and the streams that training reads.
+"""The data side: from raw corpora to the batches that training reads.
 
-A raw corpus becomes whole documents (`corpora`, with a reader each). `pipeline` reads them twice: `survey` finds out what
-there is, `splits` and `vocabulary` are settled, and `tokenising` gives the documents to the seqio Task (`tasks`), whose
-tokens go into a token cache (`cache_writer`, `token_cache`). From there documents are streamed segment by segment
-(`streams`), in an order that is computed (`order`), for training (`sources`). Only `builders` and `tasks` import
-TensorFlow, and only `prepare`'s processes import them.
+A room imports only itself and what stands above it:
+
+    documents, errors   what every room knows: a whole document, and what a user can do wrong
+    formats             files as they are distributed: archives, JSON lines, LaTeX, Isabelle theories, source code
+    corpora             a reader for each corpus, which yields whole documents, and the catalogue of all corpora
+    tokens              vocabularies, and the token cache that holds tokenised documents on disk
+    tasks               which tokens a document becomes (seqio), and which documents are held out
+    streams             the order of the documents, their segments and batches, and the data sources of a run
+    prepare             `memorizing prepare`: from a raw corpus to a token cache, in many processes or with Beam
+    gin_registry        what gin files can name
+
+Only `tasks.builders` and `tasks.seqio_tasks` import TensorFlow, and only the processes of `prepare` import them. Of the
+library, `documents` to `prepare` import no more than the words that all sides share, such as `memorizing.batch`.
 """

@@ -1,4 +1,4 @@
-"""What every corpus reader yields, and how it tells what it left out."""
+"""What every reader of a corpus yields, and how it reports what it left out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-# Stands between the files that a document is joined from, and nothing else does: no names, no marks.
+# Stands between the files that are joined to a document. Nothing else does: no names, no marks.
 SEPARATOR = "\n"
 
 
@@ -16,8 +16,8 @@ class Document(NamedTuple):
     Attributes:
       key: names the document in its corpus; unique and stable.
       text: all of it.
-      metadata: what the corpus tells about it; not seen by any model. "split" is its official split, one of
-        "train", "validation" and "test", where the corpus has such.
+      metadata: what the corpus says about it; no model sees it. Where the corpus has official splits, "split" is
+        "train", "validation" or "test".
     """
 
     key: str
@@ -25,11 +25,11 @@ class Document(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-class Reader(Protocol):
+class CorpusReader(Protocol):
     """A corpus in its raw form. Readers are frozen dataclasses: plain Python that can be pickled, no TensorFlow.
 
-    What a reader leaves out it counts by reason in a plain Counter, so that the counts of many processes add up. What is
-    damaged is counted under a reason that names it, see `damaged`; the rest is read on.
+    A reader counts what it leaves out, by reason, in a plain Counter, so that the counts of many processes add up. It
+    counts what is damaged under a reason that names it, see `damaged`, and continues with the rest.
     """
 
     def shards(self) -> Sequence[str]:
@@ -66,20 +66,20 @@ def damaged(name: str, why: str) -> str:
     return f"{_DAMAGED}{name}: {why}"
 
 
-def damages(skipped: Mapping[str, int]) -> list[str]:
+def all_damage(skipped: Mapping[str, int]) -> list[str]:
     """Everything that was damaged, as "NAME: WHY"."""
     return sorted(reason.removeprefix(_DAMAGED) for reason in skipped if reason.startswith(_DAMAGED))
 
 
 def reasons(skipped: Mapping[str, int]) -> dict[str, int]:
-    """How much was left out by reason, in the order of their names, all that was damaged under one."""
+    """How much was left out by reason, sorted by reason; everything damaged counts under one reason, "damaged"."""
     counts: Counter[str] = Counter()
     for reason, count in skipped.items():
         counts["damaged" if reason.startswith(_DAMAGED) else reason] += count
     return dict(sorted(counts.items()))
 
 
-def read(reader: Reader, skipped: Counter[str] | None = None) -> Iterator[Document]:
+def read_all(reader: CorpusReader, skipped: Counter[str] | None = None) -> Iterator[Document]:
     """Yields the documents of all shards of a corpus.
 
     Args:

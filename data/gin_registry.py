@@ -1,8 +1,7 @@
 """Registers the data side with gin; a task's gin file imports it: `import memorizing.data.gin_registry`."""
 
+from memorizing.data.streams.sources import CachedCorpus, Mixture
 from memorizing.gin_types import register
-
-from .sources import CachedCorpus, Mixture
 
 register(CachedCorpus)
 register(Mixture)

@@ -26,7 +26,7 @@ COMMANDS = {
     "evaluate": ("memorizing.commands.evaluate", "a finished run on held-out documents, with several memories"),
     "inspect": ("memorizing.commands.inspect", "see what the memory of a run looks up"),
     "plan": ("memorizing.commands.plan", "what a run will cost"),
-    "prepare": ("memorizing.data.prepare", "make a token cache from a corpus"),
+    "prepare": ("memorizing.data.prepare.command", "make a token cache from a corpus"),
     "bench": ("memorizing.benchmarks.bench", "measure what the README claims"),
     "launch": ("memorizing.launch.command", "start a run on a pod, or on several processes here"),
 }

@@ -63,13 +63,13 @@ def write(root: pathlib.Path, files: Mapping[str, bytes | str]) -> pathlib.Path:
     return root
 
 
-def read(reader: documents.Reader) -> tuple[dict[str, documents.Document], Counter[str]]:
+def read(reader: documents.CorpusReader) -> tuple[dict[str, documents.Document], Counter[str]]:
     """All documents of a reader by their keys, which are unique, and what was left out."""
     skipped: Counter[str] = Counter()
-    found = list(documents.read(reader, skipped))
+    found = list(documents.read_all(reader, skipped))
     assert len({document.key for document in found}) == len(found)
     return {document.key: document for document in found}, skipped
 
 
-def texts(reader: documents.Reader) -> dict[str, str]:
+def texts(reader: documents.CorpusReader) -> dict[str, str]:
     return {key: document.text for key, document in read(reader)[0].items()}

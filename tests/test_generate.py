@@ -20,10 +20,10 @@ import memorizing
 from memorizing import main, text_model
 from memorizing.batch import Vocabulary
 from memorizing.checkpoint import read_arrays
-from memorizing.data import cache_writer, staging, token_cache
-from memorizing.data import vocabulary as vocabularies
-from memorizing.data.cache_writer import TokenisedDocument
-from memorizing.data.vocabulary import ByteVocabulary
+from memorizing.data.tokens import cache_writer, staging, token_cache
+from memorizing.data.tokens import vocabulary as vocabularies
+from memorizing.data.tokens.cache_writer import TokenisedDocument
+from memorizing.data.tokens.vocabulary import ByteVocabulary
 from memorizing.decoding import Decoder, Drawn, TextDecoder, Weights
 from memorizing.errors import UserError
 from memorizing.synthetic import RepeatedPassages

@@ -16,7 +16,7 @@ import pytest
 from memorizing import main
 from memorizing.batch import EvaluationBatch, Vocabulary
 from memorizing.checkpoint import Checkpointer
-from memorizing.data.vocabulary import ByteVocabulary
+from memorizing.data.tokens.vocabulary import ByteVocabulary
 from memorizing.gin_registry import load_experiment
 from memorizing.gin_types import register
 from memorizing.synthetic import RepeatedPassages
@@ -43,7 +43,7 @@ class ShiftedBytes:
 
 @dataclasses.dataclass(frozen=True)
 class TinyTexts:
-    """A `DataSource` of three held-out texts; as `memorizing.data.sources.CachedCorpus`, without a cache."""
+    """A `DataSource` of three held-out texts; as `memorizing.data.streams.sources.CachedCorpus`, without a cache."""
 
     is_shifted: bool = False
     seed: int = 0

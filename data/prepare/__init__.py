@@ -1,0 +1,1 @@
+"""From a raw corpus to a token cache, with one process or many: `memorizing prepare`."""

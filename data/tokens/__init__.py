@@ -1,0 +1,1 @@
+"""Text as token ids, and token ids in files: vocabularies, and the token cache."""

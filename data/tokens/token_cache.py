@@ -1,0 +1,217 @@
+"""The token cache: tokenised documents on disk, read from anywhere in them and in any order.
+
+A cache is a folder that needs nothing else:
+
+    cache.json                     what it is: Task, vocabulary, source, splits, counts
+    vocabulary.model               where the vocabulary is a SentencePiece model
+    SPLIT.index.npz                of each document its tokens, bytes and key; of each shard its first document
+    SPLIT-00000.array_record ...   a document as one record, or, of more than `PIECE` tokens, as consecutive records of
+                                   so many: its ids as little-endian uint16, or uint32 where there are more than 65536
+
+`cache.json` is written last: a folder without it is no cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from etils import epath
+
+from memorizing.data.errors import DataError
+from memorizing.data.tokens import paths, vocabulary
+from memorizing.data.tokens.vocabulary import Vocabulary
+
+METADATA_FILE = "cache.json"
+FORMAT = 2
+# Tokens of a record: what is read and checked at once, also of a document of millions of tokens.
+PIECE = 1 << 16
+_OPEN_SHARDS = 256
+
+
+class Split:
+    """The documents of one split, by number.
+
+    Attributes:
+      num_tokens: int64 [documents].
+      start_id: the id that stands before the first token of a document.
+    """
+
+    def __init__(self, directory: str, name: str, dtype: np.dtype, start_id: int) -> None:
+        self._directory, self._name, self._dtype = directory, name, dtype
+        self.start_id = start_id
+        with self._index() as index:
+            self.num_tokens: np.ndarray = index["num_tokens"]
+            self._shards, self._shard_starts = index["shards"], index["shard_starts"]
+        # Of each document, the records before it, in all shards.
+        num_pieces = -(-self.num_tokens // PIECE)
+        self._pieces_before = np.cumsum(num_pieces) - num_pieces
+        # Not more of them, so that the files of a large cache can be open at the same time.
+        self._reader = functools.lru_cache(_OPEN_SHARDS)(self._open)
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    @functools.cached_property
+    def num_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of the text of each document, int64 [documents]."""
+        with self._index() as index:
+            return index["num_bytes"]
+
+    def key(self, index: int) -> str:
+        """The key of a document in its corpus."""
+        keys, ends = self._keys
+        return keys[ends[index - 1] if index else 0 : ends[index]].tobytes().decode()
+
+    def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens of a document from `start` to below `stop`, or to its end: uint16 or uint32 [length].
+
+        Raises:
+          DataError: the shard is damaged.
+        """
+        stop = int(self.num_tokens[index]) if stop is None else stop
+        first, last = start // PIECE, -(-stop // PIECE)
+        tokens = np.concatenate(
+            [self._piece(index, piece) for piece in range(first, last)] or [np.zeros(0, self._dtype)]
+        )
+        return tokens[start - first * PIECE : stop - first * PIECE]
+
+    def _piece(self, index: int, piece: int) -> np.ndarray:
+        place = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
+        shard, before = int(self._shards[place]), self._pieces_before[self._shard_starts[place]]
+        try:
+            (record,) = self._reader(shard).read([int(self._pieces_before[index] - before) + piece])
+        except (RuntimeError, IndexError) as error:
+            raise self._damaged(shard, str(error)) from None
+        tokens = np.frombuffer(record, self._dtype)
+        expected = min(PIECE, int(self.num_tokens[index]) - piece * PIECE)
+        if len(tokens) != expected:
+            raise self._damaged(shard, f"document {index} has {len(tokens)} tokens where the index says {expected}")
+        return tokens
+
+    @functools.cached_property
+    def _keys(self) -> tuple[np.ndarray, np.ndarray]:
+        """All keys as one text, uint8, and where each ends in it; training needs none of them."""
+        with self._index() as index:
+            return index["keys"], index["key_ends"]
+
+    def _index(self) -> contextlib.AbstractContextManager[Mapping[str, np.ndarray]]:
+        return np.load(os.path.join(self._directory, index_file(self._name)), allow_pickle=False)
+
+    def _open(self, shard: int) -> ArrayRecordReader:
+        # Documents are read in random order: reading ahead would only read too much.
+        return ArrayRecordReader(
+            os.path.join(self._directory, shard_file(self._name, shard)), "readahead_buffer_size:0"
+        )
+
+    def _damaged(self, shard: int, reason: str) -> DataError:
+        path = os.path.join(self._directory, shard_file(self._name, shard))
+        return DataError(f"the token cache is damaged: {path}: {reason}; delete the folder and prepare it again")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenCache:
+    """An opened cache.
+
+    Attributes:
+      path: of its folder, on a local file system.
+      metadata: what `cache.json` holds.
+    """
+
+    path: str
+    metadata: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all tokens, keys and the vocabulary: equal for equal caches, wherever they lie."""
+        return self.metadata["fingerprint"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.metadata["vocabulary"]["size"]
+
+    @property
+    def start_id(self) -> int:
+        """The id that stands before the first token of a document; caches that were made before it was noted have 0."""
+        return self.metadata["vocabulary"].get("start_id", 0)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary that the cache was made with.
+
+        Raises:
+          DataError: the model in the folder is another one.
+        """
+        described = self.metadata["vocabulary"]
+        if described["name"] == vocabulary.ByteVocabulary().name:
+            return vocabulary.ByteVocabulary()
+        with open(os.path.join(self.path, vocabulary.MODEL_FILE), "rb") as file:
+            loaded = vocabulary.SentencePieceVocabulary(file.read())
+        if loaded.digest != described["digest"]:
+            raise DataError(
+                f"{self.path} holds another vocabulary than it was made with; delete the folder and prepare it again"
+            )
+        return loaded
+
+    def split(self, name: str) -> Split:
+        """Opens a split.
+
+        Raises:
+          DataError: there is no such split.
+        """
+        if name not in self.metadata["splits"]:
+            raise DataError(f"{self.path} has no split {name!r}, only {', '.join(self.metadata['splits'])}")
+        return Split(self.path, name, dtype_of(self.vocab_size), self.start_id)
+
+
+def exists(path: str) -> bool:
+    """Whether a folder is a finished cache."""
+    return (epath.Path(path) / METADATA_FILE).exists()
+
+
+def read_metadata(path: str, task: str | None = None) -> dict[str, Any]:
+    """Reads what a cache is; see `open_cache`."""
+    if not exists(path):
+        raise DataError(f"no token cache in {path!r}; make it with: memorizing prepare --output={path}")
+    metadata = json.loads((epath.Path(path) / METADATA_FILE).read_text())
+    if metadata.get("format") != FORMAT:
+        raise DataError(f"{path!r} is of another version of memorizing; delete the folder and prepare it again")
+    if task is not None and metadata["task"] != task:
+        raise DataError(f"{path!r} is a token cache of {metadata['task']}, not of {task}; name another folder or task")
+    return metadata
+
+
+def open_cache(path: str, task: str | None = None) -> TokenCache:
+    """Opens a cache; one in an object store is copied to this machine first.
+
+    Args:
+      path: of its folder.
+      task: name of the Task that it must be of; None for any.
+
+    Raises:
+      DataError: there is no finished cache, or one of another Task (and so of another corpus or vocabulary) or format.
+    """
+    metadata = read_metadata(path, task)
+    if paths.is_remote(path):
+        path = paths.local_copy(path, METADATA_FILE, metadata["fingerprint"])
+    return TokenCache(path, metadata)
+
+
+def dtype_of(vocab_size: int) -> np.dtype:
+    """Type of the ids in a record."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def index_file(split: str) -> str:
+    return f"{split}.index.npz"
+
+
+def shard_file(split: str, shard: int) -> str:
+    return f"{split}-{shard:05d}.array_record"

@@ -1,0 +1,225 @@
+"""Vocabularies: text to token ids and back, exactly, without TensorFlow or seqio.
+
+The ids are those of seqio's vocabularies, which the Tasks tokenise with: 0 is padding and in no text, 1 ends a document,
+2 is unknown and never occurs. Padding has no meaning here: its id only stands before a document's first token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import re
+from collections.abc import Iterable
+from typing import ClassVar
+
+import numpy as np
+import sentencepiece
+from etils import epath
+
+from memorizing.batch import Vocabulary as Vocabulary
+from memorizing.data.errors import DataError
+
+PAD_ID = 0
+EOS_ID = 1
+UNK_ID = 2
+_NUM_SPECIAL = 3
+
+
+# SentencePiece's model in a folder that is described by a vocabulary's name.
+MODEL_FILE = "vocabulary.model"
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteVocabulary:
+    """UTF-8 bytes after the three special ids, as ByT5."""
+
+    name: str = "bytes"
+    size: int = _NUM_SPECIAL + 256
+    digest: str = "bytes"
+    start_id: ClassVar[int] = PAD_ID
+    end_id: ClassVar[int] = EOS_ID
+    unused_ids: ClassVar[tuple[int, ...]] = (PAD_ID, UNK_ID)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _NUM_SPECIAL
+
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = np.asarray(ids, np.int64)
+        return (
+            (ids[(ids >= _NUM_SPECIAL) & (ids < self.size)] - _NUM_SPECIAL)
+            .astype(np.uint8)
+            .tobytes()
+            .decode("utf-8", "replace")
+        )
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        return [bytes([i - _NUM_SPECIAL]) if _NUM_SPECIAL <= i < self.size else b"" for i in map(int, ids)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePieceVocabulary:
+    """A SentencePiece model that loses nothing.
+
+    Attributes:
+      model: the serialised model.
+    """
+
+    model: bytes = dataclasses.field(repr=False)
+    start_id: ClassVar[int] = PAD_ID
+    end_id: ClassVar[int] = EOS_ID
+    unused_ids: ClassVar[tuple[int, ...]] = (PAD_ID, UNK_ID)
+
+    @functools.cached_property
+    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+
+    @functools.cached_property
+    def size(self) -> int:
+        return self._processor.vocab_size()
+
+    def piece_ids(self, *pieces: str) -> tuple[int, ...]:
+        """Ids of pieces, as the model writes them."""
+        return tuple(map(self._processor.piece_to_id, pieces))
+
+    @property
+    def name(self) -> str:
+        return f"spm{self.size}"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.model).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._processor.encode(escape(text)), np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return unescape(self._processor.decode(np.asarray(ids, np.int64).tolist()))
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        pieces, is_escaped = [], False
+        for index in map(int, ids):
+            piece = b""
+            for character in self._raw_pieces[index]:
+                if is_escaped:
+                    piece, is_escaped = piece + _UNESCAPED.get(character, bytes([ord(_ESCAPE), character])), False
+                elif character == ord(_ESCAPE):
+                    is_escaped = True
+                else:
+                    piece += bytes([character])
+            pieces.append(piece)
+        return pieces
+
+    @functools.cached_property
+    def _raw_pieces(self) -> list[bytes]:
+        """The escaped text of each id in UTF-8."""
+        processor = self._processor
+
+        def raw(index: int) -> bytes:
+            if index < _NUM_SPECIAL:
+                return b""
+            piece = processor.id_to_piece(index)
+            return (
+                bytes([int(piece[3:5], 16)]) if processor.is_byte(index) else piece.replace(_SPACE_MARK, " ").encode()
+            )
+
+        return list(map(raw, range(self.size)))
+
+
+# SentencePiece writes a space as U+2581 and so reads U+2581 back as a space. Texts that hold it are escaped; `tasks`
+# does the same in TensorFlow.
+_SPACE_MARK = "\u2581"
+_ESCAPE = "\x01"
+ESCAPES = ((_ESCAPE, _ESCAPE + "0"), (_SPACE_MARK, _ESCAPE + "1"))
+# What the byte after an escape stands for, in UTF-8.
+_UNESCAPED = {ord(escaped[-1]): character.encode() for character, escaped in ESCAPES}
+
+
+def escape(text: str) -> str:
+    """Replaces what SentencePiece would change; `unescape` is the inverse for every text."""
+    for character, escaped in ESCAPES:
+        text = text.replace(character, escaped)
+    return text
+
+
+def unescape(text: str) -> str:
+    for character, escaped in reversed(ESCAPES):
+        text = text.replace(escaped, character)
+    return text
+
+
+# What a model that normalises, collapses spaces or knows no bytes does not give back.
+_HARD_TEXT = "\tx  =\n\n  \ufb01 e\u0301 \u6f22\U0001f600 </s> "
+
+
+def load(path: str) -> SentencePieceVocabulary:
+    """Reads a SentencePiece model.
+
+    A space that it puts before every text is left out: lines are tokenised one by one (see `tasks`), and each would get
+    one. So the model can differ from its file in this setting.
+
+    Args:
+      path: of its file, local or gs://.
+
+    Raises:
+      DataError: there is none, or it would lose something of a text, or its ids of padding and end are other ones.
+    """
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=epath.Path(path).read_bytes())
+        processor.override_normalizer_spec(add_dummy_prefix=False)
+        loaded = SentencePieceVocabulary(processor.serialized_model_proto())
+        special, ids = loaded.piece_ids("<pad>", "</s>", "<unk>"), loaded.encode(_HARD_TEXT).tolist()
+        by_line = [id for line in _HARD_TEXT.splitlines(keepends=True) for id in loaded.encode(line).tolist()]
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"--vocabulary={path}: cannot be read as a SentencePiece model ({error})") from None
+    if special != (PAD_ID, EOS_ID, UNK_ID) or loaded.decode(ids) != _HARD_TEXT or ids != by_line:
+        raise DataError(
+            f"--vocabulary={path} does not give back every text as it was, joins lines, or has other ids than {PAD_ID}, "
+            f"{EOS_ID} and {UNK_ID} for padding, end and unknown; train one with: memorizing prepare --vocab"
+        )
+    return loaded
+
+
+def train(lines: Iterable[str], size: int, num_threads: int = 2) -> SentencePieceVocabulary:
+    """Trains a byte-pair vocabulary that keeps every text as it is: no normalisation, all spaces, rare characters as
+    bytes.
+
+    Args:
+      lines: the training text without its line ends, which are a token of their own, as tabs are.
+      size: number of ids.
+      num_threads: part of the settings, since it may change the result.
+
+    Raises:
+      DataError: SentencePiece cannot make so many or so few pieces from this text.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(escape(line) for line in lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False,
+            user_defined_symbols=["\n", "\t"],
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            bos_id=-1,
+            num_threads=num_threads,
+            # Longer lines would be left out without a word.
+            max_sentence_length=1 << 16,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(f"no vocabulary of {size} pieces can be trained on this text: {_sentence(error)}") from None
+    return SentencePieceVocabulary(model.getvalue())
+
+
+def _sentence(error: RuntimeError) -> str:
+    """SentencePiece's message without the place in its source: "INTERNAL: src/x.cc(1) [check] What is wrong."."""
+    return re.sub(r"^.*\] ", "", str(error).strip().splitlines()[-1])
