@@ -30,6 +30,7 @@ setup(
         "memorizing.attention",
         "memorizing.benchmarks",
         "memorizing.commands",
+        "memorizing.config",
         "memorizing.synthetic",
         "memorizing.data",
         "memorizing.gin",

@@ -1,6 +1,6 @@
 """Registers the data side with gin; a task's gin file imports it: `import memorizing.data.gin_registry`."""
 
-from memorizing.gin_types import register
+from memorizing.config.types import register
 
 from .sources import CachedCorpus, Mixture
 

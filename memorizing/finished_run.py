@@ -14,9 +14,9 @@ from memorizing import sharding
 from memorizing.array_typing import Tree
 from memorizing.batch import Vocabulary, text_of
 from memorizing.checkpoint import read_arrays
+from memorizing.config.registry import load_experiment
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
-from memorizing.gin_registry import load_experiment
 from memorizing.train_state import init_params
 from memorizing.transfer import fit
 from memorizing.workdir import CONFIG, VOCABULARY, read_record, resolve

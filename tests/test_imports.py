@@ -40,8 +40,8 @@ LAYERS = (
     ("evaluation_report", "inspection_page", "plots", "workdir", "program"),
     ("transfer",),
     ("train",),
-    ("gin_types",),
-    ("gin_registry",),
+    ("config.types",),
+    ("config.registry",),
     ("finished_run", "session_file"),
     ("text_model",),
     ("flops_report", "plan"),
@@ -82,10 +82,10 @@ def test_imports_go_one_way():
     height = {name: level for level, names in enumerate(LAYERS) for name in names}
     for module in MODULES:
         name = module.removeprefix("memorizing.")
-        if module == "memorizing" or name in ("attention", "commands") or name.startswith("synthetic"):
+        if module == "memorizing" or name in ("attention", "commands", "config") or name.startswith("synthetic"):
             continue
         assert name in height, f"{name}: give it a place in LAYERS"
-        for other in imported(module) - {"synthetic", "attention", "commands"}:
+        for other in imported(module) - {"synthetic", "attention", "commands", "config"}:
             if other.startswith("synthetic."):
                 continue
             assert height[other] < height[name], f"{name} imports {other}"

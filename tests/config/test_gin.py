@@ -20,8 +20,8 @@ from jax.sharding import AbstractMesh, AxisType
 from memorizing import main
 from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch
+from memorizing.config.registry import GIN_FOLDER, load_experiment, shipped_files
 from memorizing.experiment import Experiment
-from memorizing.gin_registry import GIN_FOLDER, load_experiment, shipped_files
 from memorizing.model import LMConfig
 from memorizing.sharding import AXES
 from memorizing.train_state import init_train_state

@@ -17,9 +17,9 @@ from memorizing.attention.full import FullAttention
 from memorizing.attention.knn import KNNAttention
 from memorizing.attention.transformer_xl import TransformerXLAttention
 from memorizing.attention.xl import XLAttention
+from memorizing.config.types import REGISTERED, register
 from memorizing.errors import UserError
 from memorizing.experiment import BatchConfig, Experiment, LoopConfig
-from memorizing.gin_types import REGISTERED, register
 from memorizing.model import LMConfig
 from memorizing.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot
 from memorizing.recurrent_tokens import RecurrentTokens
@@ -74,7 +74,7 @@ for configurable in (
 ):
     register(configurable)
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 # In a wheel the gin files lie inside the package, in a checkout beside it.
 GIN_FOLDER = next(
     (folder for folder in (_PACKAGE / "gin", _PACKAGE.parent / "gin") if folder.is_dir()), _PACKAGE / "gin"
