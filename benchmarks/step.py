@@ -21,7 +21,7 @@ from memorizing.attention.knn import map_memories
 from memorizing.batch import Batch
 from memorizing.benchmarks import measure
 from memorizing.commands import experiment_flags
-from memorizing.config.registry import load_experiment
+from memorizing.config.loading import load_experiment
 from memorizing.experiment import Experiment
 from memorizing.external_memory import Memory
 from memorizing.program import Program

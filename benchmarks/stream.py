@@ -21,7 +21,7 @@ from memorizing import tables
 from memorizing.array_typing import Tree
 from memorizing.batch import DataSource, EvaluationBatch
 from memorizing.commands import experiment_flags
-from memorizing.config.registry import load_experiment
+from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
 from memorizing.evaluate import Evaluator
 from memorizing.experiment import Experiment

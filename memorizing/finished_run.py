@@ -14,7 +14,7 @@ from memorizing import sharding
 from memorizing.array_typing import Tree
 from memorizing.batch import Vocabulary, text_of
 from memorizing.checkpoint import read_arrays
-from memorizing.config.registry import load_experiment
+from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
 from memorizing.train_state import init_params

@@ -13,7 +13,7 @@ import pytest
 
 from memorizing.attention.full import FullAttention
 from memorizing.attention.xl import XLAttention
-from memorizing.config.registry import load_experiment
+from memorizing.config.loading import load_experiment
 from memorizing.train_state import init_params
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "results.py"

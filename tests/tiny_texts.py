@@ -16,7 +16,7 @@ import pytest
 from memorizing import main
 from memorizing.batch import EvaluationBatch, Vocabulary
 from memorizing.checkpoint import Checkpointer
-from memorizing.config.registry import load_experiment
+from memorizing.config.loading import load_experiment
 from memorizing.config.types import register
 from memorizing.data.vocabulary import ByteVocabulary
 from memorizing.synthetic import RepeatedPassages

@@ -10,7 +10,7 @@ import jax
 
 from memorizing import flops_report
 from memorizing.commands import experiment_flags
-from memorizing.config.registry import load_experiment
+from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
 
 # The paper's setting, on its pod of 32 cores.

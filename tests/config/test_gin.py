@@ -20,7 +20,8 @@ from jax.sharding import AbstractMesh, AxisType
 from memorizing import main
 from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch
-from memorizing.config.registry import GIN_FOLDER, load_experiment, shipped_files
+from memorizing.config.files import GIN_FOLDER, shipped_files
+from memorizing.config.loading import load_experiment
 from memorizing.experiment import Experiment
 from memorizing.model import LMConfig
 from memorizing.sharding import AXES
