@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import gin
 
 from memorizing.config.types import REGISTERED
-from memorizing.errors import UserError
+from memorizing.errors import UserError, first_line
 
 
 def explain(error: Exception) -> str:
@@ -69,7 +69,3 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def _macros() -> list[str]:
     return [scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"]
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

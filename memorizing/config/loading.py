@@ -10,8 +10,8 @@ import gin
 
 import memorizing.config.registry  # noqa: F401
 from memorizing.config.files import find_file, is_shipped
-from memorizing.config.gin_messages import explain, fail_on_unused, first_line, names_bound
-from memorizing.errors import UserError
+from memorizing.config.gin_messages import explain, fail_on_unused, names_bound
+from memorizing.errors import UserError, first_line
 from memorizing.experiment import Experiment
 
 
