@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from memorizing.attention.compressive import CompressiveAttention
-from memorizing.attention.full import FullAttention
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.transformer_xl import TransformerXLAttention
-from memorizing.attention.xl import XLAttention
+from memorizing.attention import MECHANISMS
 from memorizing.config.types import register
 from memorizing.experiment import BatchConfig, Experiment, LoopConfig
 from memorizing.model import LMConfig
@@ -35,11 +31,7 @@ for configurable in (
     MeshConfig,
     # The model.
     LMConfig,
-    FullAttention,
-    XLAttention,
-    KNNAttention,
-    TransformerXLAttention,
-    CompressiveAttention,
+    *MECHANISMS,
     RecurrentTokens,
     ExactSearch,
     ApproximateSearch,
