@@ -1,1 +1,1 @@
-"""Gin files and bindings become an experiment: what gin can configure, where its files are, and its errors in plain words."""
+"""From gin files to an experiment: what gin can configure, where its files are, what its errors mean."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import gin
 
@@ -46,12 +47,15 @@ def load_experiment(gin_files: Sequence[str], bindings: Sequence[str], base: str
         raise UserError(explain(error)) from error
     finally:
         logging.disable(logging.NOTSET)
-    given = [
-        *names_bound(quoted),
-        *(name for file in files if not is_shipped(file) for name in names_bound(file.read_text().splitlines())),
-    ]
-    fail_on_unused(given)
-    return experiment, gin.operative_config_str()
+    text = gin.operative_config_str()
+    fail_on_unused(_names_given(quoted, files), text)
+    return experiment, text
+
+
+def _names_given(bindings: Sequence[str], files: Sequence[Path]) -> list[str]:
+    """What the user has bound, on the command line and in files that do not come with the package."""
+    texts = [*bindings, *(file.read_text() for file in files if not is_shipped(file))]
+    return [name for text in texts for name in names_bound(text)]
 
 
 def _quote_bare_word(binding: str) -> str:

@@ -199,6 +199,10 @@ def mistake(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture):
         ("Adafactor.momentum=0.5", ["Adafactor.momentum", "never used"]),
         ("STEPSS=5", ["STEPSS", "never used"]),
         ("LMConfig.num_layers=%LAYERS", ["%LAYERS", "never set"]),
+        ("LMConfig.num_layers=%small/LAYERS", ["%small/LAYERS", "never set"]),
+        ("LMConfig.vocab_size=%VOCAB_SIZES", ["%VOCAB_SIZES", "never set", "mean VOCAB_SIZE?"]),
+        # gin's own, which takes no such parameter.
+        ("singleton.value=3", ["singleton.value"]),
         ("LMConfig.num_layers", ["LMConfig.num_layers", "NAME=VALUE"]),
         ("LMConfig.attention_at=((1, @KNNAttention()", ["LMConfig.attention_at"]),
         ("MeshConfig.data=3", ["MeshConfig.data", "3", "8 devices"]),
@@ -234,6 +238,8 @@ def test_a_mistake_in_a_users_file_is_named(mistake, tmp_path: pathlib.Path):
     assert "Adafactor.momentum" in mistake(file=str(file))
     file.write_text("include 'runs/smoke.gin'\nLMConfig.embed_dim = = 8\n")
     mistake(file=str(file))
+    file.write_text("include 'runs/smoke.gin'\nAdafactor:\n  momentum = 0.5\n")
+    assert "Adafactor.momentum" in mistake(file=str(file))
     file.write_text("include 'runs/smok.gin'\n")
     assert "runs/smok.gin" in mistake(file=str(file))
 
