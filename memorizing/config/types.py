@@ -1,4 +1,4 @@
-"""Registration of a configuration class with gin, such that a value of the wrong type is told when the object is built and not somewhere in a traced function."""
+"""Configuration classes for gin. A value of the wrong type is an error when the object is built, not in a trace."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from memorizing.errors import UserError
 # What gin files can name, by name.
 REGISTERED: dict[str, type] = {}
 
+_WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
+
 
 def register(cls: type) -> None:
     """Lets gin files build a frozen dataclass as `@ClassName()` and bind its fields as `ClassName.field`.
@@ -26,49 +28,39 @@ def register(cls: type) -> None:
     REGISTERED[cls.__name__] = cls
 
     @functools.wraps(cls, updated=())
-    def build(*args: Any, **kwargs: Any) -> Any:
-        missing = [f.name for f in dataclasses.fields(cls) if f.init and _is_required(f) and f.name not in kwargs]
-        if missing and not args:
-            raise UserError(
-                f"{cls.__name__}.{missing[0]} is not set: bind it in a gin file or with --gin.{cls.__name__}.{missing[0]}=..."
-            )
-        for name, value in kwargs.items():
-            if not matches(value, hints[name]):
-                raise UserError(
-                    f"{cls.__name__}.{name} = {value!r}: expected {describe(hints[name])}, got {type(value).__name__}"
-                )
-        return cls(*args, **kwargs)
+    def build(**values: Any) -> Any:
+        for field in dataclasses.fields(cls):
+            name = f"{cls.__name__}.{field.name}"
+            if field.name in values:
+                _check(name, values[field.name], hints[field.name])
+            elif field.init and _is_required(field):
+                raise UserError(f"{name} is not set: bind it in a gin file or with --gin.{name}=...")
+        return cls(**values)
 
     gin.external_configurable(build, name=cls.__name__, module="memorizing")
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether a value has a type: classes, unions, literals and tuples of them; an int is a float, a bool is neither; protocols match what has their methods."""
+    """Whether a value has a type.
+
+    Types are classes, protocols, unions, literals and tuples of them. An int is a float, a bool is neither. A protocol
+    matches what has its methods.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
     if origin is typing.Literal:
-        return value in args
+        # 1 and True are equal, and are not the same to a user.
+        return any(type(value) is type(arg) and value == arg for arg in args)
     if origin in (typing.Union, types.UnionType):
         return any(matches(value, arg) for arg in args)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
-        if args[-1] is Ellipsis:
-            return all(matches(item, args[0]) for item in value)
-        return len(value) == len(args) and all(map(matches, value, args))
-    if hint is None or hint is type(None):
-        return value is None
-    if getattr(hint, "_is_protocol", False):
-        # On the class: an instance may have to open its corpus to answer.
-        return all(
-            hasattr(type(value), name)
-            for name, member in vars(hint).items()
-            if inspect.isfunction(member) and name[0] != "_"
-        )
-    if hint in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float) if hint is float else hint)
+        items = _item_hints(hint, len(value))
+        return len(items) == len(value) and all(map(matches, value, items))
+    # On the class: an instance may have to open its corpus to answer.
+    return _is_subclass(type(value), origin or hint)
 
 
 def describe(hint: Any) -> str:
@@ -78,21 +70,65 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(describe, args))
+    if origin is tuple and args[-1:] == (Ellipsis,):
+        return f"a tuple, each item {describe(args[0])}"
     if origin is tuple:
-        return (
-            "a tuple like ()"
-            if not args
-            else "a tuple of " + ", ".join(describe(arg) for arg in args if arg is not Ellipsis)
-        )
-    if (
-        dataclasses.is_dataclass(hint)
-        or getattr(hint, "_is_protocol", False)
-        or hint.__module__.startswith("memorizing")
-    ):
-        return f"a configured object (@{hint.__name__}())"
-    return {"int": "a whole number", "float": "a number", "str": "a string", "bool": "True or False"}.get(
-        hint.__name__, str(hint)
-    )
+        return f"a tuple ({', '.join(map(describe, args))})"
+    if hint in _WORDS:
+        return _WORDS[hint]
+    if isinstance(hint, type) and hint.__module__ != "builtins":
+        known = [name for name, cls in REGISTERED.items() if _is_subclass(cls, hint)]
+        return f"a configured object ({', '.join(f'@{name}()' for name in known or [hint.__name__])})"
+    return str(hint)
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    """Raises UserError for the innermost part of a value that has the wrong type."""
+    if matches(value, hint):
+        return
+    if typing.get_origin(hint) is tuple and isinstance(value, tuple):
+        items = _item_hints(hint, len(value))
+        if len(items) == len(value):
+            for index, (item, item_hint) in enumerate(zip(value, items, strict=True)):
+                _check(f"{name}[{index}]", item, item_hint)
+    raise UserError(f"{name} = {_as_gin(value)}: expected {describe(hint)}, got {_kind(value)}")
+
+
+def _item_hints(hint: Any, length: int) -> tuple[Any, ...]:
+    """The types of a tuple's items; of a tuple that may have any length, those of so many."""
+    args = typing.get_args(hint)
+    return args[:1] * length if args[-1:] == (Ellipsis,) else args
+
+
+def _is_subclass(cls: type, wanted: type) -> bool:
+    if getattr(wanted, "_is_protocol", False):
+        methods = [name for name, member in vars(wanted).items() if inspect.isfunction(member) and name[0] != "_"]
+        return all(hasattr(cls, name) for name in methods)
+    if wanted is float:
+        return issubclass(cls, int | float) and cls is not bool
+    if wanted is int:
+        return issubclass(cls, int) and cls is not bool
+    return issubclass(cls, wanted)
+
+
+def _kind(value: Any) -> str:
+    """What was given, for an error."""
+    if inspect.isfunction(value):
+        return "a class that is not built: add ()"
+    return f"{len(value)} items" if isinstance(value, tuple) else type(value).__name__
+
+
+def _as_gin(value: Any) -> str:
+    """A value as it stands in a gin file, with objects in short."""
+    if isinstance(value, tuple | list):
+        opening, closing = "()" if isinstance(value, tuple) else "[]"
+        items = ", ".join(map(_as_gin, value))
+        return f"{opening}{items},{closing}" if len(value) == 1 and opening == "(" else f"{opening}{items}{closing}"
+    if inspect.isfunction(value):
+        return f"@{value.__name__}"
+    if dataclasses.is_dataclass(value):
+        return f"@{type(value).__name__}()"
+    return repr(value)
 
 
 def _is_required(field: dataclasses.Field) -> bool:
