@@ -101,7 +101,7 @@ def _item_hints(hint: Any, length: int) -> tuple[Any, ...]:
 
 
 def _is_subclass(cls: type, wanted: type) -> bool:
-    if getattr(wanted, "_is_protocol", False):
+    if typing.Protocol in wanted.__bases__:
         methods = [name for name, member in vars(wanted).items() if inspect.isfunction(member) and name[0] != "_"]
         return all(hasattr(cls, name) for name in methods)
     if wanted is float:
