@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gin
 
-import memorizing.config.registry  # noqa: F401
+import memorizing.config.registry  # noqa: F401  registers what gin files name
 from memorizing.config.files import find_file, is_shipped
 from memorizing.config.gin_messages import explain, fail_on_unused, names_bound
 from memorizing.errors import UserError, first_line
