@@ -30,6 +30,7 @@ setup(
         "memorizing.attention",
         "memorizing.benchmarks",
         "memorizing.commands",
+        "memorizing.config",
         "memorizing.synthetic",
         "memorizing.data",
         *(f"memorizing.data.{room}" for room in find_packages(str(ROOT / "data"))),

@@ -20,9 +20,9 @@ from memorizing.attention.base import normalize
 from memorizing.batch import Batch
 from memorizing.benchmarks import measure
 from memorizing.commands import experiment_flags
+from memorizing.config.loading import load_experiment
 from memorizing.experiment import Experiment
 from memorizing.external_memory import Memory
-from memorizing.gin_registry import load_experiment
 from memorizing.language_model import LMConfig
 from memorizing.program import Program
 

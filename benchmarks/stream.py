@@ -21,10 +21,10 @@ from memorizing import tables
 from memorizing.array_typing import Tree
 from memorizing.batch import DataSource, EvaluationBatch
 from memorizing.commands import experiment_flags
+from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
 from memorizing.evaluate import Evaluator
 from memorizing.experiment import Experiment
-from memorizing.gin_registry import load_experiment
 from memorizing.train_state import init_variables
 
 DEFAULT_RUN = "rmt_curriculum"

@@ -15,7 +15,7 @@ from memorizing.benchmarks import measure
 from memorizing.benchmarks.step import with_memory
 from memorizing.commands import experiment_flags
 from memorizing.commands.plan import DEFAULT_RUN
-from memorizing.gin_registry import load_experiment
+from memorizing.config.loading import load_experiment
 from memorizing.plan import DoesNotFit, plan
 from memorizing.plan_report import as_json
 

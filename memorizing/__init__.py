@@ -22,6 +22,7 @@ def load(workdir: str, step: int | None = None, bindings: Sequence[str] = ()) ->
     Raises:
       memorizing.errors.UserError: there is no run or no checkpoint, or it is not a model of text.
     """
-    from memorizing import text_model
+    from memorizing.config.runs import open_run
+    from memorizing.text_model import TextModel
 
-    return text_model.TextModel.open(workdir, step, bindings)
+    return TextModel(open_run(workdir, step, bindings))

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from memorizing import distributed
-from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN, EXIT_USER_ERROR, UserError
+from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN, EXIT_USER_ERROR, UserError, first_line
 
 # Statuses of JAX's runtime that mean a lost machine, device or connection; and those that it also has for bugs.
 _LOST = ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "DATA_LOSS")
@@ -31,6 +31,8 @@ _UNCLEAR = ("INTERNAL", "UNKNOWN", "FAILED_PRECONDITION")
 _FAILURES = "failures"
 _POLL_SECONDS = 0.5
 _EXIT_INTERRUPTED = 130
+# Characters of an error that the other processes are told.
+_MAX_REASON_LENGTH = 300
 
 
 class Interrupted(Exception):
@@ -74,8 +76,9 @@ def end_together(run: Callable[[], int]) -> int:
             code = run()
     except BaseException as error:
         code = _code(error)
+        reason = first_line(error)[:_MAX_REASON_LENGTH]
         if code == EXIT_START_AGAIN:
-            print(f"memorizing: {_first_line(error)}", file=sys.stderr, flush=True)
+            print(f"memorizing: {reason}", file=sys.stderr, flush=True)
         if not jax.distributed.is_initialized():
             if code == EXIT_START_AGAIN:
                 return code
@@ -84,7 +87,7 @@ def end_together(run: Callable[[], int]) -> int:
             print(f"memorizing: {error}", file=sys.stderr)
         elif code != EXIT_START_AGAIN:
             traceback.print_exc()
-        fail(code, _first_line(error))
+        fail(code, reason)
     if code not in (0, EXIT_START_AGAIN):
         fail(code, "the run failed")
     distributed.shutdown()
@@ -152,7 +155,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

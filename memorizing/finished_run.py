@@ -1,24 +1,22 @@
-"""A finished run, opened from its workdir: its experiment, and the parameters of a checkpoint. What evaluation, inspection and generation begin with."""
+"""A finished run: its experiment and the parameters of a checkpoint. Evaluation, inspection and generation begin with it.
+
+`memorizing.config.runs` opens one from its workdir.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 from etils import epath
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from memorizing import language_model, sharding
 from memorizing.array_typing import Tree
 from memorizing.batch import Vocabulary, text_of
-from memorizing.checkpoint import read_arrays
 from memorizing.errors import UserError
 from memorizing.experiment import Experiment
-from memorizing.gin_registry import load_experiment
-from memorizing.transfer import fit
-from memorizing.workdir import CONFIG, VOCABULARY, read_record, resolve
+from memorizing.workdir import VOCABULARY, read_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +54,18 @@ class FinishedRun:
             trained = read_record(record, "name", "digest")
             if trained["digest"] != vocabulary.digest:
                 raise UserError(
-                    f"--workdir={self.workdir} was trained with the vocabulary {trained['name']} ({trained['digest'][:12]}), but its data now has "
-                    f"{vocabulary.name} ({vocabulary.digest[:12]}): name the token cache that it was trained on, --gin.CachedCorpus.path=..."
+                    f"--workdir={self.workdir} was trained with the vocabulary {trained['name']} "
+                    f"({trained['digest'][:12]}), but its data now has {vocabulary.name} ({vocabulary.digest[:12]}): "
+                    "name the token cache that it was trained on, --gin.CachedCorpus.path=..."
                 )
         return vocabulary
 
     def check_data(self) -> None:
-        """Raises UserError where the data is not what the model reads: another vocabulary, or more ids than it knows."""
+        """Checks that the data is what the model reads.
+
+        Raises:
+          UserError: it has another vocabulary, or more ids than the model knows.
+        """
         num_ids, known = self.experiment.data.vocab_size, self.experiment.model.vocab_size
         if num_ids > known:
             raise UserError(
@@ -72,37 +75,18 @@ class FinishedRun:
 
     def variables_on(self, mesh: Mesh) -> tuple[Tree, Tree]:
         """Parameters and buffers on the devices of a mesh, sharded as in training."""
-        boxed = _boxed_variables(self.experiment, mesh.shape["data"])
+        boxed = abstract_variables(self.experiment, mesh.shape["data"])
         shardings = sharding.variable_shardings(mesh, boxed, self.experiment.mesh.parameter_rules)
         params = jax.device_put(self.params, shardings["params"])
         return params, jax.device_put(self.buffers, shardings["buffers"])
 
 
-def open_run(workdir: str, step: int | None = None, bindings: Sequence[str] = ()) -> FinishedRun:
-    """Opens a run; nothing in its folder changes.
+def abstract_variables(experiment: Experiment, num_rows: int) -> dict[str, Tree]:
+    """Shapes and logical axes of parameters and buffers.
 
     Args:
-      workdir: folder that `train` has written.
-      step: of the checkpoint; None for the newest.
-      bindings: gin bindings `NAME=VALUE` over the run's own configuration.
-
-    Raises:
-      UserError: there is no run, no such checkpoint, or its parameters do not fit the configuration.
+      experiment: whose model it is.
+      num_rows: of the batch. They do not depend on it, but it has to fit the mesh that is set.
     """
-    folder = resolve(workdir)
-    config = folder / CONFIG
-    if not config.exists():
-        raise UserError(
-            f"--workdir={workdir} holds no run: there is no {config}; train one with memorizing train --workdir={workdir}"
-        )
-    experiment, text = load_experiment([], bindings, base=config.read_text())
-    saved = read_arrays(folder, step, only=("params/", "buffers/", "step"))
-    wanted = nn.unbox(_boxed_variables(experiment, 1))
-    variables = fit(wanted, saved, experiment.model.stack.stacked_layers, f"--workdir={workdir}")
-    return FinishedRun(folder, experiment, variables["params"], variables["buffers"], int(saved["step"]), text)
-
-
-def _boxed_variables(experiment: Experiment, num_rows: int) -> dict[str, Tree]:
-    """Shapes and logical axes of parameters and buffers; the rows only have to fit the mesh that is set."""
     length = experiment.batch.segment_length
     return jax.eval_shape(lambda: language_model.init(experiment.model, num_rows, length, jax.random.key(0)))

@@ -22,7 +22,7 @@ from memorizing.batch import Vocabulary
 from memorizing.checkpoint import paths
 from memorizing.decoding import Decoder, Drawn, TextDecoder, Weights
 from memorizing.errors import UserError
-from memorizing.finished_run import FinishedRun, open_run
+from memorizing.finished_run import FinishedRun
 from memorizing.metrics import perplexity
 from memorizing.sampling import Sampling
 
@@ -80,11 +80,6 @@ class TextModel:
         self.run, self.vocabulary = run, vocabulary
         self._decoder = _decoder(run.experiment.model, run.experiment.batch.segment_length)
         self._weights = Weights(*jax.device_put((run.params, run.buffers)))
-
-    @classmethod
-    def open(cls, workdir: str, step: int | None = None, bindings: Sequence[str] = ()) -> TextModel:
-        """The model of a workdir: see `memorizing.load`."""
-        return cls(open_run(workdir, step, bindings))
 
     def score(self, text: str) -> Score:
         """Scores a text as one document, from an empty memory. Raises UserError if it is empty."""

@@ -14,7 +14,7 @@ from memorizing.errors import UserError
 from memorizing.experiment import Experiment
 from memorizing.json_lines import replace_text
 
-# The files that `memorizing.finished_run` opens a run by.
+# The files that `memorizing.config.runs` opens a run by.
 CONFIG, VOCABULARY = "config.gin", "vocabulary.json"
 
 # What may change when a run goes on: its length, the machines it runs on, how rows are laid out.

@@ -9,7 +9,7 @@ import jax
 
 from memorizing import distributed
 from memorizing.checkpoint import Checkpointer
-from memorizing.gin_registry import load_experiment
+from memorizing.config.loading import load_experiment
 from memorizing.program import Program
 from memorizing.workdir import resolve
 

@@ -13,7 +13,7 @@ import pytest
 
 from memorizing import main
 from memorizing.benchmarks import data, measure, search, step, stream
-from memorizing.gin_registry import load_experiment
+from memorizing.config.loading import load_experiment
 
 
 def test_recall_counts_true_neighbours():

@@ -10,7 +10,7 @@ import pytest
 from tiny_texts import LENGTH, MEMORY, TinyTexts, expect_error, finished_run
 
 from memorizing import bootstrap, main
-from memorizing.finished_run import open_run
+from memorizing.config.runs import open_run
 from memorizing.inspection import Document, read_document
 
 SIZES = (0, MEMORY, 64)

@@ -1,4 +1,7 @@
-"""What may import what. A training process that reads a token cache loads no TensorFlow, `--help` loads no JAX, and imports inside the library go one way."""
+"""What is loaded. A training process that reads a token cache loads no TensorFlow, and `--help` loads no JAX.
+
+In which order rooms import each other is one of the laws in test_house.py.
+"""
 
 from __future__ import annotations
 
@@ -19,39 +22,7 @@ MODULES = sorted(
     if path.relative_to(PACKAGE).parts[0] not in FOLDERS
 )
 
-# design.md section 2, from the ground up: a module may import what stands on a lower line. `None` is everything.
-LAYERS = (
-    ("array_typing", "batch", "bootstrap", "errors", "json_lines", "tables", "watchdog"),
-    ("distributed", "events"),
-    ("failures", "stopping"),
-    ("positions", "context", "sharding", "optimizer", "losses", "search", "windows", "sampling"),
-    ("masks", "layers"),
-    ("external_memory",),
-    ("attention.base",),
-    ("attention.full", "attention.xl", "attention.transformer_xl"),
-    ("attention.compressive", "attention.knn"),
-    ("recurrent_tokens",),
-    ("model",),
-    ("flops", "compiled_cost"),
-    ("accelerators",),
-    ("train_state", "decoding"),
-    ("checkpoint", "train_step", "metrics"),
-    ("evaluate", "experiment", "inspection"),
-    ("evaluation_report", "inspection_page", "plots", "workdir", "program"),
-    ("transfer",),
-    ("train",),
-    ("gin_types",),
-    ("gin_registry",),
-    ("finished_run", "session_file"),
-    ("text_model",),
-    ("flops_report", "plan"),
-    ("plan_report",),
-    ("commands.experiment_flags",),
-    ("commands.evaluate", "commands.generate", "commands.inspect", "commands.plan", "commands.train"),
-    ("main",),
-    ("__main__",),
-)
-# Leaves that know pytrees, not modules (design.md section 2).
+# Leaves that know pytrees, not modules.
 LEAVES = {
     "sharding": {"array_typing", "errors"},
     "optimizer": {"array_typing", "errors"},
@@ -76,19 +47,6 @@ def imported(module: str) -> set[str]:
 
 def fresh(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-def test_imports_go_one_way():
-    height = {name: level for level, names in enumerate(LAYERS) for name in names}
-    for module in MODULES:
-        name = module.removeprefix("memorizing.")
-        if module == "memorizing" or name in ("attention", "commands") or name.startswith("synthetic"):
-            continue
-        assert name in height, f"{name}: give it a place in LAYERS"
-        for other in imported(module) - {"synthetic", "attention", "commands"}:
-            if other.startswith("synthetic."):
-                continue
-            assert height[other] < height[name], f"{name} imports {other}"
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

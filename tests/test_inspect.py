@@ -23,8 +23,8 @@ from memorizing import external_memory, inspection_page, main
 from memorizing.attention.full import FullCore
 from memorizing.attention.knn import KNNAttention, KNNCore
 from memorizing.attention.xl import XLCore
+from memorizing.config.runs import open_run
 from memorizing.external_memory import positions_back
-from memorizing.finished_run import open_run
 from memorizing.inspection import Document, Inspection, Lookups, inspect
 from memorizing.search import ExactSearch
 from memorizing.sharding import MeshConfig

@@ -14,7 +14,7 @@ from mechanisms import init_params
 
 from memorizing.attention.full import FullAttention
 from memorizing.attention.xl import XLAttention
-from memorizing.gin_registry import load_experiment
+from memorizing.config.loading import load_experiment
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "results.py"
 SMALL = (

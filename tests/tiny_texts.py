@@ -16,9 +16,9 @@ import pytest
 from memorizing import main
 from memorizing.batch import EvaluationBatch, Vocabulary
 from memorizing.checkpoint import Checkpointer
+from memorizing.config.loading import load_experiment
+from memorizing.config.types import register
 from memorizing.data.tokens.vocabulary import ByteVocabulary
-from memorizing.gin_registry import load_experiment
-from memorizing.gin_types import register
 from memorizing.synthetic import RepeatedPassages
 from memorizing.train_state import init_train_state
 from memorizing.workdir import open_workdir

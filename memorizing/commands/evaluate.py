@@ -15,9 +15,10 @@ from etils import epath
 from memorizing import evaluation_report, plots, sharding
 from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
+from memorizing.config.runs import open_run
 from memorizing.errors import UserError
 from memorizing.evaluate import Ablation, Evaluation, Evaluator
-from memorizing.finished_run import FinishedRun, open_run
+from memorizing.finished_run import FinishedRun
 from memorizing.json_lines import replace_text
 from memorizing.language_model import LMConfig
 

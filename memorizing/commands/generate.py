@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
+from memorizing.config.runs import open_run
 from memorizing.errors import UserError
 from memorizing.sampling import Sampling
 from memorizing.text_model import Session, TextModel, check_amounts
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     if options.num_tokens:
         check_amounts(options.num_tokens, options.num_samples, options.seed)
     experiment_flags.use_devices(1)
-    model = TextModel.open(options.workdir or experiment_flags.DEFAULT_WORKDIR, options.step, bindings)
+    model = TextModel(open_run(options.workdir or experiment_flags.DEFAULT_WORKDIR, options.step, bindings))
     _say(f"{model.run.workdir}, step {model.run.step}: {model.memory}")
     session = model.session(options.session)
     if options.session:

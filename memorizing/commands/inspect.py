@@ -17,8 +17,9 @@ from memorizing import inspection as inspection_lib
 from memorizing import inspection_page, plots
 from memorizing.batch import DataSource, text_of
 from memorizing.commands import experiment_flags
+from memorizing.config.runs import open_run
 from memorizing.errors import UserError
-from memorizing.finished_run import FinishedRun, open_run
+from memorizing.finished_run import FinishedRun
 from memorizing.inspection import Inspection, inspect
 
 FOLDER = "inspection"

@@ -10,8 +10,8 @@ import jax
 
 from memorizing import flops_report
 from memorizing.commands import experiment_flags
+from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
-from memorizing.gin_registry import load_experiment
 
 # The paper's setting, on its pod of 32 cores.
 DEFAULT_RUN = "runs/table4_context512_memory65536_xl512.gin"

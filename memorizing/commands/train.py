@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from memorizing import distributed
 from memorizing.commands import experiment_flags
+from memorizing.config.files import find_file, shipped_files
+from memorizing.config.loading import load_experiment
 from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN
 from memorizing.failures import end_together
-from memorizing.gin_registry import find_file, load_experiment, shipped_files
 from memorizing.train import NonFiniteLoss, Preempted, train
 
 DEFAULT_RUN = "runs/demo.gin"

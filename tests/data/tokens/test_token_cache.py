@@ -259,7 +259,7 @@ heavy = {{"tensorflow", "tensorflow_datasets", "seqio", "jax", "torch"}} & set(s
 ours = {{name for name in sys.modules if name.startswith("memorizing.") and not name.startswith("memorizing.data")}}
 assert not heavy, heavy
 # The contract, the user's error, and the registration with gin: nothing that models.
-assert ours == {{"memorizing.batch", "memorizing.errors", "memorizing.gin_types"}}, ours
+assert ours == {{"memorizing.batch", "memorizing.config", "memorizing.config.types", "memorizing.errors"}}, ours
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

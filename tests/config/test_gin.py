@@ -20,8 +20,9 @@ from jax.sharding import AbstractMesh, AxisType
 from memorizing import main
 from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch
+from memorizing.config.files import GIN_FOLDER, shipped_files
+from memorizing.config.loading import load_experiment
 from memorizing.experiment import Experiment
-from memorizing.gin_registry import GIN_FOLDER, load_experiment, shipped_files
 from memorizing.language_model import LMConfig
 from memorizing.sharding import AXES
 from memorizing.train_state import init_train_state
@@ -193,13 +194,26 @@ def mistake(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture):
         ("LMConfig.num_layers=True", ["LMConfig.num_layers", "True", "whole number"]),
         ("LMConfig.num_layers=0", ["LMConfig.num_layers", "0", "at least 1"]),
         ("LMConfig.dtype=float16", ["LMConfig.dtype", "float16", "bfloat16"]),
-        ("LMConfig.attention=5", ["LMConfig.attention", "5"]),
+        # What could stand there, and what is wrong inside a tuple of pairs.
+        ("LMConfig.attention=5", ["LMConfig.attention = 5", "@FullAttention()", "@KNNAttention()"]),
+        ("LMConfig.attention=@FullAttention", ["LMConfig.attention = @FullAttention", "add ()"]),
+        ("Experiment.optimizer=@LMConfig()", ["Experiment.optimizer = @LMConfig()", "@Adafactor()", "@AdamW()"]),
+        ("LMConfig.attention_at=((1, @AdamW()),)", ["LMConfig.attention_at[0][1] = @AdamW()", "@KNNAttention()"]),
+        ("LMConfig.attention_at=(('1', @KNNAttention()),)", ["LMConfig.attention_at[0][0] = '1'", "whole number"]),
+        ("LMConfig.attention_at=((1, 2, 3),)", ["LMConfig.attention_at[0] = (1, 2, 3)", "3 items"]),
+        ("LMConfig.attention_at=[(1, @KNNAttention())]", ["[(1, @KNNAttention())]", "tuple", "list"]),
+        ("BatchConfig.curriculum=((0, True),)", ["BatchConfig.curriculum[0][1] = True", "whole number"]),
+        ("LoopConfig.profile_steps=3", ["LoopConfig.profile_steps = 3", "a tuple, each item a whole number"]),
         ("LMConfig.attention_at=((7, @KNNAttention()),)", ["attention_at", "7", "num_layers"]),
         ("XLAttention.window=8", ["XLAttention.window", "never used"]),
         ("lerning/Cosine.peak=1.0", ["lerning/Cosine.peak", "never used", "Cosine.peak"]),
         ("Adafactor.momentum=0.5", ["Adafactor.momentum", "never used"]),
         ("STEPSS=5", ["STEPSS", "never used"]),
         ("LMConfig.num_layers=%LAYERS", ["%LAYERS", "never set"]),
+        ("LMConfig.num_layers=%small/LAYERS", ["%small/LAYERS", "never set"]),
+        ("LMConfig.vocab_size=%VOCAB_SIZES", ["%VOCAB_SIZES", "never set", "mean VOCAB_SIZE?"]),
+        # gin's own, which takes no such parameter.
+        ("singleton.value=3", ["singleton.value"]),
         ("LMConfig.num_layers", ["LMConfig.num_layers", "NAME=VALUE"]),
         ("LMConfig.attention_at=((1, @KNNAttention()", ["LMConfig.attention_at"]),
         ("MeshConfig.data=3", ["MeshConfig.data", "3", "8 devices"]),
@@ -235,6 +249,8 @@ def test_a_mistake_in_a_users_file_is_named(mistake, tmp_path: pathlib.Path):
     assert "Adafactor.momentum" in mistake(file=str(file))
     file.write_text("include 'runs/smoke.gin'\nLMConfig.embed_dim = = 8\n")
     mistake(file=str(file))
+    file.write_text("include 'runs/smoke.gin'\nAdafactor:\n  momentum = 0.5\n")
+    assert "Adafactor.momentum" in mistake(file=str(file))
     file.write_text("include 'runs/smok.gin'\n")
     assert "runs/smok.gin" in mistake(file=str(file))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memorizing.gin_registry import load_experiment
+from memorizing.config.loading import load_experiment
 
 TASKS = ("memorize", "detect_and_memorize", "detect_any_offset", "reasoning", "copy", "reverse", "dictionary_lookup")
 

@@ -1,0 +1,43 @@
+"""The gin files that come with the package, and how a file is found by its name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import gin
+
+from memorizing.errors import UserError
+
+_PACKAGE = Path(__file__).parents[1]
+# In a wheel the gin files lie inside the package, in a checkout beside it.
+GIN_FOLDER = next(
+    (folder for folder in (_PACKAGE / "gin", _PACKAGE.parent / "gin") if folder.is_dir()), _PACKAGE / "gin"
+)
+gin.add_config_file_search_path(str(GIN_FOLDER))
+
+
+def shipped_files() -> list[str]:
+    """Names of the gin files that come with the package, such as `runs/demo.gin`."""
+    return sorted(str(path.relative_to(GIN_FOLDER)) for path in GIN_FOLDER.rglob("*.gin"))
+
+
+def find_file(name: str) -> Path:
+    """The gin file of this path or shipped name. Raises UserError with the nearest name if there is none."""
+    path = Path(name)
+    shipped = shipped_files()
+    if path.is_file():
+        return path
+    for candidate in (name, f"{name}.gin"):
+        if candidate in shipped:
+            return GIN_FOLDER / candidate
+        by_name = [file for file in shipped if Path(file).name == candidate]
+        if len(by_name) == 1:
+            return GIN_FOLDER / by_name[0]
+    nearest = difflib.get_close_matches(name, shipped + [Path(file).stem for file in shipped], n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise UserError(f"--gin_file={name}: there is no such file, here or among the shipped ones in {GIN_FOLDER}{hint}")
+
+
+def is_shipped(file: Path) -> bool:
+    return file.resolve().is_relative_to(GIN_FOLDER.resolve())

@@ -1,0 +1,39 @@
+"""Opens a finished run from its workdir: the configuration that it was trained with, and a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flax import linen as nn
+
+from memorizing.checkpoint import read_arrays
+from memorizing.config.loading import load_experiment
+from memorizing.errors import UserError
+from memorizing.finished_run import FinishedRun, abstract_variables
+from memorizing.transfer import fit
+from memorizing.workdir import CONFIG, resolve
+
+
+def open_run(workdir: str, step: int | None = None, bindings: Sequence[str] = ()) -> FinishedRun:
+    """Opens a run; nothing in its folder changes.
+
+    Args:
+      workdir: folder that `train` has written.
+      step: of the checkpoint; None for the newest.
+      bindings: gin bindings `NAME=VALUE` over the run's own configuration.
+
+    Raises:
+      UserError: there is no run, no such checkpoint, or its parameters do not fit the configuration.
+    """
+    folder = resolve(workdir)
+    config = folder / CONFIG
+    if not config.exists():
+        raise UserError(
+            f"--workdir={workdir} holds no run: there is no {config}; "
+            f"train one with memorizing train --workdir={workdir}"
+        )
+    experiment, text = load_experiment([], bindings, base=config.read_text())
+    saved = read_arrays(folder, step, only=("params/", "buffers/", "step"))
+    wanted = nn.unbox(abstract_variables(experiment, 1))
+    variables = fit(wanted, saved, experiment.model.stack.stacked_layers, f"--workdir={workdir}")
+    return FinishedRun(folder, experiment, variables["params"], variables["buffers"], int(saved["step"]), text)

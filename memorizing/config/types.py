@@ -1,0 +1,135 @@
+"""Configuration classes for gin. A value of the wrong type is an error when the object is built, not in a trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from typing import Any
+
+import gin
+
+from memorizing.errors import UserError
+
+# What gin files can name, by name.
+REGISTERED: dict[str, type] = {}
+
+_WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
+
+
+def register(cls: type) -> None:
+    """Lets gin files build a frozen dataclass as `@ClassName()` and bind its fields as `ClassName.field`.
+
+    The class itself stays as it is: called from Python, no gin binding changes it.
+    """
+    hints = typing.get_type_hints(cls)
+    REGISTERED[cls.__name__] = cls
+
+    @functools.wraps(cls, updated=())
+    def build(**values: Any) -> Any:
+        for field in dataclasses.fields(cls):
+            name = f"{cls.__name__}.{field.name}"
+            if field.name in values:
+                _check(name, values[field.name], hints[field.name])
+            elif field.init and _is_required(field):
+                raise UserError(f"{name} is not set: bind it in a gin file or with --gin.{name}=...")
+        return cls(**values)
+
+    gin.external_configurable(build, name=cls.__name__, module="memorizing")
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Whether a value has a type.
+
+    Types are classes, protocols, unions, literals and tuples of them. An int is a float, a bool is neither. A protocol
+    matches what has its methods.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is typing.Literal:
+        # 1 and True are equal, and are not the same to a user.
+        return any(type(value) is type(arg) and value == arg for arg in args)
+    if origin in (typing.Union, types.UnionType):
+        return any(matches(value, arg) for arg in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        items = _item_hints(hint, len(value))
+        return len(items) == len(value) and all(map(matches, value, items))
+    # On the class: an instance may have to open its corpus to answer.
+    return _is_subclass(type(value), origin or hint)
+
+
+def describe(hint: Any) -> str:
+    """A type as a user would say it."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(describe, args))
+    if origin is tuple and args[-1:] == (Ellipsis,):
+        return f"a tuple, each item {describe(args[0])}"
+    if origin is tuple:
+        return f"a tuple ({', '.join(map(describe, args))})"
+    if hint in _WORDS:
+        return _WORDS[hint]
+    if isinstance(hint, type) and hint.__module__ != "builtins":
+        known = [name for name, cls in REGISTERED.items() if _is_subclass(cls, hint)]
+        return f"a configured object ({', '.join(f'@{name}()' for name in known or [hint.__name__])})"
+    return str(hint)
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    """Raises UserError for the innermost part of a value that has the wrong type."""
+    if matches(value, hint):
+        return
+    if typing.get_origin(hint) is tuple and isinstance(value, tuple):
+        items = _item_hints(hint, len(value))
+        if len(items) == len(value):
+            for index, (item, item_hint) in enumerate(zip(value, items, strict=True)):
+                _check(f"{name}[{index}]", item, item_hint)
+    raise UserError(f"{name} = {_as_gin(value)}: expected {describe(hint)}, got {_kind(value)}")
+
+
+def _item_hints(hint: Any, length: int) -> tuple[Any, ...]:
+    """The types of a tuple's items; of a tuple that may have any length, those of so many."""
+    args = typing.get_args(hint)
+    return args[:1] * length if args[-1:] == (Ellipsis,) else args
+
+
+def _is_subclass(cls: type, wanted: type) -> bool:
+    if typing.Protocol in wanted.__bases__:
+        methods = [name for name, member in vars(wanted).items() if inspect.isfunction(member) and name[0] != "_"]
+        return all(hasattr(cls, name) for name in methods)
+    if wanted is float:
+        return issubclass(cls, int | float) and cls is not bool
+    if wanted is int:
+        return issubclass(cls, int) and cls is not bool
+    return issubclass(cls, wanted)
+
+
+def _kind(value: Any) -> str:
+    """What was given, for an error."""
+    if inspect.isfunction(value):
+        return "a class that is not built: add ()"
+    return f"{len(value)} items" if isinstance(value, tuple) else type(value).__name__
+
+
+def _as_gin(value: Any) -> str:
+    """A value as it stands in a gin file, with objects in short."""
+    if isinstance(value, tuple | list):
+        opening, closing = "()" if isinstance(value, tuple) else "[]"
+        items = ", ".join(map(_as_gin, value))
+        return f"{opening}{items},{closing}" if len(value) == 1 and opening == "(" else f"{opening}{items}{closing}"
+    if inspect.isfunction(value):
+        return f"@{value.__name__}"
+    if dataclasses.is_dataclass(value):
+        return f"@{type(value).__name__}()"
+    return repr(value)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
