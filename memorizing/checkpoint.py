@@ -25,7 +25,7 @@ FOLDER = "checkpoints"
 
 
 class NotFinite(Exception):
-    """What was to be saved is not worth it."""
+    """A value that was to be saved is not finite."""
 
 
 class Restored(NamedTuple):

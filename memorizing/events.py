@@ -27,6 +27,7 @@ from etils import epath
 
 from memorizing import json_lines
 from memorizing.json_lines import JsonLines, Line
+from memorizing.tables import duration
 
 FILE = "events.jsonl"
 
@@ -38,7 +39,7 @@ _KINDS = {
     "restore": "restoring",
     "save": "saving",
     "evaluation": "evaluation",
-    "other": "starting up and else",
+    "other": "starting up and other",
     "stopped": "between two starts",
 }
 
@@ -109,7 +110,7 @@ class Goodput:
             for kind, seconds in self.seconds.items()
             if kind == "steps" or seconds >= 0.0005 * self.total
         ]
-        return f"time {_duration(self.total)}{starts}: {', '.join(parts)}"
+        return f"time {duration(self.total)}{starts}: {', '.join(parts)}"
 
 
 def goodput(workdir: epath.Path) -> Goodput:
@@ -156,8 +157,3 @@ def _first_step(events: Sequence[Line]) -> float:
 def _share_beyond(event: Line, step: float) -> float:
     """Of the steps of an event, the part after a step."""
     return min(max(event["step"] - step, 0), event["count"]) / max(event["count"], 1)
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

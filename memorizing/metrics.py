@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from memorizing.json_lines import JsonLines
+from memorizing.tables import duration
 
 Values = dict[str, float]
 
@@ -96,7 +97,7 @@ class Progress:
             text += (
                 f"{values['tokens_per_second']:,.0f} tokens/s  {values['step_seconds']:.3f} s/step  "
                 + (f"MFU {values['mfu']:.1%}  " if "mfu" in values else "")
-                + f"{_duration(values['step_seconds'] * (self._num_steps - step))} left"
+                + f"{duration(values['step_seconds'] * (self._num_steps - step))} left"
             )
         if self._live:
             print(f"\r\x1b[K{text}", end="", flush=True)
@@ -116,8 +117,3 @@ class Progress:
 def perplexity(nats: float) -> float:
     """exp(nats), infinite instead of an overflow."""
     return math.exp(nats) if nats < 700 else math.inf
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
