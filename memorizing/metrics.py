@@ -66,6 +66,8 @@ class MetricWriter:
 class Progress:
     """Step, loss, perplexity, tokens/s, step time and time left: a live line on a terminal, a plain line now and then in a log."""
 
+    # Not rich's progress bar: in a log, where most runs are read, it prints nothing until it ends.
+
     def __init__(self, first_step: int, num_steps: int, is_silent: bool = False) -> None:
         """
         Args:

@@ -24,6 +24,9 @@ class StopSignal:
     others' part of a step cannot ask. Nothing is exchanged in a step.
     """
 
+    # Not JAX's reached_preemption_sync_point: it does nothing in a single process, does not know Ctrl-C, and wants one
+    # growing step number, but this is also asked inside evaluations, and Orbax asks it with numbers of its own.
+
     def __init__(self) -> None:
         self._told = False
         self._posts = f"stop/{next(_runs)}"
