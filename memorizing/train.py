@@ -17,7 +17,7 @@ from memorizing.accelerators import Utilization, memory_in_use
 from memorizing.batch import BatchIterator
 from memorizing.checkpoint import Checkpointer, NotFinite
 from memorizing.errors import EXIT_START_AGAIN
-from memorizing.evaluate import Ablation, Evaluation, Evaluator, accuracy_by_reach
+from memorizing.evaluate import Ablation, Evaluation, Evaluator, accuracy_by_reach, num_rows_side_by_side
 from memorizing.events import EventLog
 from memorizing.experiment import Experiment
 from memorizing.failures import Interrupted
@@ -122,9 +122,7 @@ class _Run:
         self.continues = False
         self.state, self.stream = self._start(restore_step)
         self.first_step = self.accounted = int(self.state.step)
-        # No more rows than held-out documents, but as many as the devices need.
-        devices = mesh.shape["data"]
-        num_rows = min(batch.num_rows, -(-experiment.data.num_eval_documents // devices) * devices)
+        num_rows = num_rows_side_by_side(experiment.data, batch.num_rows, mesh)
         self.evaluator = Evaluator(experiment.model, num_rows, batch.segment_length, mesh, self._tick)
         self.writer = MetricWriter(workdir if is_primary else None, self.first_step)
         self.progress = Progress(self.first_step, loop.num_steps, is_silent=not is_primary)
