@@ -26,8 +26,9 @@ from memorizing.program import Program
 from memorizing.stopping import StopSignal
 from memorizing.train_state import TrainState
 from memorizing.train_step import Metrics
+from memorizing.training.identity import open_workdir
 from memorizing.watchdog import HangDetector
-from memorizing.workdir import open_workdir, resolve
+from memorizing.workdir import resolve
 
 
 class Preempted(Exception):

@@ -21,7 +21,7 @@ from memorizing.gin_registry import load_experiment
 from memorizing.gin_types import register
 from memorizing.synthetic import RepeatedPassages
 from memorizing.train_state import init_train_state
-from memorizing.workdir import open_workdir
+from memorizing.training.identity import open_workdir
 
 LENGTH, MEMORY = 8, 16
 
