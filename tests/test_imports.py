@@ -38,8 +38,12 @@ LAYERS = (
     ("checkpoint", "train_step", "metrics"),
     ("evaluate", "experiment", "inspection"),
     ("evaluation_report", "inspection_page", "plots", "program"),
-    ("transfer", "training.identity"),
-    ("train",),
+    ("transfer", "training.identity", "training.batches"),
+    ("training.start",),
+    ("training.loop",),
+    ("training.hooks",),
+    ("evaluation.evaluation_hook", "evaluation.controls"),
+    ("evaluation.train_and_evaluate",),
     ("gin_types",),
     ("gin_registry",),
     ("finished_run", "session_file"),
@@ -95,6 +99,16 @@ def test_imports_go_one_way():
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_leaves_import_almost_nothing(leaf: str):
     assert imported(f"memorizing.{leaf}") <= LEAVES[leaf]
+
+
+def test_training_knows_neither_evaluation_nor_cost():
+    """They come in as hooks and functions."""
+    found = waiting = {module.removeprefix("memorizing.") for module in MODULES if "memorizing.training" in module}
+    while waiting:
+        waiting = set().union(*(imported(f"memorizing.{name}") for name in waiting)) - found
+        found = found | waiting
+    assert found & {"evaluate", "plots", "accelerators", "flops", "inspection"} == set()
+    assert not any(name.startswith("evaluation") for name in found)
 
 
 def test_synthetic_data_knows_no_model():

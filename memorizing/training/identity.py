@@ -76,6 +76,6 @@ def _check_same(there: dict[str, Any], here: dict[str, Any], path: str) -> None:
         name = changed[0]
         more = f" (and {len(changed) - 1} more differences)" if len(changed) > 1 else ""
         raise UserError(
-            f"--workdir={path} holds another experiment: {name} is {there.get(name)!r} there and {here.get(name)!r} here"
-            f"{more}; choose another --workdir"
+            f"--workdir={path} holds another experiment: "
+            f"{name} is {there.get(name)!r} there and {here.get(name)!r} here{more}; choose another --workdir"
         )
