@@ -1,6 +1,7 @@
 """What a run did with its time, over all its starts: `workdir/events.jsonl`, and the share that went into training.
 
-An event is `{"time": seconds since 1970, "event": name, ...}`; one that took time has "seconds" and is written when it ends. The names:
+An event is `{"time": seconds since 1970, "event": name, ...}`; one that took time has "seconds" and is written when it
+ends. The names:
 
   start       a process began: version, processes, devices, device_kind
   init        a fresh state was made
@@ -86,8 +87,9 @@ class Goodput:
 
     Attributes:
       starts: processes that worked on it, one after the other.
-      seconds: by kind: 'steps' (of which the result was kept), 'redone' (steps that a later start had to do again), 'compile', 'restore', 'save', 'evaluation', 'other'
-        and 'stopped' (from the last event of a process to the start of the next).
+      seconds: by kind: 'steps' (whose result was kept), 'redone' (steps that a later start had to do again),
+        'compile', 'restore', 'save', 'evaluation', 'other', and 'stopped' (from the last event of a process to the
+        start of the next).
     """
 
     starts: int
