@@ -28,7 +28,7 @@ FORMAT = 2
 
 
 class NotFinite(Exception):
-    """What was to be saved is not worth it."""
+    """A value that was to be saved is not finite."""
 
 
 class Restored(NamedTuple):

@@ -118,6 +118,12 @@ class Evaluation:
         return values
 
 
+def num_rows_side_by_side(source: DataSource, at_most: int, mesh: Mesh) -> int:
+    """How many documents to read at once: no more than there are, rounded up to what the devices divide."""
+    devices = mesh.shape["data"]
+    return -(-min(at_most, source.num_eval_documents) // devices) * devices
+
+
 class Evaluator:
     """Evaluates parameters on held-out documents; compiles once an ablation."""
 

@@ -1,6 +1,7 @@
 """What a run did with its time, over all its starts: `workdir/events.jsonl`, and the share that went into training.
 
-An event is `{"time": seconds since 1970, "event": name, ...}`; one that took time has "seconds" and is written when it ends. The names:
+An event is `{"time": seconds since 1970, "event": name, ...}`; one that took time has "seconds" and is written when it
+ends. The names:
 
   start       a process began: version, processes, devices, device_kind
   init        a fresh state was made
@@ -27,6 +28,7 @@ from etils import epath
 
 from memorizing import json_lines
 from memorizing.json_lines import JsonLines, Line
+from memorizing.tables import duration
 
 FILE = "events.jsonl"
 
@@ -38,7 +40,7 @@ _KINDS = {
     "restore": "restoring",
     "save": "saving",
     "evaluation": "evaluation",
-    "other": "starting up and else",
+    "other": "starting up and other",
     "stopped": "between two starts",
 }
 
@@ -85,8 +87,9 @@ class Goodput:
 
     Attributes:
       starts: processes that worked on it, one after the other.
-      seconds: by kind: 'steps' (of which the result was kept), 'redone' (steps that a later start had to do again), 'compile', 'restore', 'save', 'evaluation', 'other'
-        and 'stopped' (from the last event of a process to the start of the next).
+      seconds: by kind: 'steps' (whose result was kept), 'redone' (steps that a later start had to do again),
+        'compile', 'restore', 'save', 'evaluation', 'other', and 'stopped' (from the last event of a process to the
+        start of the next).
     """
 
     starts: int
@@ -109,7 +112,7 @@ class Goodput:
             for kind, seconds in self.seconds.items()
             if kind == "steps" or seconds >= 0.0005 * self.total
         ]
-        return f"time {_duration(self.total)}{starts}: {', '.join(parts)}"
+        return f"time {duration(self.total)}{starts}: {', '.join(parts)}"
 
 
 def goodput(workdir: epath.Path) -> Goodput:
@@ -156,8 +159,3 @@ def _first_step(events: Sequence[Line]) -> float:
 def _share_beyond(event: Line, step: float) -> float:
     """Of the steps of an event, the part after a step."""
     return min(max(event["step"] - step, 0), event["count"]) / max(event["count"], 1)
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

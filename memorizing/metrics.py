@@ -11,12 +11,13 @@ import numpy as np
 from etils import epath
 
 from memorizing.json_lines import JsonLines
+from memorizing.tables import duration
 
 Values = dict[str, float]
 
 
 def flatten(metrics: dict[str, jax.Array]) -> Values:
-    """Host floats by name; an array becomes one value an element, named by its indices. Blocks until the arrays are there."""
+    """Host floats by name; an array becomes one value an element, named by its indices. Waits for the arrays."""
     values: Values = {}
     for name, array in jax.device_get(metrics).items():
         for index, value in np.ndenumerate(array):
@@ -25,7 +26,10 @@ def flatten(metrics: dict[str, jax.Array]) -> Values:
 
 
 class MetricWriter:
-    """Appends to `workdir/metrics.jsonl` and to TensorBoard event files beside it. A run that goes on from a step forgets what was written beyond it."""
+    """Appends to `workdir/metrics.jsonl` and to TensorBoard event files beside it.
+
+    A run that goes on from a step drops what was written beyond it.
+    """
 
     def __init__(self, workdir: epath.Path | None, resumed_step: int) -> None:
         """
@@ -48,7 +52,13 @@ class MetricWriter:
         return (step, kind) in self._written
 
     def write(self, step: int, kind: str, values: Values) -> None:
-        """One line `{"step": ..., "kind": ..., name: value, ...}`; `kind` ('train', 'evaluation') prefixes the names in TensorBoard."""
+        """Writes one line `{"step": ..., "kind": ..., name: value, ...}`.
+
+        Args:
+          step: that the values belong to. What was written before of the same step and kind is not written again.
+          kind: 'train', 'evaluation', ...; prefixes the names in TensorBoard.
+          values: by name.
+        """
         # A run that goes on from its last step evaluates it again.
         if self._file is None or self.has(step, kind):
             return
@@ -63,7 +73,12 @@ class MetricWriter:
 
 
 class Progress:
-    """Step, loss, perplexity, tokens/s, step time and time left: a live line on a terminal, a plain line now and then in a log."""
+    """Step, loss, perplexity, tokens/s, step time and time left.
+
+    A live line on a terminal, a plain line now and then in a log.
+    """
+
+    # Not rich's progress bar: in a log, where most runs are read, it prints nothing until it ends.
 
     def __init__(self, first_step: int, num_steps: int, is_silent: bool = False) -> None:
         """
@@ -96,7 +111,7 @@ class Progress:
             text += (
                 f"{values['tokens_per_second']:,.0f} tokens/s  {values['step_seconds']:.3f} s/step  "
                 + (f"MFU {values['mfu']:.1%}  " if "mfu" in values else "")
-                + f"{_duration(values['step_seconds'] * (self._num_steps - step))} left"
+                + f"{duration(values['step_seconds'] * (self._num_steps - step))} left"
             )
         if self._live:
             print(f"\r\x1b[K{text}", end="", flush=True)
@@ -116,8 +131,3 @@ class Progress:
 def perplexity(nats: float) -> float:
     """exp(nats), infinite instead of an overflow."""
     return math.exp(nats) if nats < 700 else math.inf
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,4 +1,4 @@
-"""Pictures of results, as PNG. Colours are told apart by those who see few of them, and no line by its colour alone."""
+"""Figures of results as PNG. The colours are safe for colour-blind readers; lines also differ in their markers."""
 
 from __future__ import annotations
 

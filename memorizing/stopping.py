@@ -19,10 +19,14 @@ _runs = itertools.count()
 class StopSignal:
     """Remembers SIGTERM and the first Ctrl-C instead of dying of them, so that the loop can save.
 
-    Processes agree on where to stop by how often each has asked, which is the same at the same place of the program. Once one of them is told, every process says how far it has
-    come and holds its next question until all have said so; the question after the furthest is where all stop. What they say is said by a thread: a process that waits for the
+    Processes agree on where to stop by how often each has asked, which is the same at the same place of the program.
+    Once one of them is told, every process says how far it has come and holds its next question until all have said so;
+    the question after the furthest is where all stop. What they say is said by a thread: a process that waits for the
     others' part of a step cannot ask. Nothing is exchanged in a step.
     """
+
+    # Not JAX's reached_preemption_sync_point: it does nothing in a single process, does not know Ctrl-C, and wants one
+    # growing step number, but this is also asked inside evaluations, and Orbax asks it with numbers of its own.
 
     def __init__(self) -> None:
         self._told = False

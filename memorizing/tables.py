@@ -16,6 +16,12 @@ def with_unit(count: float) -> str:
     return f"{figures:,.{2 if figures < 10 else 1 if figures < 100 else 0}f} {unit}"
 
 
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: '1:02:03'."""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
 def align(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Rows of text with aligned columns, the first `left` of them to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

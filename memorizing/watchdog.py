@@ -18,7 +18,8 @@ class HangDetector:
         """
         Args:
           limit_seconds: without a `beat` after which the run is taken to hang; 0 for never.
-          on_hang: called once, from a thread of its own, with a line that says so, after the stacks of all threads went to stderr. Expected to end the process.
+          on_hang: called once, from a thread of its own, with a line that says so, after the stacks of all threads
+            went to stderr. Expected to end the process.
         """
         self._limit, self._on_hang = limit_seconds, on_hang
         self._silent_seconds = 0.0

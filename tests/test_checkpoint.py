@@ -28,13 +28,15 @@ from memorizing.attention.knn import KNNAttention
 from memorizing.batch import EvaluationBatch
 from memorizing.checkpoint import Checkpointer, paths, read_arrays
 from memorizing.errors import UserError
+from memorizing.evaluation.train_and_evaluate import train_and_evaluate
 from memorizing.experiment import BatchConfig, Experiment, LoopConfig
 from memorizing.language_model import LMConfig
 from memorizing.optimizer import AdamW, Cosine
+from memorizing.program import Program
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train import Preempted, Program, train
 from memorizing.train_state import TrainState
+from memorizing.training.loop import Preempted
 
 ROWS, LENGTH = 8, 4
 EXPERIMENT = Experiment(
@@ -288,7 +290,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(
 ):
     """Here stopped in an evaluation, which it then makes up for. And with other rows, or without a saved context, it goes on with what it has, and says so."""
     experiment = with_loop(evaluate_every=4)
-    train(experiment, str(tmp_path / "whole"))
+    train_and_evaluate(experiment, str(tmp_path / "whole"))
     read = RepeatedPassages.evaluation_batches
 
     def interrupted(*arguments: Any) -> Iterator[EvaluationBatch]:
@@ -298,8 +300,8 @@ def test_a_run_in_two_parts_is_the_run_in_one(
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match="saved at step 4"):
         patch.setattr(RepeatedPassages, "evaluation_batches", interrupted)
-        train(experiment, str(tmp_path / "parts"))
-    train(experiment, str(tmp_path / "parts"))
+        train_and_evaluate(experiment, str(tmp_path / "parts"))
+    train_and_evaluate(experiment, str(tmp_path / "parts"))
     assert "continuing from step 4" in capsys.readouterr().out
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
     logged = [[(line["step"], line["kind"], line["loss"]) for line in map(json.loads, part)] for part in lines]
@@ -312,7 +314,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(
     wider = dataclasses.replace(
         with_loop(num_steps=7), batch=dataclasses.replace(EXPERIMENT.batch, tokens_per_step=2 * ROWS * LENGTH)
     )
-    train(wider, str(tmp_path / "parts"))
+    train_and_evaluate(wider, str(tmp_path / "parts"))
     out = capsys.readouterr().out
     assert "continuing from step 6" in out
     assert "memories are empty, every row starts a document" in out

@@ -17,10 +17,10 @@ from memorizing.batch import Batch
 from memorizing.experiment import BatchConfig, Experiment
 from memorizing.language_model import LMConfig
 from memorizing.optimizer import AdamW
+from memorizing.program import Program
 from memorizing.search import ExactSearch
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train import Program
 
 ROWS, LENGTH = 16, 8
 

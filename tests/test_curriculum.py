@@ -24,13 +24,14 @@ from memorizing.batch import Batch, EvaluationBatch
 from memorizing.checkpoint import read_arrays
 from memorizing.errors import UserError
 from memorizing.evaluate import Evaluation, Evaluator, accuracy_by_reach
+from memorizing.evaluation.train_and_evaluate import train_and_evaluate
 from memorizing.experiment import BatchConfig, Experiment, LoopConfig
 from memorizing.language_model import LMConfig
 from memorizing.recurrent_tokens import RecurrentTokens
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import Memorize, SyntheticWords
 from memorizing.synthetic.stream import SampleStream
-from memorizing.train import Preempted, train
+from memorizing.training.loop import Preempted
 
 # Stages.
 
@@ -93,7 +94,7 @@ def run(experiment: Experiment, workdir: pathlib.Path, monkeypatch: pytest.Monke
         patch.setattr(SampleStream, "__next__", count)
         patch.setattr(SampleStream, "__init__", open_stream)
         try:
-            train(experiment, str(workdir))
+            train_and_evaluate(experiment, str(workdir))
         except Preempted:
             return False
         return True

@@ -10,9 +10,9 @@ from memorizing.attention.xl import XLAttention
 from memorizing.experiment import BatchConfig, Experiment
 from memorizing.language_model import LMConfig
 from memorizing.optimizer import Adafactor, InverseSquareRoot
+from memorizing.program import Program
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train import Program
 
 STEPS = 4
 LOCAL = XLAttention(window=8)

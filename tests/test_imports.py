@@ -54,6 +54,16 @@ def test_leaves_import_almost_nothing(leaf: str):
     assert imported(f"memorizing.{leaf}") <= LEAVES[leaf]
 
 
+def test_training_knows_neither_evaluation_nor_cost():
+    """They come in as hooks and functions."""
+    found = waiting = {module.removeprefix("memorizing.") for module in MODULES if "memorizing.training" in module}
+    while waiting:
+        waiting = set().union(*(imported(f"memorizing.{name}") for name in waiting)) - found
+        found = found | waiting
+    assert found & {"evaluate", "plots", "accelerators", "flops", "inspection"} == set()
+    assert not any(name.startswith("evaluation") for name in found)
+
+
 def test_synthetic_data_knows_no_model():
     """It hands batches to the training side and knows nothing else of it."""
     for module in MODULES:

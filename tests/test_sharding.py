@@ -27,9 +27,9 @@ from memorizing.errors import UserError
 from memorizing.experiment import BatchConfig, Experiment
 from memorizing.language_model import LMConfig
 from memorizing.optimizer import Adafactor, AdamW, Cosine
+from memorizing.program import Program
 from memorizing.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train import Program
 from memorizing.train_state import TrainState
 
 ROWS, LENGTH, VOCAB, STEPS = 8, 4, 32, 7

@@ -21,7 +21,7 @@ from memorizing.config.types import register
 from memorizing.data.tokens.vocabulary import ByteVocabulary
 from memorizing.synthetic import RepeatedPassages
 from memorizing.train_state import init_train_state
-from memorizing.workdir import open_workdir
+from memorizing.training.identity import open_workdir
 
 LENGTH, MEMORY = 8, 16
 

@@ -17,7 +17,7 @@ from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
 from memorizing.config.runs import open_run
 from memorizing.errors import UserError
-from memorizing.evaluate import Ablation, Evaluation, Evaluator
+from memorizing.evaluate import Ablation, Evaluation, Evaluator, num_rows_side_by_side
 from memorizing.finished_run import FinishedRun
 from memorizing.json_lines import replace_text
 from memorizing.language_model import LMConfig
@@ -177,9 +177,8 @@ def _run_all(finished: FinishedRun, settings: Sequence[Setting], rows: int | Non
     finished.check_data()
     mesh = experiment.mesh.make_mesh()
     sharding.check_divides("LMConfig.num_heads", experiment.model.num_heads, mesh, "model")
-    data, length, devices = experiment.data, experiment.batch.segment_length, mesh.shape["data"]
-    # No more rows than held-out documents, but as many as the devices need.
-    num_rows = -(-min(rows or experiment.batch.num_rows, data.num_eval_documents) // devices) * devices
+    data, length = experiment.data, experiment.batch.segment_length
+    num_rows = num_rows_side_by_side(data, rows or experiment.batch.num_rows, mesh)
     evaluations = {}
     with jax.set_mesh(mesh):
         params, buffers = finished.variables_on(mesh)

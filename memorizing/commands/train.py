@@ -11,8 +11,9 @@ from memorizing.commands import experiment_flags
 from memorizing.config.files import find_file, shipped_files
 from memorizing.config.loading import load_experiment
 from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN
+from memorizing.evaluation.train_and_evaluate import train_and_evaluate
 from memorizing.failures import end_together
-from memorizing.train import NonFiniteLoss, Preempted, train
+from memorizing.training.loop import NonFiniteLoss, Preempted
 
 DEFAULT_RUN = "runs/demo.gin"
 
@@ -56,7 +57,7 @@ def _run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     experiment_flags.use_devices(experiment.batch.num_rows // experiment.batch.num_microbatches)
     path = options.workdir or f"runs/{find_file(gin_files[-1]).stem}"
     try:
-        train(experiment, path, text, options.restore_step)
+        train_and_evaluate(experiment, path, text, options.restore_step)
     except Preempted as stopped:
         distributed.say(f"memorizing: {stopped}")
         return EXIT_START_AGAIN

@@ -276,7 +276,7 @@ def test_a_workdir_without_permission_is_named(mistake, tmp_path: pathlib.Path):
 
 
 def test_a_workdir_of_another_experiment_is_left_alone(mistake, tmp_path: pathlib.Path):
-    from memorizing.workdir import open_workdir
+    from memorizing.training.identity import open_workdir
 
     there, text = load_experiment(["smoke"], [])
     open_workdir(str(tmp_path / "run"), there, text)

@@ -1,0 +1,1 @@
+"""Training: an experiment, its step, its checkpoints, and the loop that joins them."""

@@ -1,0 +1,86 @@
+"""Which experiment a folder belongs to: a run goes on only in the folder of the same experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from memorizing.batch import text_of
+from memorizing.checkpoint import FOLDER, FORMAT
+from memorizing.errors import UserError
+from memorizing.experiment import Experiment
+from memorizing.json_lines import replace_text
+from memorizing.workdir import CONFIG, EXPERIMENT, VOCABULARY, read_record, resolve
+
+# What may change when a run goes on: its length, the machines it runs on, how rows are laid out.
+_MAY_CHANGE = ("batch", "mesh", "loop")
+
+
+def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.Path:
+    """Creates the folder of a run, or checks that it holds this experiment, and writes there what the run is.
+
+    That is `config.gin`, `experiment.json`, and `vocabulary.json` where the data is text.
+
+    Raises:
+      UserError: the folder cannot be written, or holds another experiment.
+    """
+    workdir = resolve(path)
+    record = workdir / EXPERIMENT
+    described = identity(experiment)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Without a checkpoint there is nothing yet that could be mixed up.
+        if record.exists() and any(child.name.isdigit() for child in (workdir / FOLDER).glob("*")):
+            _check_same(read_record(record), described, path)
+        (workdir / CONFIG).write_text(config_text)
+        replace_text(record, json.dumps(described, indent=2) + "\n")
+        if text := text_of(experiment.data):
+            vocabulary = {name: getattr(text.vocabulary, name) for name in ("name", "size", "digest")}
+            replace_text(workdir / VOCABULARY, json.dumps(vocabulary, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--workdir={path}: cannot be written ({error.strerror or error})") from error
+    return workdir
+
+
+def identity(experiment: Experiment) -> dict[str, Any]:
+    """What makes two experiments the same: `{'data': ..., 'LMConfig.embed_dim': 64, ...}`, JSON-able."""
+    flat: dict[str, Any] = {"format": FORMAT, "data": experiment.data.identity}
+    for field in dataclasses.fields(experiment):
+        if field.name not in (*_MAY_CHANGE, "data"):
+            flat |= _flatten(getattr(experiment, field.name))
+    # Once through JSON, so that it compares equal to what is read back.
+    return json.loads(json.dumps(flat))
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if dataclasses.is_dataclass(value):
+        kind = type(value).__name__
+        flat = {prefix or kind: kind}
+        for field in dataclasses.fields(value):
+            flat |= _flatten(getattr(value, field.name), f"{prefix or kind}.{field.name}")
+        return flat
+    if isinstance(value, tuple):
+        flat = {f"{prefix}.length": len(value)}
+        for index, item in enumerate(value):
+            flat |= _flatten(item, f"{prefix}[{index}]")
+        return flat
+    return {prefix: value}
+
+
+def _check_same(there: dict[str, Any], here: dict[str, Any], path: str) -> None:
+    if there.get("format") != FORMAT:
+        raise UserError(
+            f"--workdir={path} holds a run of another version of memorizing (format {there.get('format', 1)}, this one "
+            f"has {FORMAT}): go on with that version, or choose another --workdir"
+        )
+    changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if changed:
+        name = changed[0]
+        more = f" (and {len(changed) - 1} more differences)" if len(changed) > 1 else ""
+        raise UserError(
+            f"--workdir={path} holds another experiment: "
+            f"{name} is {there.get(name)!r} there and {here.get(name)!r} here{more}; choose another --workdir"
+        )
