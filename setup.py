@@ -66,6 +66,7 @@ setup(
     extras_require={
         # What `memorizing bench search` compares with.
         "bench": ["faiss-cpu", "torch"],
+        "docs": ["zensical>=0.0.73"],
         "prep": ["apache-beam>=2.77"],
         # The two of Kubernetes check what `launch gke` emits.
         "test": ["hypothesis", "kubeflow-trainer-api", "kubernetes-validate", "pytest", "pytest-xdist", "ruff"],
