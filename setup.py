@@ -70,9 +70,19 @@ setup(
     extras_require={
         # What `memorizing bench search` compares with.
         "bench": ["faiss-cpu", "torch"],
+        "dev": ["pre-commit", "pyright[nodejs]"],
+        "docs": ["zensical>=0.0.73"],
         "prep": ["apache-beam>=2.77"],
         # The two of Kubernetes check what `launch gke` emits.
-        "test": ["hypothesis", "kubeflow-trainer-api", "kubernetes-validate", "pytest", "pytest-xdist", "ruff"],
+        "test": [
+            "beartype",
+            "hypothesis",
+            "kubeflow-trainer-api",
+            "kubernetes-validate",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+        ],
         "tpu": ["jax[tpu]"],
     },
     entry_points={"console_scripts": ["memorizing = memorizing.main:main"]},

@@ -1,1 +1,1 @@
-"""What the figures in the README come from. `memorizing bench NAME` runs one of them."""
+"""What the figures in docs/ come from. `memorizing bench NAME` runs one of them."""

@@ -1,4 +1,4 @@
-"""The command `bench`: measures what the README's figures claim, on this machine."""
+"""The command `bench`: measures what the documentation's figures claim, on this machine."""
 
 from __future__ import annotations
 
