@@ -27,13 +27,8 @@ setup(
     python_requires=">=3.11",
     packages=[
         "memorizing",
-        "memorizing.attention",
+        *(f"memorizing.{room}" for room in find_packages(str(ROOT / "memorizing"))),
         "memorizing.benchmarks",
-        "memorizing.commands",
-        "memorizing.config",
-        "memorizing.evaluation",
-        "memorizing.synthetic",
-        "memorizing.training",
         "memorizing.data",
         *(f"memorizing.data.{room}" for room in find_packages(str(ROOT / "data"))),
         "memorizing.gin",
@@ -41,7 +36,7 @@ setup(
     ],
     package_dir=FOLDERS | {"memorizing.gin": "gin"},
     package_data={
-        "memorizing": ["templates/*.html"],
+        "memorizing.evaluation.inspection": ["*.html"],
         "memorizing.gin": GIN_FILES,
         "memorizing.launch": ["Dockerfile", "sky.yaml"],
     },

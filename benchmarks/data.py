@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from memorizing import tables
 from memorizing.data.streams.order import Line
 from memorizing.data.streams.read_ahead import ReadAhead
 from memorizing.data.streams.segments import Documents, DocumentStream
@@ -26,6 +25,7 @@ from memorizing.data.tokens import cache_writer, staging, token_cache
 from memorizing.data.tokens.cache_writer import TokenisedDocument
 from memorizing.data.tokens.vocabulary import ByteVocabulary
 from memorizing.errors import UserError
+from memorizing.runtime import tables
 
 TOKENS_PER_STEP, SECONDS_PER_STEP, NUM_HOSTS, LENGTH = 1 << 17, 0.25, 4, 512
 NEEDED = TOKENS_PER_STEP / NUM_HOSTS / SECONDS_PER_STEP

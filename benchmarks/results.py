@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memorizing import bootstrap
 from memorizing.benchmarks import measure
 from memorizing.data.tasks import task_name
 from memorizing.data.tokens import token_cache
 from memorizing.errors import EXIT_START_AGAIN
-from memorizing.plots import COLORS, MARKERS
+from memorizing.evaluation import bootstrap
+from memorizing.evaluation.plots import COLORS, MARKERS
 
 GIN_FILE = pathlib.Path(__file__).with_suffix(".gin")
 

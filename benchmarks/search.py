@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from memorizing import tables
 from memorizing.benchmarks import measure
 from memorizing.commands import experiment_flags
 from memorizing.errors import UserError
-from memorizing.search import ApproximateSearch, ExactSearch
+from memorizing.models.memory.search import ApproximateSearch, ExactSearch
+from memorizing.runtime import tables
 
 QUERIES, HEADS, K = 1024, 4, 32
 # Searches all heads and gives the slots, [N, T, K].

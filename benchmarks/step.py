@@ -15,16 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memorizing import accelerators, tables
-from memorizing.attention.base import normalize
 from memorizing.batch import Batch
 from memorizing.benchmarks import measure
 from memorizing.commands import experiment_flags
 from memorizing.config.loading import load_experiment
-from memorizing.experiment import Experiment
-from memorizing.external_memory import Memory
-from memorizing.language_model import LMConfig
-from memorizing.program import Program
+from memorizing.cost import accelerators
+from memorizing.models.attention.base import normalize
+from memorizing.models.language_model import LMConfig
+from memorizing.models.memory.external_memory import Memory
+from memorizing.runtime import tables
+from memorizing.training.experiment import Experiment
+from memorizing.training.program import Program
 
 DEFAULT_RUN = "runs/benchmark.gin"
 

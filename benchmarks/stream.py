@@ -17,15 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from memorizing import tables
 from memorizing.array_typing import Tree
 from memorizing.batch import DataSource, EvaluationBatch
 from memorizing.commands import experiment_flags
 from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
-from memorizing.evaluate import Evaluator
-from memorizing.experiment import Experiment
-from memorizing.train_state import init_variables
+from memorizing.evaluation.evaluator import Evaluator
+from memorizing.runtime import tables
+from memorizing.training.experiment import Experiment
+from memorizing.training.state import init_variables
 
 DEFAULT_RUN = "rmt_curriculum"
 BLOCK = 128

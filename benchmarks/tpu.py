@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 
-from memorizing import tables
 from memorizing.benchmarks import measure
 from memorizing.benchmarks.step import with_memory
 from memorizing.commands import experiment_flags
 from memorizing.commands.plan import DEFAULT_RUN
 from memorizing.config.loading import load_experiment
-from memorizing.plan import DoesNotFit, plan
-from memorizing.plan_report import as_json
+from memorizing.cost.plan import DoesNotFit, plan
+from memorizing.cost.plan_report import as_json
+from memorizing.runtime import tables
 
 SLICES = "v3:4x4,v4:2x2x4,v5e:4x8,v5p:2x2x4,v6e:4x8"
 

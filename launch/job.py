@@ -19,7 +19,7 @@ _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_REFERENCE = re.compile(r"[A-Za-z0-9]([-\w.]*[A-Za-z0-9])?")
 _SOUNDS_SECRET = re.compile(r"(^|_)(SECRETS?|TOKENS?|PASSWORD|PASSWD|CREDENTIALS?|KEY|APIKEY)(_|$)", re.IGNORECASE)
 _PASSWORD_IN_ADDRESS = re.compile(r"://[^/\s@:]*:[^/\s@]+@")
-# How a process finds the others: memorizing/distributed.py reads it.
+# How a process finds the others: memorizing/runtime/distributed.py reads it.
 _OURS = tuple(
     f"MEMORIZING_{name}" for name in ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID", "CPU_DEVICES", "DISTRIBUTED")
 )

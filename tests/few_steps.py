@@ -7,11 +7,11 @@ import sys
 
 import jax
 
-from memorizing import distributed
-from memorizing.checkpoint import Checkpointer
 from memorizing.config.loading import load_experiment
-from memorizing.program import Program
-from memorizing.workdir import resolve
+from memorizing.runtime import distributed
+from memorizing.runtime.workdir import resolve
+from memorizing.training.checkpoint import Checkpointer
+from memorizing.training.program import Program
 
 
 def run(workdir: str, first: int, last: int, flags: list[str]) -> dict:

@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memorizing import language_model
-from memorizing.attention.base import Attention
-from memorizing.attention.compressive import CompressiveAttention
-from memorizing.attention.full import FullAttention
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.transformer_xl import TransformerXLAttention
-from memorizing.attention.xl import XLAttention
 from memorizing.context import Context, Inputs
-from memorizing.language_model import LMConfig, ModelOutput
-from memorizing.layers import Embedder
-from memorizing.losses import next_token_nats
-from memorizing.recurrent_tokens import RecurrentTokens
-from memorizing.train_state import init_variables
+from memorizing.models import language_model
+from memorizing.models.attention.base import Attention
+from memorizing.models.attention.compressive import CompressiveAttention
+from memorizing.models.attention.full import FullAttention
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.transformer_xl import TransformerXLAttention
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig, ModelOutput
+from memorizing.models.layers import Embedder
+from memorizing.models.losses import next_token_nats
+from memorizing.models.recurrent_tokens import RecurrentTokens
+from memorizing.training.state import init_variables
 
 ROWS, LENGTH, VOCAB = 3, 8, 32
 

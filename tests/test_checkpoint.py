@@ -23,20 +23,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from memorizing import checkpoint
-from memorizing.attention.knn import KNNAttention
 from memorizing.batch import EvaluationBatch
-from memorizing.checkpoint import Checkpointer, paths, read_arrays
 from memorizing.errors import UserError
 from memorizing.evaluation.train_and_evaluate import train_and_evaluate
-from memorizing.experiment import BatchConfig, Experiment, LoopConfig
-from memorizing.language_model import LMConfig
-from memorizing.optimizer import AdamW, Cosine
-from memorizing.program import Program
-from memorizing.sharding import MeshConfig
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train_state import TrainState
+from memorizing.training import checkpoint
+from memorizing.training.checkpoint import Checkpointer, paths, read_arrays
+from memorizing.training.experiment import BatchConfig, Experiment, LoopConfig
 from memorizing.training.loop import Preempted
+from memorizing.training.optimizer import AdamW, Cosine
+from memorizing.training.program import Program
+from memorizing.training.state import TrainState
 
 ROWS, LENGTH = 8, 4
 EXPERIMENT = Experiment(

@@ -12,15 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from memorizing.attention.knn import KNNAttention
 from memorizing.batch import Batch
-from memorizing.experiment import BatchConfig, Experiment
-from memorizing.language_model import LMConfig
-from memorizing.optimizer import AdamW
-from memorizing.program import Program
-from memorizing.search import ExactSearch
-from memorizing.sharding import MeshConfig
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.models.memory.search import ExactSearch
+from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
+from memorizing.training.experiment import BatchConfig, Experiment
+from memorizing.training.optimizer import AdamW
+from memorizing.training.program import Program
 
 ROWS, LENGTH = 16, 8
 

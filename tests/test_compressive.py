@@ -21,19 +21,19 @@ from hypothesis.extra import numpy as hnp
 from mechanisms import apply_model, init_params
 
 from memorizing import context as context_lib
-from memorizing.attention.base import LayerDims
-from memorizing.attention.compressive import CompressiveAttention, CompressiveState
-from memorizing.attention.transformer_xl import RelativeAttention, TransformerXLAttention
 from memorizing.batch import Batch
 from memorizing.context import Layout, Report, Rngs, Segment
 from memorizing.errors import UserError
-from memorizing.experiment import BatchConfig, Experiment
-from memorizing.language_model import LMConfig
-from memorizing.optimizer import AdamW
-from memorizing.sharding import MeshConfig
+from memorizing.models.attention.base import LayerDims
+from memorizing.models.attention.compressive import CompressiveAttention, CompressiveState
+from memorizing.models.attention.transformer_xl import RelativeAttention, TransformerXLAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train_state import abstract_train_state
-from memorizing.train_step import Carried, batch_loss
+from memorizing.training.experiment import BatchConfig, Experiment
+from memorizing.training.optimizer import AdamW
+from memorizing.training.state import abstract_train_state
+from memorizing.training.step import Carried, batch_loss
 
 B, T, D, N, H = 3, 4, 8, 2, 4
 W, C, RATE = 2 * T, 6, 2

@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mechanisms import apply_model, init_params
 
-from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch, EvaluationBatch
-from memorizing.checkpoint import read_arrays
 from memorizing.errors import UserError
-from memorizing.evaluate import Evaluation, Evaluator, accuracy_by_reach
+from memorizing.evaluation.evaluator import Evaluation, Evaluator, accuracy_by_reach
 from memorizing.evaluation.train_and_evaluate import train_and_evaluate
-from memorizing.experiment import BatchConfig, Experiment, LoopConfig
-from memorizing.language_model import LMConfig
-from memorizing.recurrent_tokens import RecurrentTokens
-from memorizing.sharding import MeshConfig
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.models.recurrent_tokens import RecurrentTokens
+from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import Memorize, SyntheticWords
 from memorizing.synthetic.stream import SampleStream
+from memorizing.training.checkpoint import read_arrays
+from memorizing.training.experiment import BatchConfig, Experiment, LoopConfig
 from memorizing.training.loop import Preempted
 
 # Stages.

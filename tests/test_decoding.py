@@ -19,17 +19,17 @@ import numpy as np
 import pytest
 from mechanisms import LENGTH, MECHANISMS, VOCAB, Mechanism, apply_model, init_params
 
-from memorizing.attention.base import Attention, LayerDims
-from memorizing.attention.compressive import CompressiveAttention
-from memorizing.attention.full import FullAttention
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.transformer_xl import TransformerXLAttention
-from memorizing.attention.xl import XLAttention
 from memorizing.context import Report, Segment
-from memorizing.decoding import Decoder, TextDecoder, Weights
 from memorizing.errors import UserError
-from memorizing.recurrent_tokens import RecurrentTokens
-from memorizing.sampling import Sampling
+from memorizing.generation.decoding import Decoder, TextDecoder, Weights
+from memorizing.generation.sampling import Sampling
+from memorizing.models.attention.base import Attention, LayerDims
+from memorizing.models.attention.compressive import CompressiveAttention
+from memorizing.models.attention.full import FullAttention
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.transformer_xl import TransformerXLAttention
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.recurrent_tokens import RecurrentTokens
 
 # Settings that change what a position sees, beside the mechanisms that every contract test runs over.
 VARIANTS = (

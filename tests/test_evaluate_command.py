@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tiny_texts import LENGTH, MEMORY, TinyTexts, expect_error, finished_run
 
-from memorizing import bootstrap, main
+from memorizing import main
 from memorizing.config.runs import open_run
-from memorizing.inspection import Document, read_document
+from memorizing.evaluation import bootstrap
+from memorizing.evaluation.inspection.lookups import Document, read_document
 
 SIZES = (0, MEMORY, 64)
 

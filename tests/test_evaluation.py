@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from mechanisms import apply_model, init_params
 
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch, EvaluationBatch
-from memorizing.evaluate import Evaluator
-from memorizing.language_model import LMConfig
-from memorizing.losses import next_token_nats
-from memorizing.sharding import MeshConfig
+from memorizing.evaluation.evaluator import Evaluator
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.models.losses import next_token_nats
+from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
 
 VOCAB, LENGTH = 32, 16

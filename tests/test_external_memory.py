@@ -22,17 +22,17 @@ from hypothesis.extra import numpy as hnp
 from mechanisms import apply_model, init_params
 
 from memorizing import context as context_lib
-from memorizing import external_memory
-from memorizing.attention.base import LayerDims, normalize
-from memorizing.attention.full import FullAttention
-from memorizing.attention.knn import KNNAttention, KNNState
-from memorizing.attention.xl import XLAttention
 from memorizing.context import Layout, Segment
 from memorizing.errors import UserError
-from memorizing.external_memory import Memory
-from memorizing.language_model import LMConfig
-from memorizing.search import ApproximateSearch, ExactSearch
-from memorizing.sharding import MeshConfig
+from memorizing.models.attention.base import LayerDims, normalize
+from memorizing.models.attention.full import FullAttention
+from memorizing.models.attention.knn import KNNAttention, KNNState
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.models.memory import external_memory
+from memorizing.models.memory.external_memory import Memory
+from memorizing.models.memory.search import ApproximateSearch, ExactSearch
+from memorizing.runtime.sharding import MeshConfig
 
 B, T, N, H, M = 3, 4, 2, 8, 16
 DIMS = LayerDims(8, N, H, 16, 0.0, 1.0, jnp.dtype(jnp.float32))

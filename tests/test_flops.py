@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import pytest
 from mechanisms import apply_model, init_params
 
-from memorizing import flops, flops_report, tables
-from memorizing.attention.base import Attention, LayerDims, attend_flops
-from memorizing.attention.compressive import CompressiveAttention
-from memorizing.attention.full import FullAttention
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.transformer_xl import TransformerXLAttention
-from memorizing.attention.xl import XLAttention
 from memorizing.commands import plan
 from memorizing.context import Layout
+from memorizing.cost import flops, flops_report
 from memorizing.errors import UserError
-from memorizing.language_model import LMConfig
-from memorizing.recurrent_tokens import RecurrentTokens
+from memorizing.models.attention.base import Attention, LayerDims, attend_flops
+from memorizing.models.attention.compressive import CompressiveAttention
+from memorizing.models.attention.full import FullAttention
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.transformer_xl import TransformerXLAttention
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.models.recurrent_tokens import RecurrentTokens
+from memorizing.runtime import tables
 
 CONFIG = LMConfig(vocab_size=1000, num_layers=4, embed_dim=64, num_heads=4, head_dim=16, mlp_dim=256)
 MECHANISMS = {

@@ -17,17 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memorizing
-from memorizing import main, text_model
+from memorizing import main
 from memorizing.batch import Vocabulary
-from memorizing.checkpoint import read_arrays
 from memorizing.data.tokens import cache_writer, staging, token_cache
 from memorizing.data.tokens import vocabulary as vocabularies
 from memorizing.data.tokens.cache_writer import TokenisedDocument
 from memorizing.data.tokens.vocabulary import ByteVocabulary
-from memorizing.decoding import Decoder, Drawn, TextDecoder, Weights
 from memorizing.errors import UserError
+from memorizing.generation import text_model
+from memorizing.generation.decoding import Decoder, Drawn, TextDecoder, Weights
+from memorizing.generation.text_model import TextModel, TextStream
 from memorizing.synthetic import RepeatedPassages
-from memorizing.text_model import TextModel, TextStream
+from memorizing.training.checkpoint import read_arrays
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 TEXTS = {f"document {index}": f"Die Größe von {index} ist 漢字, {index} mal 😀.\n" * (20 + index) for index in range(4)}

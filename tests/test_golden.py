@@ -5,14 +5,14 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.xl import XLAttention
-from memorizing.experiment import BatchConfig, Experiment
-from memorizing.language_model import LMConfig
-from memorizing.optimizer import Adafactor, InverseSquareRoot
-from memorizing.program import Program
-from memorizing.sharding import MeshConfig
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
+from memorizing.training.experiment import BatchConfig, Experiment
+from memorizing.training.optimizer import Adafactor, InverseSquareRoot
+from memorizing.training.program import Program
 
 STEPS = 4
 LOCAL = XLAttention(window=8)

@@ -18,8 +18,9 @@ import pytest
 from etils import epath
 from pods import HEARTBEAT_SECONDS, Pod
 
-from memorizing import events, main
-from memorizing.checkpoint import read_arrays
+from memorizing import main
+from memorizing.runtime import events
+from memorizing.training.checkpoint import read_arrays
 
 STEPS = 24
 MIDDLE = 16
@@ -64,10 +65,10 @@ import os, signal, sys, time
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from memorizing import failures
+from memorizing.runtime import failures
 from memorizing.errors import UserError
-from memorizing.sharding import MeshConfig, RowPlacement
-from memorizing.watchdog import HangDetector
+from memorizing.runtime.sharding import MeshConfig, RowPlacement
+from memorizing.runtime.watchdog import HangDetector
 
 trouble, victim = sys.argv[1], int(sys.argv[2])
 
@@ -237,8 +238,8 @@ def test_a_host_that_vanishes_ends_the_others_with_a_code_to_start_again():
     ],
 )
 def test_an_environment_without_meaning_is_told(environment: dict[str, str], says: str):
-    from memorizing import distributed
     from memorizing.errors import UserError
+    from memorizing.runtime import distributed
 
     with pytest.raises(UserError, match=says):
         distributed.initialize(environment)

@@ -19,15 +19,17 @@ import pytest
 from mechanisms import LENGTH, MECHANISMS, VOCAB, XL, Mechanism, apply_model
 from tiny_texts import TinyTexts, expect_error, finished_run
 
-from memorizing import external_memory, inspection_page, main
-from memorizing.attention.full import FullCore
-from memorizing.attention.knn import KNNAttention, KNNCore
-from memorizing.attention.xl import XLCore
+from memorizing import main
 from memorizing.config.runs import open_run
-from memorizing.external_memory import positions_back
-from memorizing.inspection import Document, Inspection, Lookups, inspect
-from memorizing.search import ExactSearch
-from memorizing.sharding import MeshConfig
+from memorizing.evaluation.inspection import page as inspection_page
+from memorizing.evaluation.inspection.lookups import Document, Inspection, Lookups, inspect
+from memorizing.models.attention.full import FullCore
+from memorizing.models.attention.knn import KNNAttention, KNNCore
+from memorizing.models.attention.xl import XLCore
+from memorizing.models.memory import external_memory
+from memorizing.models.memory.external_memory import positions_back
+from memorizing.models.memory.search import ExactSearch
+from memorizing.runtime.sharding import MeshConfig
 
 WITH_MEMORY = [mechanism for mechanism in MECHANISMS if mechanism.config.has_memory]
 SMALL, LARGE = 2 * LENGTH, 5 * LENGTH

@@ -21,8 +21,8 @@ import pytest
 from etils import epath
 
 from memorizing import main
-from memorizing.checkpoint import read_arrays
 from memorizing.synthetic.repeated_passages import RepeatedPassagesStream
+from memorizing.training.checkpoint import read_arrays
 
 STEPS = 20
 # A checkpoint every step: at any moment one is being written.

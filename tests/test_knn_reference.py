@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memorizing.attention.base import LayerDims, normalize
-from memorizing.attention.full import FullAttention
-from memorizing.attention.knn import KNNAttention, KNNState
-from memorizing.attention.xl import XLAttention, XLState
 from memorizing.context import Layout, Segment
-from memorizing.external_memory import Memory
+from memorizing.models.attention.base import LayerDims, normalize
+from memorizing.models.attention.full import FullAttention
+from memorizing.models.attention.knn import KNNAttention, KNNState
+from memorizing.models.attention.xl import XLAttention, XLState
+from memorizing.models.memory.external_memory import Memory
 
 B, T, D, N, H, M, K, W = 3, 4, 6, 2, 4, 12, 3, 6
 BUCKETS, MAX_DISTANCE = 6, 8

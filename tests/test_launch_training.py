@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from launching import Workplace, until
 
-from memorizing.checkpoint import read_arrays
+from memorizing.training.checkpoint import read_arrays
 
 STEPS = 24
 FLAGS = [

@@ -14,15 +14,15 @@ import jax
 import pytest
 from etils import epath
 
-from memorizing import failures
-from memorizing.accelerators import Utilization, memory_in_use, training_flops
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.xl import XLAttention
+from memorizing.cost.accelerators import Utilization, memory_in_use, training_flops
 from memorizing.errors import UserError
-from memorizing.events import EventLog, goodput
-from memorizing.language_model import LMConfig
-from memorizing.stopping import StopSignal
-from memorizing.watchdog import HangDetector
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.runtime import failures
+from memorizing.runtime.events import EventLog, goodput
+from memorizing.runtime.stopping import StopSignal
+from memorizing.runtime.watchdog import HangDetector
 
 # Events and the time they are told of.
 

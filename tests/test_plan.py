@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from memorizing import compiled_cost, plan
-from memorizing.attention.knn import KNNAttention
 from memorizing.commands import plan as command
+from memorizing.cost import compiled_cost, plan
 from memorizing.errors import UserError
-from memorizing.experiment import BatchConfig, Experiment
-from memorizing.language_model import LMConfig
-from memorizing.sharding import MeshConfig
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
+from memorizing.training.experiment import BatchConfig, Experiment
 
 ALL_ADVICE = ("meshes/fsdp", "dtype", "remat", "num_microbatches", "memory_size", "tokens_per_step")
 

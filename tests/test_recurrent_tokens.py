@@ -19,20 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mechanisms import apply_model, init_params
 
-from memorizing import masks
-from memorizing.attention.base import Attention, LayerDims, normalize
-from memorizing.attention.compressive import CompressiveAttention
-from memorizing.attention.full import FullAttention
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.transformer_xl import TransformerXLAttention
-from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch
 from memorizing.context import Context, Layout, Rngs, Segment
 from memorizing.errors import UserError
-from memorizing.language_model import RECURRENT, LMConfig
-from memorizing.layers import Embedder
-from memorizing.recurrent_tokens import MemoryTokens, RecurrentTokens, RecurrentTokensState
-from memorizing.train_step import Carried, batch_loss
+from memorizing.models import masks
+from memorizing.models.attention.base import Attention, LayerDims, normalize
+from memorizing.models.attention.compressive import CompressiveAttention
+from memorizing.models.attention.full import FullAttention
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.transformer_xl import TransformerXLAttention
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import RECURRENT, LMConfig
+from memorizing.models.layers import Embedder
+from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, RecurrentTokensState
+from memorizing.training.step import Carried, batch_loss
 
 # What sees what.
 

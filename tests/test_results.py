@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from mechanisms import init_params
 
-from memorizing.attention.full import FullAttention
-from memorizing.attention.xl import XLAttention
 from memorizing.config.loading import load_experiment
+from memorizing.models.attention.full import FullAttention
+from memorizing.models.attention.xl import XLAttention
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "results.py"
 SMALL = (

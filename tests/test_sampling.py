@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memorizing.errors import UserError
-from memorizing.sampling import Sampling, draw
+from memorizing.generation.sampling import Sampling, draw
 
 VOCAB = 12
 ANYTHING = np.ones(VOCAB, bool)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec as P
 
-from memorizing.attention.base import normalize
 from memorizing.errors import UserError
-from memorizing.search import ApproximateSearch, ExactSearch, recall, winners
-from memorizing.sharding import MeshConfig
+from memorizing.models.attention.base import normalize
+from memorizing.models.memory.search import ApproximateSearch, ExactSearch, recall, winners
+from memorizing.runtime.sharding import MeshConfig
 
 T, H, M = 6, 16, 768
 

@@ -18,19 +18,19 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from memorizing import sharding
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch
-from memorizing.checkpoint import paths
 from memorizing.errors import UserError
-from memorizing.experiment import BatchConfig, Experiment
-from memorizing.language_model import LMConfig
-from memorizing.optimizer import Adafactor, AdamW, Cosine
-from memorizing.program import Program
-from memorizing.sharding import MeshConfig
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.runtime import sharding
+from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train_state import TrainState
+from memorizing.training.checkpoint import paths
+from memorizing.training.experiment import BatchConfig, Experiment
+from memorizing.training.optimizer import Adafactor, AdamW, Cosine
+from memorizing.training.program import Program
+from memorizing.training.state import TrainState
 
 ROWS, LENGTH, VOCAB, STEPS = 8, 4, 32, 7
 XL = XLAttention(window=LENGTH)

@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 from mechanisms import LENGTH, ROWS, random_tokens
 
-from memorizing import language_model, stack
-from memorizing.attention.base import Attention, LayerDims
-from memorizing.attention.full import FullAttention
-from memorizing.attention.knn import KNNAttention
-from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch
-from memorizing.checkpoint import paths
 from memorizing.context import Inputs, Report, Rngs, Segment
 from memorizing.errors import UserError
-from memorizing.language_model import LMConfig
-from memorizing.optimizer import AdamW
-from memorizing.train_state import TrainState, init_train_state, init_variables
-from memorizing.train_step import make_train_step
+from memorizing.models import language_model, stack
+from memorizing.models.attention.base import Attention, LayerDims
+from memorizing.models.attention.full import FullAttention
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.training.checkpoint import paths
+from memorizing.training.optimizer import AdamW
+from memorizing.training.state import TrainState, init_train_state, init_variables
+from memorizing.training.step import make_train_step
 
 FULL, XL = FullAttention(), XLAttention(window=LENGTH)
 KNN = KNNAttention(memory_size=2 * LENGTH, num_neighbors=4)

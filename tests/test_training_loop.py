@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from memorizing.events import EventLog
-from memorizing.experiment import BatchConfig, LoopConfig
-from memorizing.optimizer import AdamW
+from memorizing.runtime.events import EventLog
+from memorizing.training.experiment import BatchConfig, LoopConfig
 from memorizing.training.hooks import CheckpointHook, MetricsHook
 from memorizing.training.loop import Hook, NonFiniteLoss, Preempted, make_tick, train
+from memorizing.training.optimizer import AdamW
 
 
 class Recorder(Hook):

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from memorizing import stack, transfer
-from memorizing.attention.knn import KNNAttention
-from memorizing.checkpoint import Checkpointer, paths
 from memorizing.errors import UserError
-from memorizing.language_model import LMConfig
-from memorizing.optimizer import Adafactor
-from memorizing.train_state import TrainState, init_train_state
+from memorizing.models import stack
+from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.training import transfer
+from memorizing.training.checkpoint import Checkpointer, paths
+from memorizing.training.optimizer import Adafactor
+from memorizing.training.state import TrainState, init_train_state
 
 MEMORY = KNNAttention(memory_size=8, num_neighbors=2)
 PLAIN = LMConfig(vocab_size=16, num_layers=4, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=12)

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mechanisms import apply_model, init_params
 
-from memorizing import positions
-from memorizing.attention.base import LayerDims
-from memorizing.attention.transformer_xl import TransformerXLAttention, TransformerXLState
-from memorizing.attention.xl import XLAttention
 from memorizing.context import Layout, Segment
 from memorizing.errors import UserError
-from memorizing.language_model import LMConfig, ModelOutput
+from memorizing.models import positions
+from memorizing.models.attention.base import LayerDims
+from memorizing.models.attention.transformer_xl import TransformerXLAttention, TransformerXLState
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig, ModelOutput
 
 # The encoding.
 

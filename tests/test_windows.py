@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mechanisms import apply_model, init_params
 
-from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch, EvaluationBatch
 from memorizing.errors import UserError
-from memorizing.evaluate import Evaluator
-from memorizing.language_model import LMConfig
-from memorizing.losses import next_token_nats
-from memorizing.sharding import MeshConfig
+from memorizing.evaluation.evaluator import Evaluator
+from memorizing.evaluation.windows import Windows
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.models.losses import next_token_nats
+from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
-from memorizing.windows import Windows
 
 
 @dataclasses.dataclass(frozen=True)

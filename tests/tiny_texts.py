@@ -15,13 +15,13 @@ import pytest
 
 from memorizing import main
 from memorizing.batch import EvaluationBatch, Vocabulary
-from memorizing.checkpoint import Checkpointer
 from memorizing.config.loading import load_experiment
 from memorizing.config.types import register
 from memorizing.data.tokens.vocabulary import ByteVocabulary
 from memorizing.synthetic import RepeatedPassages
-from memorizing.train_state import init_train_state
+from memorizing.training.checkpoint import Checkpointer
 from memorizing.training.identity import open_workdir
+from memorizing.training.state import init_train_state
 
 LENGTH, MEMORY = 8, 16
 

@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from memorizing import evaluation_report, plots, sharding
 from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
 from memorizing.config.runs import open_run
 from memorizing.errors import UserError
-from memorizing.evaluate import Ablation, Evaluation, Evaluator, num_rows_side_by_side
-from memorizing.finished_run import FinishedRun
-from memorizing.json_lines import replace_text
-from memorizing.language_model import LMConfig
+from memorizing.evaluation import plots
+from memorizing.evaluation import report as evaluation_report
+from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator, num_rows_side_by_side
+from memorizing.evaluation.finished_run import FinishedRun
+from memorizing.models.language_model import LMConfig
+from memorizing.runtime import sharding
+from memorizing.runtime.json_lines import replace_text
 
 FOLDER = "evaluation"
 

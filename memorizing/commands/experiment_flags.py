@@ -29,8 +29,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def use_devices(rows: int) -> None:
     """Makes the CPU cores devices, as many as divide this process's share of `rows`. Before anything else uses jax."""
-    from memorizing import distributed
-    from memorizing.sharding import use_cpu_cores
+    from memorizing.runtime import distributed
+    from memorizing.runtime.sharding import use_cpu_cores
 
     sys.unraisablehook = _unless_loop_is_closed
     use_cpu_cores(max(rows // distributed.num_processes(), 1))

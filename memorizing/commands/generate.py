@@ -12,9 +12,9 @@ from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
 from memorizing.config.runs import open_run
 from memorizing.errors import UserError
-from memorizing.sampling import Sampling
-from memorizing.text_model import Session, TextModel, check_amounts
-from memorizing.workdir import resolve
+from memorizing.generation.sampling import Sampling
+from memorizing.generation.text_model import Session, TextModel, check_amounts
+from memorizing.runtime.workdir import resolve
 
 # Without a prompt: so much of a held-out document is read, and so much of that is shown.
 DEFAULT_SEGMENTS, SHOWN_CHARACTERS = 16, 400

@@ -13,14 +13,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from memorizing import inspection as inspection_lib
-from memorizing import inspection_page, plots
 from memorizing.batch import DataSource, text_of
 from memorizing.commands import experiment_flags
 from memorizing.config.runs import open_run
 from memorizing.errors import UserError
-from memorizing.finished_run import FinishedRun
-from memorizing.inspection import Inspection, inspect
+from memorizing.evaluation import plots
+from memorizing.evaluation.finished_run import FinishedRun
+from memorizing.evaluation.inspection import lookups as inspection_lib
+from memorizing.evaluation.inspection import page as inspection_page
+from memorizing.evaluation.inspection.lookups import Inspection, inspect
 
 FOLDER = "inspection"
 MAX_TOKENS = 100_000

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import jax
 
-from memorizing import flops_report
 from memorizing.commands import experiment_flags
 from memorizing.config.loading import load_experiment
+from memorizing.cost import flops_report
 from memorizing.errors import UserError
 
 # The paper's setting, on its pod of 32 cores.
@@ -63,8 +63,8 @@ def _plan_topology(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings, base="CACHE = None")
     # What runs here runs on the CPU, whatever else the machine has.
     jax.config.update("jax_platforms", "cpu")
-    from memorizing.plan import plan
-    from memorizing.plan_report import as_json, as_text
+    from memorizing.cost.plan import plan
+    from memorizing.cost.plan_report import as_json, as_text
 
     planned = plan(experiment, options.topology, options.slices)
     return json.dumps(as_json(planned), indent=2) if options.json else as_text(planned)

@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from memorizing import distributed
 from memorizing.commands import experiment_flags
 from memorizing.config.files import find_file, shipped_files
 from memorizing.config.loading import load_experiment
 from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN
 from memorizing.evaluation.train_and_evaluate import train_and_evaluate
-from memorizing.failures import end_together
+from memorizing.runtime import distributed
+from memorizing.runtime.failures import end_together
 from memorizing.training.loop import NonFiniteLoss, Preempted
 
 DEFAULT_RUN = "runs/demo.gin"
@@ -27,7 +27,7 @@ Everything is configured by gin files and bindings:
 
 shipped runs:
 {runs}
-On several hosts the same command runs once on each; memorizing/distributed.py lists the environment variables that bring the processes together.
+On several hosts the same command runs once on each; memorizing/runtime/distributed.py lists the environment variables that bring the processes together.
 
 exit codes: 0 done; 42 stopped and saved, or a process, device or connection was lost: start it again; 1 the run failed; 2 something given is wrong
 """

@@ -13,7 +13,7 @@ import memorizing.config.registry  # noqa: F401  registers what gin files name
 from memorizing.config.files import find_file, is_shipped
 from memorizing.config.gin_messages import explain, fail_on_unused, names_bound
 from memorizing.errors import UserError, first_line
-from memorizing.experiment import Experiment
+from memorizing.training.experiment import Experiment
 
 
 def load_experiment(gin_files: Sequence[str], bindings: Sequence[str], base: str = "") -> tuple[Experiment, str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from memorizing.attention import MECHANISMS
 from memorizing.config.types import register
-from memorizing.experiment import BatchConfig, Experiment, LoopConfig
-from memorizing.language_model import LMConfig
-from memorizing.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot
-from memorizing.recurrent_tokens import RecurrentTokens
-from memorizing.search import ApproximateSearch, ExactSearch
-from memorizing.sharding import MeshConfig
+from memorizing.evaluation.windows import Windows
+from memorizing.models.attention import MECHANISMS
+from memorizing.models.language_model import LMConfig
+from memorizing.models.memory.search import ApproximateSearch, ExactSearch
+from memorizing.models.recurrent_tokens import RecurrentTokens
+from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import (
     Copy,
     Curriculum,
@@ -21,7 +20,8 @@ from memorizing.synthetic import (
     Reverse,
     SyntheticWords,
 )
-from memorizing.windows import Windows
+from memorizing.training.experiment import BatchConfig, Experiment, LoopConfig
+from memorizing.training.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot
 
 for configurable in (
     # What is run.

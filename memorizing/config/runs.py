@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from flax import linen as nn
 
-from memorizing.checkpoint import read_arrays
 from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
-from memorizing.finished_run import FinishedRun, abstract_variables
-from memorizing.transfer import fit
-from memorizing.workdir import CONFIG, resolve
+from memorizing.evaluation.finished_run import FinishedRun, abstract_variables
+from memorizing.runtime.workdir import CONFIG, resolve
+from memorizing.training.checkpoint import read_arrays
+from memorizing.training.transfer import fit
 
 
 def open_run(workdir: str, step: int | None = None, bindings: Sequence[str] = ()) -> FinishedRun:

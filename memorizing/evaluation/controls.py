@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from memorizing.evaluate import Ablation, Evaluator, accuracy_by_reach
-from memorizing.events import EventLog
-from memorizing.experiment import Experiment
-from memorizing.metrics import Progress
+from memorizing.evaluation.evaluator import Ablation, Evaluator, accuracy_by_reach
+from memorizing.runtime.events import EventLog
+from memorizing.runtime.metrics import Progress
+from memorizing.training.experiment import Experiment
 from memorizing.training.loop import Hook
 from memorizing.training.start import Training
 

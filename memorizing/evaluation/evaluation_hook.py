@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memorizing import distributed
-from memorizing.evaluate import Ablation, Evaluation, Evaluator
-from memorizing.events import EventLog
-from memorizing.experiment import Experiment
-from memorizing.metrics import MetricWriter, Progress
-from memorizing.train_step import Metrics
+from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator
+from memorizing.runtime import distributed
+from memorizing.runtime.events import EventLog
+from memorizing.runtime.metrics import MetricWriter, Progress
+from memorizing.training.experiment import Experiment
 from memorizing.training.hooks import MetricsHook
 from memorizing.training.loop import Hook
 from memorizing.training.start import Training
+from memorizing.training.step import Metrics
 
 
 class EvaluationHook(Hook):

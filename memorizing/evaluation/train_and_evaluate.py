@@ -11,26 +11,28 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from memorizing import __version__, distributed, failures, plots
-from memorizing import events as events_lib
-from memorizing.accelerators import Utilization, memory_in_use
-from memorizing.checkpoint import Checkpointer
+from memorizing import __version__
+from memorizing.cost.accelerators import Utilization, memory_in_use
 from memorizing.errors import EXIT_START_AGAIN
-from memorizing.evaluate import Evaluation, Evaluator, num_rows_side_by_side
+from memorizing.evaluation import plots
 from memorizing.evaluation.controls import ControlsHook
 from memorizing.evaluation.evaluation_hook import EvaluationHook
-from memorizing.events import EventLog
-from memorizing.experiment import Experiment
-from memorizing.failures import Interrupted
-from memorizing.metrics import MetricWriter, Progress, Values
-from memorizing.program import Program
-from memorizing.stopping import StopSignal
+from memorizing.evaluation.evaluator import Evaluation, Evaluator, num_rows_side_by_side
+from memorizing.runtime import distributed, failures
+from memorizing.runtime import events as events_lib
+from memorizing.runtime.events import EventLog
+from memorizing.runtime.failures import Interrupted
+from memorizing.runtime.metrics import MetricWriter, Progress, Values
+from memorizing.runtime.stopping import StopSignal
+from memorizing.runtime.watchdog import HangDetector
+from memorizing.runtime.workdir import resolve
+from memorizing.training.checkpoint import Checkpointer
+from memorizing.training.experiment import Experiment
 from memorizing.training.hooks import CheckpointHook, MetricsHook, ProfileHook
 from memorizing.training.identity import open_workdir
 from memorizing.training.loop import Hook, Preempted, make_tick, train
+from memorizing.training.program import Program
 from memorizing.training.start import Training, restore_or_init
-from memorizing.watchdog import HangDetector
-from memorizing.workdir import resolve
 
 
 def train_and_evaluate(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from memorizing.batch import Batch, BatchIterator, DataSource
-from memorizing.experiment import BatchConfig
-from memorizing.sharding import RowPlacement
+from memorizing.runtime.sharding import RowPlacement
+from memorizing.training.experiment import BatchConfig
 
 
 class TrainingBatches:

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from memorizing import distributed
-from memorizing.checkpoint import Checkpointer, NotFinite
-from memorizing.events import EventLog
-from memorizing.experiment import Experiment
-from memorizing.metrics import MetricWriter, Progress, Values, flatten, perplexity
-from memorizing.train_step import Metrics
+from memorizing.runtime import distributed
+from memorizing.runtime.events import EventLog
+from memorizing.runtime.metrics import MetricWriter, Progress, Values, flatten, perplexity
+from memorizing.training.checkpoint import Checkpointer, NotFinite
+from memorizing.training.experiment import Experiment
 from memorizing.training.loop import Hook, NonFiniteLoss
 from memorizing.training.start import Training
+from memorizing.training.step import Metrics
 
 
 class MetricsHook(Hook):

@@ -9,11 +9,11 @@ from typing import Any
 from etils import epath
 
 from memorizing.batch import text_of
-from memorizing.checkpoint import FOLDER, FORMAT
 from memorizing.errors import UserError
-from memorizing.experiment import Experiment
-from memorizing.json_lines import replace_text
-from memorizing.workdir import CONFIG, EXPERIMENT, VOCABULARY, read_record, resolve
+from memorizing.runtime.json_lines import replace_text
+from memorizing.runtime.workdir import CONFIG, EXPERIMENT, VOCABULARY, read_record, resolve
+from memorizing.training.checkpoint import FOLDER, FORMAT
+from memorizing.training.experiment import Experiment
 
 # What may change when a run goes on: its length, the machines it runs on, how rows are laid out.
 _MAY_CHANGE = ("batch", "mesh", "loop")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from memorizing.events import EventLog
-from memorizing.program import Program
-from memorizing.stopping import StopSignal
-from memorizing.train_step import Metrics
+from memorizing.runtime.events import EventLog
+from memorizing.runtime.stopping import StopSignal
+from memorizing.runtime.watchdog import HangDetector
+from memorizing.training.program import Program
 from memorizing.training.start import Training
-from memorizing.watchdog import HangDetector
+from memorizing.training.step import Metrics
 
 
 class Preempted(Exception):

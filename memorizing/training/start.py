@@ -9,13 +9,14 @@ from typing import Any
 
 from etils import epath
 
-from memorizing import distributed, transfer
-from memorizing.checkpoint import Checkpointer
-from memorizing.events import EventLog
-from memorizing.experiment import Experiment
-from memorizing.program import Program
-from memorizing.train_state import TrainState
+from memorizing.runtime import distributed
+from memorizing.runtime.events import EventLog
+from memorizing.training import transfer
 from memorizing.training.batches import TrainingBatches, row_layout
+from memorizing.training.checkpoint import Checkpointer
+from memorizing.training.experiment import Experiment
+from memorizing.training.program import Program
+from memorizing.training.state import TrainState
 
 
 @dataclasses.dataclass

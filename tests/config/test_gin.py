@@ -18,15 +18,15 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from memorizing import main
-from memorizing.attention.xl import XLAttention
 from memorizing.batch import Batch
 from memorizing.config.files import GIN_FOLDER, shipped_files
 from memorizing.config.loading import load_experiment
-from memorizing.experiment import Experiment
-from memorizing.language_model import LMConfig
-from memorizing.sharding import AXES
-from memorizing.train_state import init_train_state
-from memorizing.train_step import make_train_step
+from memorizing.models.attention.xl import XLAttention
+from memorizing.models.language_model import LMConfig
+from memorizing.runtime.sharding import AXES
+from memorizing.training.experiment import Experiment
+from memorizing.training.state import init_train_state
+from memorizing.training.step import make_train_step
 
 FILES = shipped_files()
 # Parts of a run that every run includes: no experiments themselves.

@@ -1,0 +1,333 @@
+"""What a training step will need on TPUs: the real step, compiled by the real TPU compiler, on a machine without any (with libtpu, the extra `tpu`).
+
+Memory is the compiler's own account. Times are estimates: the cycles that the compiler expects of each instruction, counted as often as it runs (`compiled_cost`), over the clock of
+the chip. The compiler prices neither collectives nor some gathers and sorts, which are counted but not timed here, nor the fused matrix product and partial top-k of the
+approximate search, which is added at the chip's peak.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memorizing.array_typing import Tree
+from memorizing.batch import Batch
+from memorizing.cost import compiled_cost
+from memorizing.cost.accelerators import Accelerator, accelerator, training_flops
+from memorizing.cost.compiled_cost import Traffic
+from memorizing.errors import UserError
+from memorizing.models.language_model import LMConfig
+from memorizing.training.experiment import Experiment
+from memorizing.training.program import Program
+from memorizing.training.state import TrainState
+
+# The scope of the external memory in a program.
+_MEMORY = "external_memory"
+# JAX cannot print programs in which a SparseCore (v5p, v6e) gathers: here the TensorCore does.
+_COMPILER_OPTIONS = {"xla_tpu_offload_gather_to_sparsecore": "False"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A training step on a slice of TPUs.
+
+    Attributes:
+      topology, num_slices: as given.
+      device_kind, num_devices: what JAX sees; on v3 a device is a core.
+      num_rows, tokens_per_step: of the whole step.
+      rows_per_device: which devices that share a layer or a memory have in common.
+      compile_seconds: on this machine.
+      hbm: bytes on one device by kind.
+      hbm_total, hbm_limit: the compiler's account of all of it, and what a device has.
+      model_flops, memory_flops: of a step, without what is recomputed; the second is what the external memory adds.
+      seconds, memory_seconds: estimates for the step, and for what the external memory takes of it.
+      collectives, moves: by kind, for one device and step; neither is in `seconds`. Moves are gathers, scatters and sorts.
+      advice: what to change where the step does not fit.
+    """
+
+    topology: str
+    num_slices: int
+    device_kind: str
+    num_devices: int
+    num_rows: int
+    tokens_per_step: int
+    rows_per_device: int
+    compile_seconds: float
+    hbm: dict[str, int]
+    hbm_total: int
+    hbm_limit: int
+    model_flops: float
+    memory_flops: float
+    seconds: float
+    memory_seconds: float
+    collectives: dict[str, Traffic]
+    moves: dict[str, Traffic]
+    advice: list[str]
+
+    @property
+    def fits(self) -> bool:
+        return self.hbm_total <= self.hbm_limit
+
+    @property
+    def mfu(self) -> float:
+        """The FLOPs of the model without its memory, as a share of what the devices could do in the time of the whole step; an estimate."""
+        chip = accelerator(self.device_kind)
+        peak = chip.peak_flops / chip.devices_per_chip * self.num_devices
+        return self.model_flops / (self.seconds * peak)
+
+
+class DoesNotFit(UserError):
+    """The compiler found no program that a device has room for."""
+
+    def __init__(self, topology: str, reason: str, advice: list[str]):
+        # After the status of the error.
+        lines = [f"the step does not fit {topology}: {reason.splitlines()[0].partition(': ')[2]}"]
+        if advice:
+            lines += ["what would help, the largest gain first:", *advice]
+        super().__init__("\n  ".join(lines))
+
+
+def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
+    """Compiles the training step of an experiment for a slice of TPUs.
+
+    Args:
+      experiment: what to train. Its data is not opened.
+      topology: generation and shape of the slice as the compiler calls it, such as 'v3:4x4' or 'v5e:4x8'.
+      num_slices: equal slices, joined by the data center's network.
+
+    Raises:
+      UserError: libtpu is missing, there is no such topology, or the experiment does not suit its devices.
+      DoesNotFit: the step needs so much more memory than a device has that the compiler gives no program. With a little more it does, and the plan says so.
+    """
+    devices = _devices(topology, num_slices)
+    chip = accelerator(devices[0].device_kind)
+    mesh = experiment.make_mesh(devices)
+    batch, segments = experiment.batch, experiment.batch.num_segments
+    with jax.set_mesh(mesh):
+        program = Program(experiment, mesh)
+        abstract_batch = _abstract_batch(program, (batch.num_rows, segments, batch.segment_length))
+        start = time.perf_counter()
+        lowered = program.step.lower(program.abstract_state, abstract_batch)
+    arguments = _arguments(experiment, program.abstract_state, abstract_batch)
+    try:
+        compiled = lowered.compile(_COMPILER_OPTIONS)
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        # At least a device full of temporaries.
+        advice = _advice(experiment, devices, arguments | {"temporaries": chip.hbm_bytes})
+        raise DoesNotFit(topology, str(error), advice) from error
+    compile_seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    instructions = compiled_cost.instructions(compiled.as_text())
+    model_flops, memory_flops = (
+        flops * batch.tokens_at(1) for flops in training_flops(experiment.model, batch.segment_length)
+    )
+    search = _unpriced_search(instructions, memory_flops / len(devices), chip)
+    seconds, memory_seconds = (
+        compiled_cost.cycles(instructions, scope) / chip.clock + search for scope in ("", _MEMORY)
+    )
+    hbm, total = _hbm(arguments, memory)
+    return Plan(
+        topology=topology,
+        num_slices=num_slices,
+        device_kind=devices[0].device_kind,
+        num_devices=len(devices),
+        num_rows=batch.num_rows,
+        tokens_per_step=batch.tokens_at(1),
+        rows_per_device=batch.num_rows // mesh.shape["data"],
+        compile_seconds=compile_seconds,
+        hbm=hbm,
+        hbm_total=total,
+        hbm_limit=chip.hbm_bytes,
+        model_flops=model_flops,
+        memory_flops=memory_flops,
+        seconds=seconds,
+        memory_seconds=memory_seconds,
+        collectives=compiled_cost.collectives(instructions),
+        moves=compiled_cost.moves(instructions),
+        advice=_advice(experiment, devices, hbm) if total > chip.hbm_bytes else [],
+    )
+
+
+def _devices(topology: str, num_slices: int) -> list[Any]:
+    """The devices of a slice that need not exist."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("a slice of TPUs needs the TPU compiler: pip install 'memorizing[tpu]'")
+    # Otherwise the library asks the machine what TPU it is, and says at length that it is none.
+    quiet = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v3-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }
+    os.environ |= {name: value for name, value in quiet.items() if name not in os.environ}
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {} if num_slices == 1 else {"num_slices": num_slices}
+    if topology.startswith("v4"):
+        # As on a real v4, where the two cores of a chip are one device.
+        options["chip_config_name"] = "megacore"
+    try:
+        with _stderr_to_nowhere():
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    except Exception as error:  # What the compiler raises depends on what is wrong.
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"topology {topology!r}: {reason}; expected a generation and the shape of a slice, such as v3:4x4, v4:2x2x4, v5e:4x8, v5p:2x2x4 or v6e:4x8"
+        ) from error
+    if accelerator(devices[0].device_kind) is None or accelerator(devices[0].device_kind).clock is None:
+        raise UserError(f"topology {topology!r}: clock and memory of {devices[0].device_kind} are not known here")
+    return list(devices)
+
+
+@contextlib.contextmanager
+def _stderr_to_nowhere() -> Iterator[None]:
+    """Silences what a library writes to the file descriptor."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _abstract_batch(program: Program, shape: tuple[int, int, int]) -> Batch:
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=program.rows)
+
+    return Batch(
+        tokens=array(shape, jnp.int32),
+        targets=array(shape, jnp.int32),
+        loss_weights=array(shape, jnp.float32),
+        is_real=array(shape, jnp.bool_),
+        start_of_document=array(shape[:2], jnp.bool_),
+    )
+
+
+def _unpriced_search(
+    instructions: list[compiled_cost.Instruction], flops_per_device: float, chip: Accelerator
+) -> float:
+    """Seconds of the search's matrix products at the chip's peak, where the compiler has no price for them."""
+    is_unpriced = any(
+        instruction.opcode == "fusion" and not instruction.cycles and "approx_top_k" in instruction.op_name
+        for instruction in instructions
+    )
+    return flops_per_device * chip.devices_per_chip / chip.peak_flops if is_unpriced else 0.0
+
+
+def _arguments(experiment: Experiment, state: TrainState, batch: Batch) -> dict[str, int]:
+    """Bytes of a step's arguments on one device by kind, as their shapes say."""
+    memory = _device_bytes(experiment.model.memories(state.context))
+    return {
+        "parameters": _device_bytes((state.params, state.buffers)),
+        "optimizer": _device_bytes(state.opt_state),
+        "external memory": memory,
+        "caches and other context": _device_bytes(state.context) - memory,
+        "batch": _device_bytes(batch),
+    }
+
+
+def _hbm(arguments: dict[str, int], memory: Any) -> tuple[dict[str, int], int]:
+    """Bytes on one device by kind, and all of them by the compiler's account, in which results lie where arguments were."""
+    kinds = arguments | {
+        "padding of these": max(memory.argument_size_in_bytes - sum(arguments.values()), 0),
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = memory.argument_size_in_bytes + results + kinds["temporaries"] + kinds["program"]
+    return kinds, total
+
+
+def _device_bytes(tree: Tree) -> int:
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+class _Change(NamedTuple):
+    """What to tell about a change, how the experiment is made, which may be refused, and a guess at the bytes that it saves on a device."""
+
+    advice: str
+    make: Callable[[], Experiment]
+    gain: int
+
+
+def _advice(experiment: Experiment, devices: list[Any], hbm: dict[str, int]) -> list[str]:
+    """What to change, the largest gain first; nothing that the experiment has already or that it would refuse."""
+    model, batch = experiment.model, experiment.batch
+    weights, memory, temporaries = hbm["parameters"] + hbm["optimizer"], hbm["external memory"], hbm["temporaries"]
+    half, twice, fewer = model.memory_size // 2, 2 * batch.num_microbatches, batch.tokens_per_step // 2
+
+    def changed(**parts: Any) -> Callable[[], Experiment]:
+        """With other settings of some parts of the experiment."""
+        return lambda: dataclasses.replace(
+            experiment,
+            **{name: dataclasses.replace(getattr(experiment, name), **settings) for name, settings in parts.items()},
+        )
+
+    changes = [
+        _Change(
+            "--gin_file=meshes/fsdp after the run's own: share the parameters and the optimizer over the devices",
+            changed(mesh={"parameters": "fsdp"}),
+            weights,
+        ),
+        _Change(
+            "--gin.LMConfig.dtype=bfloat16: half the memory and the activations",
+            changed(model={"dtype": "bfloat16"}),
+            (memory + temporaries) // 2,
+        ),
+        _Change(
+            "--gin.LMConfig.remat=layer: compute the activations again for the gradient",
+            changed(model={"remat": "layer"}),
+            temporaries // 2,
+        ),
+        _Change(
+            f"--gin.BatchConfig.tokens_per_step={fewer}: half the rows, or a larger slice",
+            changed(batch={"tokens_per_step": fewer}),
+            (memory + temporaries) // 3,
+        ),
+    ]
+    if model.has_memory:
+        changes.append(
+            _Change(
+                f"--gin.{_memory_name(model)}.memory_size={half}: half the slots",
+                lambda: dataclasses.replace(experiment, model=model.with_memory_size(half)),
+                memory // 2,
+            )
+        )
+    else:
+        # The rows of a microbatch are copied out of the context and back: of a memory that would be gigabytes.
+        changes.append(
+            _Change(
+                f"--gin.BatchConfig.num_microbatches={twice}: half the rows at a time",
+                changed(batch={"num_microbatches": twice}),
+                temporaries // 3,
+            )
+        )
+    possible = [change for change in changes if _is_new(change, experiment, devices)]
+    return [change.advice for change in sorted(possible, key=lambda change: change.gain, reverse=True)]
+
+
+def _memory_name(model: LMConfig) -> str:
+    """What gin calls the mechanism that has the memory."""
+    return next(type(group.attention).__name__ for group in model.groups if group.attention.memory_size)
+
+
+def _is_new(change: _Change, experiment: Experiment, devices: list[Any]) -> bool:
+    try:
+        changed = change.make()
+        changed.make_mesh(devices)
+    except UserError:
+        return False
+    return changed != experiment

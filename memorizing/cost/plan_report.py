@@ -1,0 +1,53 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from memorizing.cost.plan import Plan
+from memorizing.runtime.tables import align, with_unit
+
+_GIB = 2**30
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything that a plan says, in bytes and seconds."""
+    return dataclasses.asdict(plan) | {"fits": plan.fits, "mfu": plan.mfu}
+
+
+def as_text(plan: Plan) -> str:
+    """A plan for people to read."""
+    slices = f"{plan.num_slices} slices of " if plan.num_slices > 1 else ""
+    tokens = plan.tokens_per_step // plan.num_rows * plan.rows_per_device
+    header = (
+        f"{slices}{plan.topology}: {plan.num_devices} devices ({plan.device_kind}), {plan.num_rows} rows and {plan.tokens_per_step:,} tokens a step, "
+        f"{plan.rows_per_device} rows and {tokens:,} tokens a device; compiled in {plan.compile_seconds:.0f} s"
+    )
+    memory = [(f"  {kind}", f"{size / _GIB:.2f} GiB") for kind, size in plan.hbm.items()]
+    memory.append(("  all, by the compiler's account", f"{plan.hbm_total / _GIB:.2f} GiB"))
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    memory.append((f"  of a device ({verdict})", f"{plan.hbm_limit / _GIB:.2f} GiB"))
+    share = plan.memory_seconds / plan.seconds
+    times = [
+        ("  step", f"{plan.seconds * 1e3:.1f} ms"),
+        ("  of it the external memory", f"{plan.memory_seconds * 1e3:.1f} ms ({share:.1%})"),
+        ("  tokens a second", f"{plan.tokens_per_step / plan.seconds:,.0f}"),
+        ("  FLOPs of the model a step", with_unit(plan.model_flops)),
+        ("  FLOPs of the memory a step", with_unit(plan.memory_flops)),
+        ("  MFU, the memory's FLOPs apart", f"{plan.mfu:.1%}"),
+    ]
+    not_priced = [
+        (f"  {kind}", f"{traffic.count}", f"{traffic.num_bytes / _GIB:.3f} GiB")
+        for kind, traffic in (plan.collectives | plan.moves).items()
+    ] or [("  nothing", "", "")]
+    parts = [
+        header,
+        "memory of a device:\n" + align(memory),
+        "time, ESTIMATED from the compiler's cycles, never measured:\n" + align(times),
+        "not in this time, since the compiler has no price for it, for a device and step, with the bytes of the results:\n"
+        + align(not_priced),
+    ]
+    if plan.advice:
+        parts.append("it does not fit; what would help, the largest gain first:\n  " + "\n  ".join(plan.advice))
+    return "\n\n".join(parts)

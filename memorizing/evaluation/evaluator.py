@@ -1,0 +1,281 @@
+"""Evaluation on held-out documents: every document once, whole, from an empty context."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from memorizing.array_typing import PerToken, RowFlags, Tree
+from memorizing.batch import Batch, DataSource, EvaluationBatch, text_of
+from memorizing.context import Context
+from memorizing.evaluation.reading import inputs_of, read_segments
+from memorizing.models import language_model
+from memorizing.models.language_model import LMConfig
+from memorizing.models.losses import next_token_nats
+from memorizing.models.memory import external_memory
+from memorizing.runtime import sharding
+from memorizing.runtime.metrics import Values, perplexity
+from memorizing.runtime.sharding import RowPlacement
+
+# What may be done to the context before a segment, to measure what it is worth.
+Ablation = Literal["none", "memory_cleared", "memory_permuted", "state_reset", "state_shuffled"]
+
+
+def ablate(config: LMConfig, ablation: Ablation, context: Context, segment: Batch) -> tuple[Context, RowFlags]:
+    """The context and start_of_document that the model gets instead of its own."""
+    start = segment.start_of_document
+    if ablation == "memory_cleared":
+        # External memories are empty; local attention and caches keep theirs.
+        return config.map_memories(context, external_memory.cleared), start
+    if ablation == "memory_permuted":
+        # What is found is no longer what belongs to it.
+        return config.map_memories(context, external_memory.permuted), start
+    if ablation == "state_reset":
+        # Every segment begins a document.
+        return context, jnp.ones_like(start)
+    if ablation == "state_shuffled":
+        # Every row gets what its neighbour carried, before segments in which something is scored: shifted at every segment,
+        # states would come home after B of them.
+        is_scored = jnp.any(segment.loss_weights > 0)
+
+        def shift(leaf: jax.Array) -> jax.Array:
+            return jnp.where(is_scored, jnp.roll(leaf, 1, axis=0), leaf) if leaf.ndim else leaf
+
+        return jax.tree.map(shift, context), start
+    return context, start
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Sums over held-out documents. What counts are the positions with a loss weight.
+
+    Attributes:
+      cell_nats, cell_tokens: float64 and int64 [documents, bins], total -log p and number of scored tokens by document and position in it; bin i covers the tokens from
+        `bin_starts[i]` up to the next bin's start.
+      bin_starts: int64 [bins], in tokens.
+      answers, right_answers: runs of scored tokens within a segment, and how many of them are predicted without a mistake.
+      right_tokens: scored tokens that are predicted rightly.
+      documents: int64 [documents], their indices among the held-out documents, ascending.
+      document_bytes, document_words: int64 [documents], UTF-8 bytes and words of each, or None where there are none.
+    """
+
+    cell_nats: np.ndarray
+    cell_tokens: np.ndarray
+    bin_starts: np.ndarray
+    answers: int
+    right_answers: int
+    right_tokens: int
+    documents: np.ndarray
+    document_bytes: np.ndarray | None
+    document_words: np.ndarray | None
+
+    @property
+    def nats(self) -> np.ndarray:
+        """By document."""
+        return self.cell_nats.sum(axis=1)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """By document."""
+        return self.cell_tokens.sum(axis=1)
+
+    @property
+    def nats_by_position(self) -> np.ndarray:
+        return self.cell_nats.sum(axis=0)
+
+    @property
+    def tokens_by_position(self) -> np.ndarray:
+        return self.cell_tokens.sum(axis=0)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return float(self.nats.sum() / max(self.tokens.sum(), 1))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the answers that are right in all their tokens."""
+        return self.right_answers / max(self.answers, 1)
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of the scored tokens that are predicted rightly."""
+        return self.right_tokens / max(int(self.tokens.sum()), 1)
+
+    def values(self) -> Values:
+        """The figures to log: loss, perplexity per token, tokens, and bits per byte and perplexity per word where there are bytes and words."""
+        values = {"loss": self.loss, "perplexity": perplexity(self.loss), "tokens": float(self.tokens.sum())}
+        if self.document_bytes is not None:
+            values["bits_per_byte"] = float(self.nats.sum()) / math.log(2) / max(self.document_bytes.sum(), 1)
+        if self.document_words is not None:
+            values["word_perplexity"] = perplexity(float(self.nats.sum()) / max(self.document_words.sum(), 1))
+        return values
+
+
+def num_rows_side_by_side(source: DataSource, at_most: int, mesh: Mesh) -> int:
+    """How many documents to read at once: no more than there are, rounded up to what the devices divide."""
+    devices = mesh.shape["data"]
+    return -(-min(at_most, source.num_eval_documents) // devices) * devices
+
+
+class Evaluator:
+    """Evaluates parameters on held-out documents; compiles once an ablation."""
+
+    def __init__(
+        self,
+        config: LMConfig,
+        num_rows: int,
+        segment_length: int,
+        mesh: Mesh,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+          config: the model.
+          num_rows: documents read side by side.
+          segment_length: T.
+          mesh: where the parameters lie.
+          on_step: called before every segment, in all processes.
+        """
+        self._on_step = on_step
+        self._size, self._mesh = (num_rows, segment_length), mesh
+        abstract = jax.eval_shape(lambda: config.init_context(*self._size))
+        shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
+        self._rows = RowPlacement(mesh, num_rows)
+        self._init_context = jax.jit(lambda: config.init_context(*self._size), out_shardings=shardings)
+        self._step = jax.jit(
+            functools.partial(_evaluation_step, config),
+            static_argnames="ablation",
+            donate_argnums=2,
+            out_shardings=(None, shardings),
+        )
+
+    def with_model(self, config: LMConfig) -> Evaluator:
+        """The same for another model."""
+        return Evaluator(config, *self._size, self._mesh, self._on_step)
+
+    def run(self, params: Tree, buffers: Tree, source: DataSource, ablation: Ablation = "none") -> Evaluation:
+        """Reads all held-out documents of a source.
+
+        Args:
+          params, buffers: of the model; buffers stay as they are.
+          source: where the documents come from.
+          ablation: what is done to the context before every segment.
+        """
+        sums = _Sums(self._size[1])
+        # Of several processes, each reads its own rows' documents.
+        is_shared = jax.process_count() > 1
+        rows = (self._rows.rows,) if is_shared else ()
+
+        def step(context: Context, segment: EvaluationBatch) -> tuple[tuple, Context]:
+            self._on_step()
+            placed = self._rows.put(segment.batch)
+            result, context = self._step(params, buffers, context, placed, ablation=ablation)
+            if not is_shared:
+                return (result, *segment), context
+            # ... and learns what came of the others', so that all have the same sums.
+            place = self._rows.put((segment.document, segment.offset.astype(np.int32)))
+            return self._rows.gather((result, placed, *place)), context
+
+        segments = source.evaluation_batches(*self._size, *rows)
+        for result, _ in read_segments(step, self._init_context(), segments):
+            sums.add(*result)
+        return sums.result(source)
+
+
+def accuracy_by_reach(
+    controls: Mapping[str, tuple[Evaluator, Ablation]], params: Tree, buffers: Tree, task: Any, reaches: Sequence[int]
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Accuracy on held-out samples whose answers lie several numbers of segments back.
+
+    Args:
+      controls: by name, what evaluates and what it does to the context.
+      params, buffers: of the model.
+      task: a data source of samples, with a method `reaching`.
+      reaches: in segments.
+
+    Returns:
+      `{name: {reach: {"answers": share of answers right in all their tokens, "tokens": share of right tokens}}}`
+    """
+
+    def accuracy(evaluator: Evaluator, ablation: Ablation, reach: int) -> dict[str, float]:
+        evaluation = evaluator.run(params, buffers, task.reaching(reach), ablation)
+        return {"answers": evaluation.accuracy, "tokens": evaluation.token_accuracy}
+
+    return {name: {reach: accuracy(*control, reach) for reach in reaches} for name, control in controls.items()}
+
+
+def _evaluation_step(
+    config: LMConfig, params: Tree, buffers: Tree, context: Context, batch: Batch, *, ablation: Ablation
+) -> tuple[tuple[PerToken, jax.Array], Context]:
+    segment = jax.tree.map(lambda leaf: leaf[:, 0], batch)
+    context, start = ablate(config, ablation, context, segment)
+    inputs = inputs_of(segment).replace(start_of_document=start)
+    output = language_model.apply(config, params, buffers, inputs, context)
+    is_right = jnp.argmax(output.logits, axis=-1) == segment.targets
+    return (next_token_nats(output.logits, segment.targets), is_right), output.context
+
+
+class _Sums:
+    """Adds up losses by document and by position, and answers."""
+
+    def __init__(self, segment_length: int) -> None:
+        self._segment_length = segment_length
+        # By document and bin: nats, tokens.
+        self._cells: dict[tuple[int, int], np.ndarray] = {}
+        self._answers = self._right_answers = self._right_tokens = 0
+
+    def add(self, result: tuple[Any, Any], batch: Batch, document: np.ndarray, offset: np.ndarray) -> None:
+        nats, is_right = (np.asarray(array) for array in result)
+        weights = np.asarray(batch.loss_weights[:, 0], np.float64) * (document >= 0)[:, None]
+        # where(): a position that does not count may be anything.
+        nats = np.where(weights > 0, nats * weights, 0.0).sum(axis=1, dtype=np.float64)
+        sums = np.stack([nats, weights.sum(axis=1)], axis=1)
+        for row in np.flatnonzero(document >= 0):
+            # Bins double: segment 0, segment 1, segments 2-3, 4-7, ...; a segment lies in one bin.
+            position_bin = int(offset[row] // self._segment_length).bit_length()
+            cell = self._cells.setdefault((int(document[row]), position_bin), np.zeros(2))
+            cell += sums[row]
+        self._add_answers(weights > 0, is_right)
+
+    def result(self, source: DataSource) -> Evaluation:
+        keys = np.array(list(self._cells), np.int64).reshape(-1, 2)
+        (documents, document), (bins, position_bin) = (np.unique(column, return_inverse=True) for column in keys.T)
+        cells = np.zeros((len(documents), len(bins), 2))
+        for key, sums in zip(zip(document, position_bin, strict=True), self._cells.values(), strict=True):
+            cells[key] = sums
+        text = text_of(source)
+
+        def of_documents(sizes: Sequence[int] | None) -> np.ndarray | None:
+            return None if sizes is None else np.asarray(sizes, np.int64)[documents]
+
+        return Evaluation(
+            cell_nats=cells[..., 0],
+            cell_tokens=cells[..., 1].astype(np.int64),
+            bin_starts=np.array([self._segment_length << (i - 1) if i else 0 for i in bins.tolist()], np.int64),
+            answers=self._answers,
+            right_answers=self._right_answers,
+            right_tokens=self._right_tokens,
+            documents=documents,
+            document_bytes=of_documents(source.document_bytes),
+            document_words=of_documents(text.document_words if text else None),
+        )
+
+    def _add_answers(self, counts: np.ndarray, is_right: np.ndarray) -> None:
+        # Each row ends with a position that does not count, so that answers of two rows do not touch.
+        counts = np.pad(counts, ((0, 0), (1, 1))).reshape(-1)
+        wrong = np.pad(~is_right, ((0, 0), (1, 1))).reshape(-1) & counts
+        starts = np.flatnonzero(counts[1:] & ~counts[:-1]) + 1
+        ends = np.flatnonzero(counts[:-1] & ~counts[1:]) + 1
+        mistakes = np.concatenate([[0], np.cumsum(wrong)])
+        self._right_tokens += int(np.sum(counts & ~wrong))
+        self._answers += len(starts)
+        self._right_answers += int(np.sum(mistakes[ends] == mistakes[starts]))

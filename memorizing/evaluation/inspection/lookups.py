@@ -1,0 +1,204 @@
+"""What a memory did for one document: the loss of every token with a smaller and a larger memory, and what was retrieved.
+
+The per-token difference and the look at retrieved neighbours are those of Wu et al. 2022, section 4.6 (their figure 7 and table 8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memorizing.array_typing import PerToken, Tree
+from memorizing.batch import Batch
+from memorizing.context import Context
+from memorizing.evaluation.reading import document_segments, inputs_of, read_segments
+from memorizing.models import language_model
+from memorizing.models.language_model import LMConfig
+from memorizing.models.losses import next_token_nats
+from memorizing.models.memory import external_memory
+from memorizing.models.memory.external_memory import Retrieved, positions_back
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookups:
+    """What the queries of one layer found, position by position of the document.
+
+    Position i is the one that predicts token i, having read token i - 1.
+
+    Attributes:
+      layer: its name.
+      gate: float32 [N], share of the memory in the layer's output.
+      scale: float32 [N], factor of the scores in the softmax.
+      distances: int32 [tokens, N, K], how many positions back the neighbour was stored; 0 where there is none. Best neighbour first.
+      scores: float32 [tokens, N, K], query . key, both of length 1; -inf where there is none.
+    """
+
+    layer: str
+    gate: np.ndarray
+    scale: np.ndarray
+    distances: np.ndarray
+    scores: np.ndarray
+
+    def weights(self, positions: slice = slice(None)) -> np.ndarray:
+        """Attention to each neighbour, float32 [tokens, N, K]: the softmax over those of a head; 0 where there is none."""
+        scores = self.scores[positions]
+        exists = scores > -np.inf
+        logits = np.where(exists, scores, -1e30) * self.scale[None, :, None]
+        shifted = np.where(exists, np.exp(logits - logits.max(axis=-1, keepdims=True)), 0.0)
+        return (shifted / np.maximum(shifted.sum(axis=-1, keepdims=True), 1e-30)).astype(np.float32)
+
+
+class Document(NamedTuple):
+    """What is read.
+
+    Attributes:
+      tokens: int32 [tokens].
+      start_id: stands before them.
+    """
+
+    tokens: np.ndarray
+    start_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """A document read with two memories by the same weights.
+
+    Attributes:
+      tokens: int32 [tokens].
+      memory_sizes: the smaller memory (0 for none) and the larger, in tokens.
+      segment_length: T.
+      nats: float32 [2, tokens], -log p of each token with either.
+      lookups: of every layer with an external memory, with the larger one.
+    """
+
+    tokens: np.ndarray
+    memory_sizes: tuple[int, int]
+    segment_length: int
+    nats: np.ndarray
+    lookups: tuple[Lookups, ...]
+
+    @property
+    def gain(self) -> np.ndarray:
+        """How much the larger memory helped each token, in nats: the paper's Delta, float32 [tokens]."""
+        return self.nats[0] - self.nats[1]
+
+    @property
+    def num_equal(self) -> int:
+        """So many tokens at the start see the same with both memories: the smaller has lost nothing yet."""
+        return min(self.memory_sizes[0] + self.segment_length, len(self.tokens))
+
+
+class Reading(NamedTuple):
+    """A document after it was read once: `nats` float32 [tokens], and the look-ups of every layer with a memory."""
+
+    nats: np.ndarray
+    lookups: tuple[Lookups, ...]
+
+
+def inspect(
+    config: LMConfig,
+    params: Tree,
+    buffers: Tree,
+    document: Document,
+    memory_sizes: tuple[int, int],
+    segment_length: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Inspection:
+    """Reads a document twice, from an empty memory.
+
+    Args:
+      config: a model with an external memory.
+      params, buffers: of the model.
+      document: to read.
+      memory_sizes: the smaller, 0 for none, and the larger; multiples of the segment length.
+      segment_length: T.
+      advance: told after each segment how many tokens were read.
+    """
+    smaller, larger = memory_sizes
+    read = functools.partial(
+        read_document, params=params, buffers=buffers, document=document, segment_length=segment_length, advance=advance
+    )
+    small = read(config.with_memory_size(smaller or segment_length), is_cleared=smaller == 0)
+    large = read(config.with_memory_size(larger), keeps_lookups=True)
+    nats = np.stack([small.nats, large.nats])
+    return Inspection(document.tokens, memory_sizes, segment_length, nats, large.lookups)
+
+
+def read_document(
+    config: LMConfig,
+    params: Tree,
+    buffers: Tree,
+    document: Document,
+    segment_length: int,
+    advance: Callable[[int], None] = lambda _: None,
+    is_cleared: bool = False,
+    keeps_lookups: bool = False,
+) -> Reading:
+    """Reads a document once.
+
+    Args:
+      config, params, buffers: the model.
+      document: to read.
+      segment_length: T.
+      advance: told after each segment how many tokens were read.
+      is_cleared: empties the memory before each segment.
+      keeps_lookups: keeps what was retrieved.
+    """
+    compiled = jax.jit(
+        functools.partial(_step, config, is_cleared=is_cleared, keeps_lookups=keeps_lookups), donate_argnums=2
+    )
+
+    def step(context: Context, segment: Batch) -> tuple[tuple[PerToken, dict[str, Retrieved]], Context]:
+        return compiled(params, buffers, context, segment)
+
+    num_tokens = len(document.tokens)
+    nats: list[np.ndarray] = []
+    found: dict[str, list[Retrieved]] = {}
+    segments = document_segments(document.tokens, document.start_id, segment_length)
+    context = config.init_context(1, segment_length)
+    for index, ((segment_nats, retrieved), _) in enumerate(read_segments(step, context, segments)):
+        nats.append(segment_nats[0])
+        for layer, of_segment in retrieved.items():
+            found.setdefault(layer, []).append(of_segment)
+        advance(min(segment_length, num_tokens - index * segment_length))
+    lookups = tuple(_lookups(layer, parts, config.memory_sizes[layer], num_tokens) for layer, parts in found.items())
+    return Reading(np.concatenate(nats)[:num_tokens], lookups)
+
+
+def _step(
+    config: LMConfig,
+    params: Tree,
+    buffers: Tree,
+    context: Context,
+    segment: Batch,
+    *,
+    is_cleared: bool,
+    keeps_lookups: bool,
+) -> tuple[tuple[PerToken, dict[str, Retrieved]], Context]:
+    if is_cleared:
+        context = config.map_memories(context, external_memory.cleared)
+    output = language_model.apply(config, params, buffers, inputs_of(segment), context)
+    nats = jnp.where(segment.is_real, next_token_nats(output.logits, segment.targets), 0.0)
+    return (nats, dict(output.report.retrieved) if keeps_lookups else {}), output.context
+
+
+def _lookups(layer: str, parts: list[Retrieved], memory_size: int, num_tokens: int) -> Lookups:
+    """What a layer retrieved in all segments of a document."""
+    distances, scores = [], []
+    # The document began with the first segment: as many were processed before each as lie before it in the document.
+    for index, part in enumerate(parts):
+        # [T, N, K]
+        slots, of_slots = part.neighbours.slots[0], part.neighbours.scores[0]
+        length = len(slots)
+        back = positions_back(slots, index, memory_size, length) + np.arange(length)[:, None, None]
+        distances.append(np.where(of_slots > -np.inf, back, 0).astype(np.int32))
+        scores.append(of_slots)
+    gate, scale = (np.asarray(each, np.float32) for each in (parts[0].gate, parts[0].scale))
+    return Lookups(layer, gate, scale, np.concatenate(distances)[:num_tokens], np.concatenate(scores)[:num_tokens])

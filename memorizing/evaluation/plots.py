@@ -1,0 +1,219 @@
+"""Figures of results as PNG. The colours are safe for colour-blind readers; lines also differ in their markers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memorizing.evaluation import bootstrap
+from memorizing.evaluation.evaluator import Evaluation
+from memorizing.evaluation.inspection.lookups import Inspection
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, and a marker for each of its colours.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+
+
+def loss_by_position(evaluations: Mapping[str, Evaluation], reference: str | None = None, seed: int = 0) -> bytes:
+    """Loss in nats per token against position in the document, one line an evaluation; below it the differences to one of them.
+
+    Args:
+      evaluations: by name, of the same documents.
+      reference: name of the one that the others are held against; None for the first.
+      seed: of the bootstrap over documents, which gives the differences their intervals.
+    """
+    base = evaluations[reference or next(iter(evaluations))]
+    figure, axes = _figure(1 + (len(evaluations) > 1))
+    starts = base.bin_starts
+    # A bin's point stands at its middle.
+    middles = [start * 1.5 if start else starts[1] / 2 if len(starts) > 1 else 1 for start in starts]
+    # Where no token is scored there is nothing to show: only the answers of a made-up task are.
+    seen = np.flatnonzero(base.cell_tokens.sum(axis=0))
+    middles, counts = np.array(middles)[seen], base.cell_tokens.sum(axis=0)[seen]
+    for i, (name, evaluation) in enumerate(evaluations.items()):
+        label = f"{name} (perplexity {evaluation.values()['perplexity']:.2f})"
+        axes[0].plot(middles, evaluation.nats_by_position[seen] / counts, label=label, **_style(i))
+        if evaluation is not base:
+            difference = (evaluation.cell_nats - base.cell_nats)[:, seen]
+            axes[1].plot(middles, difference.sum(axis=0) / counts, label=name, **_style(i))
+            low, high = bootstrap.ratio_interval(difference, base.cell_tokens[:, seen], seed)
+            axes[1].fill_between(middles, low, high, alpha=0.15, color=COLORS[i % len(COLORS)], linewidth=0)
+    axes[0].set_ylabel("loss (nats per token)")
+    axes[0].set_title("Held-out loss against position in the document")
+    axes[0].legend()
+    for below in axes[1:]:
+        below.axhline(0, color="gray", linewidth=0.8, linestyle="--")
+        below.set_ylabel(f"less that of\n{reference or next(iter(evaluations))}")
+        below.legend()
+    for each in axes:
+        each.set_xscale("log")
+    axes[-1].set_xlabel("position in the document (tokens)")
+    return _png(figure)
+
+
+def loss_by_memory(differences: Mapping[int, Mapping[str, Any]], trained: int, loss: float) -> bytes:
+    """Loss of the same weights with several memories, with the interval of the paired difference to the memory that they were trained with.
+
+    Args:
+      differences: by memory size: `loss`, the difference in nats per token, and its `interval` or None.
+      trained: the size that the run was trained with.
+      loss: with that.
+    """
+    figure, (axes,) = _figure()
+    sizes = sorted(differences)
+    values = [loss + differences[size]["loss"] for size in sizes]
+    places = np.arange(len(sizes))
+    axes.plot(places, values, **_style(0))
+    for place, size in zip(places, sizes, strict=True):
+        if interval := differences[size]["interval"]:
+            axes.vlines(place, *(loss + end for end in interval), color=COLORS[0], alpha=0.4, linewidth=5)
+    axes.axhline(loss, color="gray", linewidth=0.8, linestyle="--", label=f"trained with {trained:,}")
+    axes.set_xticks(places, [f"{size:,}" for size in sizes])
+    axes.set_xlabel("memory (tokens)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("The same weights with other memories; bars: 95% of the paired difference")
+    axes.legend()
+    return _png(figure)
+
+
+def documents_of_two_runs(
+    first: Mapping[str, Any], second: Mapping[str, Any], tokens: Sequence[int], names: tuple[str, str]
+) -> bytes:
+    """Loss of one run against loss of the other, a point a document, its area by its tokens."""
+    figure, (axes,) = _figure()
+    x, y = np.array(second["by_document"]), np.array(first["by_document"])
+    axes.scatter(x, y, s=12 + 200 * np.array(tokens) / max(tokens), color=COLORS[0], alpha=0.6)
+    ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+    axes.plot(ends, ends, color="gray", linewidth=0.8, linestyle="--", label="equal; below it A is better")
+    axes.set_xlabel(f"B: {names[1]}, loss (nats per token)")
+    axes.set_ylabel(f"A: {names[0]}, loss (nats per token)")
+    axes.set_title("Two runs, document by document")
+    axes.legend()
+    return _png(figure)
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+
+
+def _figure(num_axes: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2 + 2 * num_axes), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(num_axes, 1, index + 1) for index in range(num_axes)]
+    for each in axes:
+        each.grid(alpha=0.3)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    return buffer.getvalue()
+
+
+# Of an inspection.
+
+
+def gain_by_position(inspection: Inspection) -> bytes:
+    """The paper's figure 7: by how much the larger memory helped each token, a dot a token, and its mean by position."""
+    figure, (axes,) = _figure()
+    gain, (smaller, larger) = inspection.gain, inspection.memory_sizes
+    positions = np.arange(len(gain))
+    axes.scatter(positions, gain, s=2, color=COLORS[0], alpha=max(0.05, min(1.0, 4000 / len(gain))), rasterized=True)
+    bins = np.array_split(positions, min(60, len(gain)))
+    middles, means = ([function(each) for each in bins] for function in (np.mean, lambda each: gain[each].mean()))
+    axes.plot(middles, means, color=COLORS[1], linewidth=2, label=f"mean (of all: {gain.mean():+.4f})")
+    axes.axvline(
+        inspection.num_equal, color="gray", linestyle="--", linewidth=1, label="from here on the memories differ"
+    )
+    limit = max(float(np.quantile(np.abs(gain), 0.999)), 1e-3)
+    outside = int(np.sum(np.abs(gain) > limit))
+    axes.set_ylim(-limit, limit)
+    axes.set_xlabel("position in the document (tokens)" + (f"; {outside} tokens lie outside" if outside else ""))
+    axes.set_ylabel("Δ (nats)")
+    axes.set_title(f"Loss with memory {smaller:,} less loss with memory {larger:,}")
+    axes.legend(loc="lower left")
+    return _png(figure)
+
+
+def distances(inspection: Inspection) -> bytes:
+    """How far back the retrieved neighbours lie, one line a layer, and how far back what was in the memory lay."""
+    figure, (axes,) = _figure()
+    edges = _age_bins(inspection)
+    for i, lookups in enumerate(inspection.lookups):
+        counts = _by_age(lookups.distances, edges)
+        color = COLORS[i % len(COLORS)]
+        axes.stairs(_share(counts), edges, label=f"retrieved, {lookups.layer}", linewidth=2, color=color)
+    available = _share(_available(inspection, edges))
+    axes.stairs(available, edges, label="everything in the memory", color="gray", linestyle="--")
+    _ages(axes, "share of the neighbours")
+    axes.set_title("How far back the neighbours lie")
+    return _png(figure)
+
+
+def mass_by_age(inspection: Inspection) -> bytes:
+    """Share of each head's attention that goes to memories of an age, one line a head."""
+    figure, (axes,) = _figure()
+    edges = _age_bins(inspection)
+    middles = np.sqrt(edges[1:] * edges[:-1])
+    lines = 0
+    for lookups in inspection.lookups:
+        mass = np.zeros((len(lookups.gate), len(middles)))
+        # In parts: the weights of a long document would take as much memory again as its scores.
+        for first in range(0, len(lookups.scores), 4096):
+            part = slice(first, first + 4096)
+            weights, ages = lookups.weights(part), lookups.distances[part]
+            for head, sums in enumerate(mass):
+                sums += _by_age(ages[:, head], edges, weights[:, head])
+        for head, sums in enumerate(mass):
+            axes.plot(middles, _share(sums), label=f"{lookups.layer}, head {head}", **_style(lines))
+            lines += 1
+    _ages(axes, "share of the attention", columns=1 + lines // 7)
+    axes.set_title("Attention to the memory by age")
+    return _png(figure)
+
+
+def _age_bins(inspection: Inspection) -> np.ndarray:
+    """Edges of bins that double: 1, 2, 3-4, 5-8, ..."""
+    oldest = max((int(lookups.distances.max(initial=1)) for lookups in inspection.lookups), default=1)
+    return np.array([0.5, *(2.0 ** np.arange(0, np.ceil(np.log2(oldest)) + 1) + 0.5)])
+
+
+def _by_age(ages: np.ndarray, edges: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Counts, or sums of weights, of each bin; age 0 is no neighbour."""
+    # The bin of every possible age, looked up: a histogram of 10^7 floats would take seconds.
+    bins = np.digitize(np.arange(int(edges[-1]) + 1), edges)
+    return np.bincount(bins[ages].reshape(-1), None if weights is None else weights.reshape(-1), len(edges))[
+        1 : len(edges)
+    ]
+
+
+def _available(inspection: Inspection, edges: np.ndarray) -> np.ndarray:
+    """How many slots of each age all queries together could look into."""
+    positions = np.arange(len(inspection.tokens))
+    inside = positions % inspection.segment_length
+    youngest, oldest = inside + 1, inside + np.minimum(positions - inside, inspection.memory_sizes[1])
+    first, last = np.ceil(edges[:-1]), np.floor(edges[1:])
+    overlap = np.minimum(oldest[:, None], last[None]) - np.maximum(youngest[:, None], first[None]) + 1
+    return np.maximum(overlap, 0).sum(axis=0)
+
+
+def _share(counts: np.ndarray) -> np.ndarray:
+    return counts / max(counts.sum(), 1e-30)
+
+
+def _ages(axes: Axes, label: str, columns: int = 1) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("distance back (tokens)")
+    axes.set_ylabel(label)
+    axes.legend(ncols=columns, fontsize="small", loc="upper left")

@@ -1,0 +1,1 @@
+"""A finished run as a model of texts: reading, scoring, generating, sessions."""

@@ -1,0 +1,1 @@
+"""What is computed: pure functions and modules. No files, no processes, no clock on the wall."""

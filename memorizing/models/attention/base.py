@@ -1,0 +1,309 @@
+"""What all mechanisms share: the sizes of a layer, the interface, and the projections around a dot-product core."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar, Literal, NamedTuple, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from memorizing.array_typing import Activations, AxesTree, Clock, HeadScale, Keys, Queries, Tree, Values
+from memorizing.context import Layout, Report, Segment
+from memorizing.models import masks, positions
+from memorizing.models.layers import Einsum, MLPKind, NormKind
+from memorizing.models.memory.external_memory import Memory
+
+# Logit where nothing is visible: of weight 0 beside any other, and finite.
+_HIDDEN = jnp.finfo(jnp.float32).min
+# FLOPs for each score of a softmax: exponential, sum, division (Hoffmann et al. 2022, appendix F).
+_SOFTMAX_FLOPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDims:
+    """Sizes of one layer, and the parts that it is put together from.
+
+    Attributes:
+      embed_dim, num_heads, head_dim, mlp_dim: D, N, H, F.
+      dropout: probability, on the outputs of attention and MLP.
+      initial_logit_scale: value at initialisation of the learned scale of the logits, for each head.
+      dtype: of activations and of carried states.
+      norm: of the residuals.
+      mlp: kind of the MLP.
+      qk_norm: 'l2' normalises queries and keys to length 1 and learns the scale of the logits; 'none' takes 1 / sqrt(H).
+      positions: 't5' adds a bias learned for each bucket of distances; 'none' leaves the order to the mask.
+    """
+
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    dropout: float
+    initial_logit_scale: float
+    dtype: jnp.dtype
+    norm: NormKind = "rms"
+    mlp: MLPKind = "relu"
+    qk_norm: Literal["l2", "none"] = "l2"
+    positions: Literal["t5", "none"] = "t5"
+
+    @property
+    def width(self) -> int:
+        """Width of all heads together."""
+        return self.num_heads * self.head_dim
+
+
+class Example(NamedTuple):
+    """A mechanism as it is held against others in tables of costs.
+
+    Attributes:
+      name: short.
+      meaning: a line that says what is carried, and where; it ends with "layer" where the layer's number is to follow.
+      attention: the mechanism.
+      is_everywhere: whether it stands in every layer, or in one of the upper ones.
+    """
+
+    name: str
+    meaning: str
+    attention: Attention
+    is_everywhere: bool = True
+
+
+class Attention:
+    """A mechanism: a frozen dataclass that builds its layer, describes the state that the layer carries from segment to
+    segment, and answers whatever the rest of the library asks about it.
+
+    The three trees of a state have the same structure. The defaults are those of a mechanism without state whose layer
+    is a dot-product core between projections; a mechanism with projections of its own overrides `layer`, the others
+    provide `core`.
+
+    Attributes:
+      stackable: whether the states of several layers may be stacked for a scan (and copied in every step).
+      can_decode: whether the layer also passes segments that are still being generated: see `context.Decoding`.
+      memory_size: slots of its external memory in positions, 0 without one.
+    """
+
+    stackable: ClassVar[bool] = True
+    can_decode: ClassVar[bool] = False
+    memory_size: ClassVar[int] = 0
+
+    # What it carries.
+
+    def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> Tree:
+        """The state of rows that have seen nothing. Every leaf has the row axis first."""
+        return ()
+
+    def state_axes(self) -> AxesTree:
+        """The logical axis names of every leaf of the state."""
+        return ()
+
+    def fresh_state(self) -> Tree:
+        """What a reset writes: see `context.reset_rows`."""
+        return ()
+
+    def prepare_state(self, state: Tree, clock: Clock) -> Tree:
+        """What is to be done with the state before a segment reads it, outside of all that is recomputed for the gradient.
+
+        Idempotent.
+
+        Args:
+          state: as the segment before left it; rows that begin a document are reset afterwards.
+          clock: int32 scalar, segments processed before this one.
+        """
+        return state
+
+    # What it computes.
+
+    def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        """A module `(queries, keys, values, scale, segment, state) -> (output [B, T, N, H], new state, Report)`."""
+        raise TypeError(f"{type(self).__name__} has no core: it provides its layer itself")
+
+    def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        """A module `(x [B, T, D], segment, state) -> (y [B, T, D], new state, Report)`."""
+        return ProjectedAttention(self, dims, name=name)
+
+    def check(self, segment_length: int) -> None:
+        """Raises UserError if the mechanism cannot work with segments of this length."""
+
+    # What it costs.
+
+    def flops(self, dims: LayerDims, layout: Layout) -> int:
+        """Forward FLOPs of one layer for a segment of one row, less the four projections of the segment's own positions.
+
+        A mask saves nothing, and an empty cache or memory costs as much as a full one, as in the compiled program.
+
+        Raises:
+          NotImplementedError: nobody has counted them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not tell its FLOPs")
+
+    def state_bytes(self, dims: LayerDims, segment_length: int) -> int:
+        """Bytes of what a layer carries for one row."""
+        state = jax.eval_shape(lambda: self.init_state(dims, 1, segment_length))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+    @classmethod
+    def example(cls, segment_length: int) -> Example | None:
+        """What stands for the mechanism in tables of costs, in segments of this length; None to leave it out."""
+        return None
+
+    # Its external memory, if it has one.
+
+    def with_memory_size(self, memory_size: int) -> Self:
+        """The same, which has the same parameters, with a memory of another size."""
+        return self
+
+    def without_memory(self) -> Attention:
+        """What is left without the memory."""
+        return self
+
+    def map_memory(self, state: Tree, change: Callable[[Memory], Memory]) -> Tree:
+        """The same state with the memory changed, and with what waits to be written to it."""
+        return state
+
+    def memory(self, state: Tree) -> Memory | None:
+        """The memory in a state."""
+        return None
+
+
+class ProjectedAttention(nn.Module):
+    """Projects to queries, keys and values, lets the mechanism's core attend, and projects back.
+
+    With L2-normalised queries and keys (`qk_norm` = 'l2'), keys that were stored long ago keep their magnitude.
+    """
+
+    attention: Attention
+    dims: LayerDims
+
+    @nn.compact
+    def __call__(self, x: Activations, segment: Segment, state: Tree) -> tuple[Activations, Tree, Report]:
+        dims = self.dims
+        size = (dims.embed_dim, dims.num_heads, dims.head_dim)
+        axes = ("embed", "heads", "head_dim")
+
+        def project(name: str) -> jax.Array:
+            return Einsum("BTD,DNH->BTNH", size, axes, dims.dtype, name=name)(x)
+
+        # [B, T, N, H]
+        queries, keys, values = project("query"), project("key"), project("value")
+        if dims.qk_norm == "l2":
+            queries, keys = normalize(queries), normalize(keys)
+        core = self.attention.core(dims, name="core")
+        y, state, report = core(queries, keys, values, self._logit_scale(), segment, state)
+        y = Einsum("BTNH,NHD->BTD", size[1:] + size[:1], axes[1:] + axes[:1], dims.dtype, name="output")(y)
+        return y, state, report
+
+    def _logit_scale(self) -> HeadScale:
+        dims = self.dims
+        if dims.qk_norm == "none":
+            return jnp.full((dims.num_heads,), dims.head_dim**-0.5, jnp.float32)
+        initializer = nn.with_logical_partitioning(nn.initializers.constant(dims.initial_logit_scale), ("heads",))
+        return jnp.abs(self.param("scale", initializer, (dims.num_heads,), jnp.float32))
+
+
+class T5Bias(nn.Module):
+    """A learned bias for each head and bucket of distances (Raffel et al. 2020)."""
+
+    num_heads: int
+    num_buckets: int
+    max_distance: int
+
+    @nn.compact
+    def __call__(self, segment: Segment, num_queries: int, num_keys: int) -> Float[Array, "N T S"]:
+        layout = segment.layout
+        initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        boxed = nn.with_logical_partitioning(initializer, ("heads", None))
+        table = self.param("table", boxed, (self.num_heads, self.num_buckets), jnp.float32)
+        distances = positions.distances(layout.size, num_keys)
+        buckets = positions.t5_buckets(distances, self.num_buckets, self.max_distance, layout.bidirectional)
+        by_distance = segment.select(table[:, buckets], num_queries + num_keys - 1, axis=1)
+        return positions.same_by_key(by_distance, num_queries, num_keys)
+
+
+def position_bias(
+    dims: LayerDims, num_buckets: int, max_distance: int, segment: Segment, num_queries: int, num_keys: int
+) -> Float[Array, "N T S"] | None:
+    """What is added to the logits for the positions of queries and keys; to be called in a module, whose `bias` it is.
+
+    Args:
+      dims: of the layer; `positions` says which.
+      num_buckets, max_distance: of T5's bias; the distance is in tokens.
+      segment: whose positions, or some of them, the queries are.
+      num_queries, num_keys: T, S.
+    """
+    if dims.positions == "none":
+        return None
+    return T5Bias(dims.num_heads, num_buckets, max_distance, name="bias")(segment, num_queries, num_keys)
+
+
+def local_attention(
+    queries: Queries,
+    keys: Keys,
+    values: Values,
+    scale: HeadScale,
+    bias: Float[Array, "N T S"] | None,
+    mask: Bool[Array, "B T S"],
+) -> Queries:
+    """softmax(scale * (q . k + bias)) v over the visible keys."""
+    with jax.named_scope("local_attention"):
+        # [B, N, T, S]
+        logits = jnp.einsum("BTNH,BSNH->BNTS", queries, keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias[None]
+        weights = attention_weights(logits * scale[None, :, None, None], mask)
+        return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(values.dtype), values)
+
+
+def normalize(x: Queries) -> Queries:
+    """x / |x| over the last axis, with the sum in float32."""
+    squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return (x * jax.lax.rsqrt(squares + 1e-6)).astype(x.dtype)
+
+
+def hide(cached: jax.Array, valid: Bool[Array, "B W"]) -> jax.Array:
+    """Carried slots [B, W, ...] with zeros where they are empty, and no gradient.
+
+    Empty slots may hold anything, and what the mask turns into 0 * NaN would be NaN.
+    """
+    return jnp.where(valid.reshape(valid.shape + (1,) * (cached.ndim - 2)), jax.lax.stop_gradient(cached), 0)
+
+
+def visible_keys(segment: Segment, num_queries: int, valid: Bool[Array, "B W"] | None = None) -> Bool[Array, "B T S"]:
+    """Which of the keys [carried; segment] each query sees: those that the layout shows and that hold something.
+
+    Every position sees at least itself, so that no row of the mask is empty.
+
+    Args:
+      segment: whose positions, or some of them, the queries are.
+      num_queries: T.
+      valid: which of the carried keys hold something; None where nothing is carried.
+    """
+    is_key = segment.is_real if valid is None else segment.with_cached(valid)
+    size, num_keys = segment.layout.size, is_key.shape[1]
+    seen = segment.select(masks.visible(segment.layout, num_keys - size), num_queries)
+    itself = segment.select(masks.itself(size, num_keys), num_queries)
+    return seen[None] & is_key[:, None, :] | itself[None]
+
+
+def attention_weights(logits: Float[Array, "B N T S"], mask: Bool[Array, "B T S"]) -> Float[Array, "B N T S"]:
+    """softmax over the visible keys, float32.
+
+    Args:
+      logits: float32.
+      mask: true where a key is visible, as it is somewhere for every query.
+    """
+    return jax.nn.softmax(jnp.where(mask[:, None], logits, _HIDDEN), axis=-1)
+
+
+def attend_flops(dims: LayerDims, num_queries: int, num_keys: int) -> int:
+    """FLOPs of all heads' softmax(q . k) v."""
+    scores = num_queries * num_keys * dims.num_heads
+    return 2 * matmul_flops(num_queries, dims.width, num_keys) + _SOFTMAX_FLOPS * scores
+
+
+def matmul_flops(rows: int, inner: int, columns: int) -> int:
+    """FLOPs of a matrix product, 2 for each multiply-add."""
+    return 2 * rows * inner * columns

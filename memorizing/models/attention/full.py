@@ -1,0 +1,61 @@
+"""Full causal attention within a segment: nothing is carried."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import flax.linen as nn
+
+from memorizing.array_typing import HeadScale, Keys, Queries, Values
+from memorizing.context import Layout, Report, Segment
+from memorizing.models.attention.base import (
+    Attention,
+    LayerDims,
+    attend_flops,
+    local_attention,
+    position_bias,
+    visible_keys,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FullAttention(Attention):
+    """Every position of the segment sees the earlier ones.
+
+    Attributes:
+      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+    """
+
+    can_decode: ClassVar[bool] = True
+
+    num_buckets: int = 32
+    max_distance: int = 128
+
+    def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        return FullCore(self, dims, name=name)
+
+    def flops(self, dims: LayerDims, layout: Layout) -> int:
+        return attend_flops(dims, layout.size, layout.size)
+
+
+class FullCore(nn.Module):
+    """The dot-product core: see `Attention.core`."""
+
+    attention: FullAttention
+    dims: LayerDims
+
+    @nn.compact
+    def __call__(
+        self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: tuple
+    ) -> tuple[Queries, tuple | None, Report]:
+        config = self.attention
+        keys = segment.with_kv_cache("keys", keys)
+        values = segment.with_kv_cache("values", values)
+        mask = visible_keys(segment, queries.shape[1])
+        num_queries, num_keys = queries.shape[1], keys.shape[1]
+        bias = position_bias(self.dims, config.num_buckets, config.max_distance, segment, num_queries, num_keys)
+        y = local_attention(queries, keys, values, scale, bias, mask)
+        if segment.decoding is not None:
+            return y, None, Report(kv_cache={"keys": keys, "values": values})
+        return y, state, Report()

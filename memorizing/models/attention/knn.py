@@ -1,0 +1,195 @@
+"""kNN-augmented attention (Wu et al. 2022, section 3): a local attention and an external memory, joined by a gate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from memorizing.array_typing import AxesTree, Clock, HeadScale, Keys, Queries, Values
+from memorizing.context import Layout, Report, Segment
+from memorizing.errors import UserError
+from memorizing.models.attention.base import Attention, Example, LayerDims, attend_flops, matmul_flops
+from memorizing.models.attention.full import FullAttention
+from memorizing.models.memory import external_memory
+from memorizing.models.memory.external_memory import Memory, Reading, Retrieved, Search
+from memorizing.models.memory.search import ExactSearch
+
+
+@struct.dataclass
+class KNNState:
+    """What a layer with an external memory carries.
+
+    Attributes:
+      local: state of the local attention.
+      memory: keys and values of all segments but the last, as far as M slots reach.
+      last_segment: the last segment's, T slots. They are written to the memory before the next segment reads it: at that
+        moment nothing needs the slots that they replace. Written in the step that computed them, they would force a
+        second copy of the memory, since that step's gradient still reads the old slots. (A step of several segments
+        cannot avoid such copies: its gradient reads the slots that each of its segments saw.)
+    """
+
+    local: Any
+    memory: Memory
+    last_segment: Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class KNNAttention(Attention):
+    """y = g * attention to the k nearest slots of the memory + (1 - g) * local attention (section 3.1).
+
+    The gate g = sigmoid(b) is learned for each head. A segment is written to the memory before the next one reads it, so
+    that no query retrieves a token of its own segment. With a Transformer-XL cache the last W positions are both in the
+    cache and in the memory, as in the authors' code. Where the memory is empty the output is exactly the local attention.
+
+    Such layers are not stacked: the memory is far too large to be copied every step.
+
+    Attributes:
+      memory_size: M, in positions; a multiple of the segment length.
+      num_neighbors: k.
+      local: the mechanism of the local attention, one with a `core`.
+      search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
+      initial_gate: g at the start, between 0 and 1. A half, as the authors have it, takes half of the local attention
+        away before the memory holds anything useful.
+    """
+
+    stackable: ClassVar[bool] = False
+
+    memory_size: int = 8192
+    num_neighbors: int = 32
+    local: Attention = FullAttention()
+    search: Search = ExactSearch()
+    initial_gate: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.memory_size < 1:
+            raise UserError(
+                f"KNNAttention.memory_size = {self.memory_size}: at least one segment; "
+                "for a model without memory set LMConfig.attention_at = ()"
+            )
+        if type(self.local).core is Attention.core:
+            raise UserError(
+                f"KNNAttention.local = @{type(self.local).__name__}(): the memory holds its keys and values, which it "
+                "does not share; use @FullAttention() or @XLAttention(), or leave out the memory"
+            )
+        if self.num_neighbors < 1:
+            raise UserError(f"KNNAttention.num_neighbors = {self.num_neighbors}: at least 1")
+        if not 0 < self.initial_gate < 1:
+            raise UserError(f"KNNAttention.initial_gate = {self.initial_gate}: expected a number between 0 and 1")
+
+    @property
+    def can_decode(self) -> bool:
+        """As its local attention."""
+        return self.local.can_decode
+
+    def check(self, segment_length: int) -> None:
+        if self.memory_size % segment_length:
+            below = self.memory_size // segment_length * segment_length
+            nearest = f"the nearest are {below} and {below + segment_length}" if below else f"at least {segment_length}"
+            raise UserError(
+                f"KNNAttention.memory_size = {self.memory_size} is not a multiple of the segment length "
+                f"{segment_length}: {nearest}"
+            )
+        self.local.check(segment_length)
+
+    def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> KNNState:
+        def empty(num_slots: int) -> Memory:
+            return external_memory.empty(batch_size, dims.num_heads, num_slots, dims.head_dim, dims.dtype)
+
+        local = self.local.init_state(dims, batch_size, segment_length)
+        return KNNState(local, empty(self.memory_size), empty(segment_length))
+
+    def state_axes(self) -> AxesTree:
+        def axes(slots: str) -> Memory:
+            content = ("batch", "heads", slots, "head_dim")
+            return Memory(keys=content, values=content, valid=("batch", slots))
+
+        return KNNState(self.local.state_axes(), axes("memory"), axes("length"))
+
+    def fresh_state(self) -> KNNState:
+        empty = Memory(keys=None, values=None, valid=False)
+        return KNNState(self.local.fresh_state(), empty, empty)
+
+    def prepare_state(self, state: KNNState, clock: Clock) -> KNNState:
+        with jax.named_scope("external_memory_write"):
+            memory = external_memory.write(state.memory, state.last_segment, clock - 1)
+        return state.replace(local=self.local.prepare_state(state.local, clock), memory=memory)
+
+    def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        return KNNCore(self, dims, name=name)
+
+    def flops(self, dims: LayerDims, layout: Layout) -> int:
+        """The local attention, the score of every slot, and attention to the k nearest; choosing them is no arithmetic."""
+        search = matmul_flops(layout.size, dims.width, self.memory_size)
+        return self.local.flops(dims, layout) + search + attend_flops(dims, layout.size, self.num_neighbors)
+
+    @classmethod
+    def example(cls, segment_length: int) -> Example:
+        knn = cls()
+        meaning = f"the {knn.num_neighbors} nearest of {knn.memory_size} positions in layer"
+        return Example("kNN", meaning, knn, is_everywhere=False)
+
+    def with_memory_size(self, memory_size: int) -> KNNAttention:
+        return dataclasses.replace(self, memory_size=memory_size)
+
+    def without_memory(self) -> Attention:
+        return self.local
+
+    def map_memory(self, state: KNNState, change: Callable[[Memory], Memory]) -> KNNState:
+        return state.replace(memory=change(state.memory), last_segment=change(state.last_segment))
+
+    def memory(self, state: KNNState) -> Memory:
+        return state.memory
+
+
+class KNNCore(nn.Module):
+    """The dot-product core: see `Attention.core`."""
+
+    attention: KNNAttention
+    dims: LayerDims
+
+    def setup(self) -> None:
+        self.local = self.attention.local.core(self.dims)
+        # The local attention keeps the parameter names that it has without a memory: a finished model can get one.
+        nn.share_scope(self, self.local)
+        bias = math.log(self.attention.initial_gate / (1 - self.attention.initial_gate))
+        initializer = nn.with_logical_partitioning(nn.initializers.constant(bias), ("heads",))
+        self.gate = self.param("gate", initializer, (self.dims.num_heads,), jnp.float32)
+
+    def __call__(
+        self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: KNNState
+    ) -> tuple[Queries, KNNState | None, Report]:
+        config = self.attention
+        y_local, local_state, local_report = self.local(queries, keys, values, scale, segment, state.local)
+        with jax.named_scope("external_memory"):
+            reading = external_memory.read(queries, scale, state.memory, config.num_neighbors, config.search)
+        gate = nn.sigmoid(self.gate)
+        # [B, T, N, 1]
+        memory_share = jnp.where(reading.found[:, :, None, None], gate[None, None, :, None], 0.0).astype(y_local.dtype)
+        y = memory_share * reading.values + (1 - memory_share) * y_local
+        report = self._report(local_report, reading, gate, scale, segment, state)
+        if segment.decoding is not None:
+            return y, None, report
+        own = segment.layout.own
+        last_segment = external_memory.of_segment(own(keys), own(values), own(segment.is_real))
+        return y, KNNState(local_state, state.memory, last_segment), report
+
+    def _report(
+        self, local: Report, reading: Reading, gate: HeadScale, scale: HeadScale, segment: Segment, state: KNNState
+    ) -> Report:
+        metrics = {
+            **local.metrics,
+            "gate": jax.lax.stop_gradient(gate),
+            "memory_fill": jnp.mean(state.memory.valid, dtype=jnp.float32),
+        }
+        if not self.attention.search.is_exact:
+            metrics["search_recall"] = reading.recall
+        neighbours = jax.tree.map(segment.layout.own, reading.neighbours)
+        retrieved = jax.lax.stop_gradient(Retrieved(neighbours, gate, scale))
+        return local.replace(metrics=metrics, retrieved=retrieved)

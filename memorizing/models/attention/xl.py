@@ -1,0 +1,132 @@
+"""A Transformer-XL cache (Dai et al. 2019) of keys and values: every position also sees the last W positions before its segment."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
+from memorizing.context import Layout, Report, Segment
+from memorizing.errors import UserError
+from memorizing.models import masks
+from memorizing.models.attention.base import (
+    Attention,
+    Example,
+    LayerDims,
+    attend_flops,
+    hide,
+    local_attention,
+    position_bias,
+    visible_keys,
+)
+
+
+@struct.dataclass
+class XLState:
+    """The last W positions of the row's document.
+
+    Attributes:
+      keys, values: [B, W, N, H] in the dtype of the activations.
+      valid: bool [B, W].
+    """
+
+    keys: Keys
+    values: Values
+    valid: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class XLAttention(Attention):
+    """Attends to the segment and to a cache of the positions before it. No gradient reaches the cache.
+
+    Attributes:
+      window: W, in positions.
+      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      same_length: lets every position see exactly the last W positions up to itself (a sliding window), instead of the whole cache.
+    """
+
+    can_decode: ClassVar[bool] = True
+
+    window: int = 512
+    num_buckets: int = 32
+    max_distance: int = 128
+    same_length: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise UserError(
+                f"XLAttention.window = {self.window}: at least 1 position; without a cache use @FullAttention()"
+            )
+
+    def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> XLState:
+        shape = (batch_size, self.window, dims.num_heads, dims.head_dim)
+        return XLState(
+            keys=jnp.zeros(shape, dims.dtype), values=jnp.zeros(shape, dims.dtype), valid=jnp.zeros(shape[:2], bool)
+        )
+
+    def state_axes(self) -> AxesTree:
+        axes = ("batch", "length", "heads", "head_dim")
+        return XLState(keys=axes, values=axes, valid=axes[:2])
+
+    def fresh_state(self) -> XLState:
+        return XLState(keys=None, values=None, valid=False)
+
+    def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        return XLCore(self, dims, name=name)
+
+    def flops(self, dims: LayerDims, layout: Layout) -> int:
+        return attend_flops(dims, layout.size, self.window + layout.size)
+
+    @classmethod
+    def example(cls, segment_length: int) -> Example:
+        meaning = f"keys and values of {segment_length} positions in every layer"
+        return Example("cache", meaning, cls(window=segment_length))
+
+
+class XLCore(nn.Module):
+    """The dot-product core: see `Attention.core`."""
+
+    attention: XLAttention
+    dims: LayerDims
+
+    @nn.compact
+    def __call__(
+        self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: XLState
+    ) -> tuple[Queries, XLState | None, Report]:
+        config, layout = self.attention, segment.layout
+        # [B, W, N, H]
+        cached_keys = hide(state.keys, state.valid)
+        cached_values = hide(state.values, state.valid)
+        # [B, S, N, H], S = W + T
+        all_keys = segment.with_kv_cache("keys", _after(cached_keys, keys, segment))
+        all_values = segment.with_kv_cache("values", _after(cached_values, values, segment))
+        mask = visible_keys(segment, queries.shape[1], state.valid)
+        if config.same_length:
+            near = masks.within(config.window, layout.size, mask.shape[2])
+            mask &= segment.select(near, queries.shape[1])[None]
+        num_queries, num_keys = queries.shape[1], all_keys.shape[1]
+        bias = position_bias(self.dims, config.num_buckets, config.max_distance, segment, num_queries, num_keys)
+        y = local_attention(queries, all_keys, all_values, scale, bias, mask)
+        if segment.decoding is not None:
+            return y, None, Report(kv_cache={"keys": all_keys, "values": all_values})
+
+        def push(cached: jax.Array, own: jax.Array) -> jax.Array:
+            """The last W positions."""
+            return jax.lax.stop_gradient(jnp.concatenate([cached, layout.own(own)], axis=1)[:, -config.window :])
+
+        new_state = XLState(
+            keys=push(cached_keys, keys),
+            values=push(cached_values, values),
+            valid=push(state.valid, segment.is_real),
+        )
+        return y, new_state, Report()
+
+
+def _after(cached: jax.Array, own: jax.Array, segment: Segment) -> jax.Array:
+    """What the KV cache is given: [cached; own], and in a decode step, which finds the cached in it, only the own."""
+    return own if segment.is_decode_step else jnp.concatenate([cached, own], axis=1)

@@ -1,0 +1,328 @@
+"""The decoder-only language model: its configuration, and the one function that applies it to a segment.
+
+Training, evaluation, inspection and generation all call `apply`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memorizing import context as context_lib
+from memorizing.array_typing import AxesTree, Logits, RowFlags, Tree
+from memorizing.context import Context, Decoding, Inputs, Layout, Report, Rngs, Segment
+from memorizing.errors import UserError
+from memorizing.models import attention as attention_lib
+from memorizing.models.attention.base import Attention, LayerDims
+from memorizing.models.layers import Embedder, MLPKind, NormKind, dropout, make_norm
+from memorizing.models.memory.external_memory import Memory
+from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, written
+from memorizing.models.stack import LayerGroup, Stack, StackOutput, layer_name
+
+# The entry of the recurrent tokens in parameters and context.
+RECURRENT = "recurrent_tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig:
+    """A language model.
+
+    Attributes:
+      vocab_size: V.
+      num_layers, embed_dim, num_heads, head_dim, mlp_dim: L, D, N, H, F.
+      attention: the mechanism of every layer that `attention_at` does not name; or a pattern of mechanisms, which the
+        layers repeat over and over.
+      attention_at: pairs of a layer index, from 0, and its mechanism.
+      recurrent_tokens: memory tokens around the whole stack, or None.
+      dropout: probability, on the embedding and on the outputs of attention and MLP.
+      initial_logit_scale: value at initialisation of the learned per-head scale of the attention logits.
+      dtype: of activations and carried states; parameters are float32.
+      remat: 'none', or 'layer' to recompute each layer for its gradient, all but the memory search.
+      norm, mlp, qk_norm, positions: the parts of a layer, see `LayerDims`.
+    """
+
+    vocab_size: int = 259
+    num_layers: int = 2
+    embed_dim: int = 64
+    num_heads: int = 2
+    head_dim: int = 32
+    mlp_dim: int = 256
+    attention: Attention | tuple[Attention, ...] = attention_lib.DEFAULT
+    attention_at: tuple[tuple[int, Attention], ...] = ()
+    recurrent_tokens: RecurrentTokens | None = None
+    dropout: float = 0.0
+    initial_logit_scale: float = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "layer"] = "none"
+    norm: NormKind = "rms"
+    mlp: MLPKind = "relu"
+    qk_norm: Literal["l2", "none"] = "l2"
+    positions: Literal["t5", "none"] = "t5"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"LMConfig.{name} = {getattr(self, name)}: at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"LMConfig.dropout = {self.dropout}: a probability below 1")
+        if self.attention == ():
+            raise UserError("LMConfig.attention = (): a mechanism, or a pattern of at least one")
+        indices = [index for index, _ in self.attention_at]
+        if len(set(indices)) < len(indices) or not all(0 <= index < self.num_layers for index in indices):
+            raise UserError(
+                f"LMConfig.attention_at names the layers {indices}: different indices from 0 to {self.num_layers - 1} "
+                f"(LMConfig.num_layers = {self.num_layers})"
+            )
+        if self.qk_norm == "none" and self.has_memory:
+            raise UserError(
+                "LMConfig.qk_norm = 'none': an external memory compares keys of different times, which have to have the "
+                "same length; use 'l2', or a model without a memory"
+            )
+
+    @property
+    def dims(self) -> LayerDims:
+        """Sizes and parts of a layer."""
+        return LayerDims(
+            embed_dim=self.embed_dim,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            mlp_dim=self.mlp_dim,
+            dropout=self.dropout,
+            initial_logit_scale=self.initial_logit_scale,
+            dtype=jnp.dtype(self.dtype),
+            norm=self.norm,
+            mlp=self.mlp,
+            qk_norm=self.qk_norm,
+            positions=self.positions,
+        )
+
+    @property
+    def pattern(self) -> tuple[Attention, ...]:
+        """The mechanisms that the layers repeat."""
+        return self.attention if isinstance(self.attention, tuple) else (self.attention,)
+
+    @functools.cached_property
+    def stack(self) -> Stack:
+        """The layers."""
+        return Stack(self.num_layers, self.pattern, self.attention_at, self.dims, self.remat)
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """Layers whose states and parameters lie in the same arrays, by which trees of both have their entries."""
+        return self.stack.groups
+
+    def layout(self, segment_length: int) -> Layout:
+        """What passes through the layers for a segment of T tokens."""
+        return self.recurrent_tokens.layout(segment_length) if self.recurrent_tokens else Layout(segment_length)
+
+    # External memories.
+
+    @property
+    def memory_sizes(self) -> dict[str, int]:
+        """Slots of every external memory, by layer."""
+        mechanisms = enumerate(self.stack.mechanisms)
+        return {layer_name(index): each.memory_size for index, each in mechanisms if each.memory_size}
+
+    @property
+    def memory_size(self) -> int:
+        """Slots of its external memories, of the largest where they differ; 0 without one."""
+        return max(self.memory_sizes.values(), default=0)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether any layer has an external memory."""
+        return self.memory_size > 0
+
+    def with_memory_size(self, memory_size: int) -> LMConfig:
+        """The same model, which has the same parameters, with external memories of another size."""
+        return self._with_mechanisms(lambda attention: attention.with_memory_size(memory_size))
+
+    def without_memory(self) -> LMConfig:
+        """The model with the local attention alone where it has an external memory."""
+        return self._with_mechanisms(lambda attention: attention.without_memory())
+
+    def map_memories(self, context: Context, change: Callable[[Memory], Memory]) -> Context:
+        """The same context with every external memory changed, and what waits to be written to it."""
+        changed = {group.name: group.attention.map_memory(context[group.name], change) for group in self.groups}
+        return context | changed
+
+    def memories(self, context: Context) -> list[Memory]:
+        """The external memories in a context."""
+        found = (group.attention.memory(context[group.name]) for group in self.groups)
+        return [memory for memory in found if memory is not None]
+
+    def without_context(self) -> LMConfig:
+        """The same sizes with full attention within a segment and nothing carried to the next."""
+        return dataclasses.replace(self, attention=attention_lib.DEFAULT, attention_at=(), recurrent_tokens=None)
+
+    def _with_mechanisms(self, change: Callable[[Attention], Attention]) -> LMConfig:
+        pattern = tuple(map(change, self.pattern))
+        layers = tuple((index, change(attention)) for index, attention in self.attention_at)
+        attention = pattern if isinstance(self.attention, tuple) else pattern[0]
+        return dataclasses.replace(self, attention=attention, attention_at=layers)
+
+    # What it can be used for.
+
+    def check(self, segment_length: int) -> None:
+        """Raises UserError if a mechanism cannot work with segments of this length."""
+        for group in self.groups:
+            group.attention.check(segment_length)
+
+    def check_can_decode(self) -> None:
+        """Raises UserError if a text cannot be generated, or scored, token by token."""
+        if self.layout(1).bidirectional:
+            raise UserError(
+                "RecurrentTokens.version = 'encoder': every position sees the later ones, so that such a model cannot "
+                "write or score a text token by token; that takes a model with 'decoder'"
+            )
+        for group in self.groups:
+            if not group.attention.can_decode:
+                raise UserError(
+                    f"@{type(group.attention).__name__}() reads whole segments only: a model with it cannot write or "
+                    "score a text token by token"
+                )
+
+    # The context.
+
+    def init_context(self, batch_size: int, segment_length: int) -> Context:
+        """The context of rows that have seen nothing."""
+        context: Context = {"clock": jnp.zeros((), jnp.int32)}
+        if self.recurrent_tokens:
+            context[RECURRENT] = self.recurrent_tokens.init_state(self.embed_dim, self.dims.dtype, batch_size)
+        return context | self.stack.init_states(batch_size, segment_length)
+
+    def context_axes(self) -> AxesTree:
+        """Logical axis names of every leaf of the context."""
+        axes: dict[str, Any] = {"clock": ()}
+        if self.recurrent_tokens:
+            axes[RECURRENT] = self.recurrent_tokens.state_axes()
+        return axes | self.stack.state_axes()
+
+    def prepare_context(self, context: Context, start_of_document: RowFlags) -> Context:
+        """The context as a segment reads it: what the segment before left is in its place, and the flagged rows are fresh.
+
+        Idempotent.
+
+        Args:
+          context: as the segment before left it.
+          start_of_document: bool [B].
+        """
+        prepared = dict(context)
+        for group in self.groups:
+            state = group.attention.prepare_state(context[group.name], context["clock"])
+            prepared[group.name] = context_lib.reset_rows(state, group.attention.fresh_state(), start_of_document)
+        if self.recurrent_tokens:
+            prepared[RECURRENT] = self.recurrent_tokens.reset(context[RECURRENT], start_of_document)
+        return prepared
+
+    def state_bytes(self, segment_length: int) -> int:
+        """Bytes of what the model carries for one row."""
+        context = jax.eval_shape(lambda: self.init_context(1, segment_length))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(context) if leaf.ndim)
+
+
+class ModelOutput(NamedTuple):
+    """What one segment gives.
+
+    Attributes:
+      logits: float32 [B, T, V]; of a decode step [B, 1, V].
+      context: for the next segment; None where the segment is not whole.
+      buffers: as they are after the segment.
+      report: what the layers report, by layer; the entries of `kv_cache` by group.
+    """
+
+    logits: Logits
+    context: Context | None
+    buffers: Tree
+    report: Report
+
+
+def init(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -> dict[str, Tree]:
+    """Parameters and buffers that still carry their logical axis names: `{"params": ..., "buffers": ...}`.
+
+    They depend neither on rows nor on the segment, which only have to fit mesh and mechanisms; what a layer begins with
+    depends on the key and its index, not on how layers are stacked.
+    """
+    dims, layout = config.dims, config.layout(segment_length)
+
+    def key(name: str) -> jax.Array:
+        return jax.random.fold_in(rng, zlib.crc32(name.encode()))
+
+    tokens = jnp.zeros((num_rows, segment_length), jnp.int32)
+    x = jnp.zeros((num_rows, segment_length, config.embed_dim), dims.dtype)
+    created = {
+        "embedder": _embedder(config).init(key("embedder"), tokens, method="encode"),
+        "final_norm": _final_norm(config).init(key("final_norm"), x),
+    }
+    if config.recurrent_tokens:
+        state = config.recurrent_tokens.init_state(config.embed_dim, dims.dtype, num_rows)
+        created[RECURRENT] = _memory_tokens(config).init(key(RECURRENT), x, state)
+    layers = config.stack.init(key("layers"), num_rows, layout)
+    params = {name: variables["params"] for name, variables in created.items()}
+    return {"params": params | layers["params"], "buffers": layers["buffers"]}
+
+
+def apply(
+    config: LMConfig,
+    params: Tree,
+    buffers: Tree,
+    inputs: Inputs,
+    context: Context,
+    rngs: Rngs | None = None,
+    decoding: Decoding | None = None,
+    update_buffers: bool = False,
+) -> ModelOutput:
+    """Reads one segment of every row.
+
+    Args:
+      config: the model.
+      params, buffers: of the model.
+      inputs: the segment.
+      context: from `LMConfig.init_context` or from the segment before; while a segment is generated, as
+        `LMConfig.prepare_context` gives it.
+      rngs: random numbers of the segment, of dropout for example; None where nothing is random, as in evaluation.
+      decoding: where a segment stands that is being generated; `kv_cache` by group.
+      update_buffers: whether the layers may change their buffers, as they do in training.
+    """
+    layout = config.layout(inputs.is_real.shape[1])
+    is_decode_step = decoding is not None and decoding.kv_cache is not None
+    if decoding is None:
+        context = config.prepare_context(context, inputs.start_of_document)
+    embedder = _embedder(config)
+    x = embedder.apply({"params": params["embedder"]}, inputs.tokens, method="encode")
+    x = dropout(x, config.dropout, rngs, "embedding_dropout")
+    if config.recurrent_tokens and not is_decode_step:
+        variables = {"params": params[RECURRENT]}
+        x = _memory_tokens(config).apply(variables, x, context[RECURRENT], decoding is None)
+    segment = Segment(layout.widen(inputs.is_real), layout, decoding, rngs)
+    layers = config.stack.apply(params, buffers, x, segment, context, update_buffers)
+    x = _final_norm(config).apply({"params": params["final_norm"]}, layers.x)
+    own = x if is_decode_step else layout.own(x)
+    logits = embedder.apply({"params": params["embedder"]}, own, method="decode")
+    new_context = None if decoding is not None else _next_context(config, context, layout, x, layers)
+    return ModelOutput(logits, new_context, layers.buffers, layers.report)
+
+
+def _next_context(config: LMConfig, context: Context, layout: Layout, x: jax.Array, layers: StackOutput) -> Context:
+    new_context: Context = {"clock": context["clock"] + 1, **layers.states}
+    if config.recurrent_tokens:
+        new_context[RECURRENT] = written(layout, x)
+    return new_context
+
+
+def _embedder(config: LMConfig) -> Embedder:
+    return Embedder(config.vocab_size, config.embed_dim, config.dims.dtype)
+
+
+def _final_norm(config: LMConfig) -> Any:
+    return make_norm(config.norm, name="final_norm")
+
+
+def _memory_tokens(config: LMConfig) -> MemoryTokens:
+    return MemoryTokens(config.recurrent_tokens)

@@ -1,0 +1,1 @@
+"""The external memory, and the search for its nearest slots."""

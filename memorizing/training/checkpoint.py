@@ -1,0 +1,301 @@
+"""Checkpoints: parameters, optimizer, step, randomness, context and the position of every row as one unit, with checksums.
+
+Built on Orbax's CheckpointManager: asynchronous, atomic (a step is there as a whole or not at all), any file system that etils.epath can name. Orbax does not notice a
+flipped bit; the checksums do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from memorizing.array_typing import Checksum, Tree
+from memorizing.errors import UserError
+from memorizing.models.stack import unstack
+from memorizing.runtime.failures import find_lost_infrastructure
+from memorizing.training.state import TrainState
+
+FOLDER = "checkpoints"
+# 1, which did not say so, had other parameters.
+FORMAT = 2
+
+
+class NotFinite(Exception):
+    """A value that was to be saved is not finite."""
+
+
+class Restored(NamedTuple):
+    """What a checkpoint gave back.
+
+    Attributes:
+      state: the training state; its context is None if none was saved, or none that fits this run.
+      rows: what was saved as `rows`: the position of every row's stream.
+    """
+
+    state: TrainState
+    rows: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one workdir."""
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        keep: int = 3,
+        save_context: bool = True,
+        stacked_layers: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """
+        Args:
+          workdir: the run's folder; checkpoints lie in `workdir/checkpoints/STEP`.
+          keep: how many of the newest steps stay.
+          save_context: whether the context is saved. It can be far larger than the parameters (a memory of 262144 for 256 rows: 256 GiB); without it a run continues with
+            empty memories at document starts.
+          stacked_layers: of the model: see `Stack`; it is saved with the arrays, so that they can be read layer by layer.
+        """
+        _quiet_orbax()
+        self._folder, self._save_context = workdir / FOLDER, save_context
+        self._stacked_layers = {name: list(layers) for name, layers in (stacked_layers or {}).items()}
+        if jax.process_index() == 0:
+            # What a killed process was writing. Orbax's own cleaning runs beside the program and fails if that ends early.
+            for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
+                unfinished.rmtree()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "context", "data"))
+
+    @property
+    def steps(self) -> list[int]:
+        """Complete steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, rows: dict[str, Any]) -> None:
+        """Starts saving; the state may be donated as soon as this returns.
+
+        Args:
+          state: its step names the checkpoint. A step that is there already is not saved again.
+          rows: JSON-able position of every row's stream.
+
+        Raises:
+          NotFinite: a parameter or the optimizer's state is not; nothing is saved.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        parts = _parts(state)
+        if not self._save_context:
+            del parts["context"]
+        # An update can overflow although the loss and the gradient that it came from did not.
+        broken = [path for path, is_finite in _by_path(_are_finite, parts["state"]).items() if not is_finite]
+        if broken:
+            raise NotFinite(f"step {step}: {broken[0]} is no longer finite")
+        data = {
+            "format": FORMAT,
+            "rows": rows,
+            "stacked_layers": self._stacked_layers,
+            "checksums": {name: _named_checksums(part) for name, part in parts.items()},
+        }
+        items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+        self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)))
+
+    def restore(
+        self,
+        abstract: TrainState,
+        step: int | None = None,
+        keeps_context: Callable[[dict[str, Any]], bool] = lambda _: True,
+    ) -> Restored | None:
+        """The newest checkpoint, or None if there is none.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state to restore.
+          step: another than the newest step; later ones are then deleted, since the run goes on from here.
+          keeps_context: told `rows`, says whether the saved context fits this run.
+
+        Raises:
+          UserError: there is no such step, or it is damaged; the message names an older one.
+        """
+        if step is not None and step not in self.steps:
+            raise UserError(f"--restore_step={step}: {self._folder} has the steps {self.steps or 'none'}")
+        chosen = step if step is not None else self._manager.latest_step()
+        if chosen is None:
+            return None
+        try:
+            restored = self._read(chosen, abstract, keeps_context)
+        except UserError:
+            self._give_up()
+            raise
+        except Exception as error:
+            if find_lost_infrastructure(error, has_progressed=False):
+                raise
+            self._give_up()
+            raise UserError(
+                self._damaged(chosen, f"cannot be read ({str(error).strip().splitlines()[0][:120]})")
+            ) from error
+        for later in [other for other in self.steps if other > chosen]:
+            self._manager.delete(later)
+        return restored
+
+    def wait(self) -> None:
+        """Returns when the last save is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _give_up(self) -> None:
+        # Of several processes only this one may have failed: nothing that waits for the others.
+        if jax.process_count() == 1:
+            self.close()
+
+    def _read(self, step: int, abstract: TrainState, keeps_context: Callable[[dict[str, Any]], bool]) -> Restored:
+        data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        _check_format(data, self._folder / str(step))
+        parts = _parts(abstract)
+        if "context" not in data["checksums"] or not keeps_context(data["rows"]):
+            del parts["context"]
+        items = {name: ocp.args.StandardRestore(part) for name, part in parts.items()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        for name in parts:
+            for path, checksum in _named_checksums(found[name]).items():
+                if checksum != data["checksums"][name][path]:
+                    raise UserError(self._damaged(step, f"does not have the checksum it was saved with ({path})"))
+        return Restored(TrainState(**found["state"], context=found.get("context")), data["rows"])
+
+    def _damaged(self, step: int, what: str) -> str:
+        older = [other for other in self.steps if other < step]
+        advice = (
+            f"the step before it is {older[-1]}: add --restore_step={older[-1]}" if older else "there is no older one"
+        )
+        return f"checkpoint {self._folder / str(step)} {what}; {advice}"
+
+
+def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
+    """Everything but the context of a checkpoint, as host arrays of single layers by path, whatever model they belong to.
+
+    Paths are `params/embedder/table`, `params/layer_03/mlp/up/kernel`, `step` and so on. Changes nothing there.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; None for the newest.
+      only: beginnings of the paths that are wanted, such as `params/`; the rest is not read.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
+    """
+    _quiet_orbax()
+    folder = workdir / FOLDER
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+    if not folder.exists():
+        raise UserError(f"{workdir} has no checkpoint: there is no folder {folder}")
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise UserError(f"{folder} has no checkpoint")
+        if step is not None and step not in steps:
+            raise UserError(f"{folder} has no step {step}, but {', '.join(map(str, steps))}")
+        step = steps[-1] if step is None else step
+        try:
+            arrays, data = _read_wanted(manager, step, only, folder / str(step))
+        except UserError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            raise UserError(f"checkpoint {folder / str(step)} cannot be read ({reason})") from error
+    for path, checksum in _named_checksums(arrays).items():
+        if checksum != data["checksums"]["state"][path]:
+            raise UserError(f"checkpoint {folder / str(step)} does not have the checksum it was saved with ({path})")
+    return unstack(arrays, data["stacked_layers"])
+
+
+def _read_wanted(
+    manager: ocp.CheckpointManager, step: int, only: tuple[str, ...], name: epath.Path
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    data = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+    _check_format(data, name)
+    structure = manager.item_metadata(step)["state"].tree
+    wanted = [path.startswith(only) for path in paths(structure)]
+    leaves, treedef = jax.tree.flatten(structure)
+    item = treedef.unflatten([leaf if want else ocp.PLACEHOLDER for leaf, want in zip(leaves, wanted, strict=True)])
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+    restore = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy)
+    found = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+    return {path: leaf for path, leaf in paths(found).items() if path.startswith(only)}, data
+
+
+def _check_format(data: Mapping[str, Any], name: epath.Path) -> None:
+    """Raises UserError for a checkpoint of another version of the library."""
+    if data.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint {name} was written by another version of memorizing (format {data.get('format', 1)}, this one "
+            f"reads {FORMAT}): go on with that version, or train anew in another --workdir"
+        )
+
+
+def _quiet_orbax() -> None:
+    """Orbax tells of every save at level INFO and of what it could not know in warnings meant for its developers ..."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    # ... and leaves tasks of a failed read to an event loop that is no longer there.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def paths(tree: Tree) -> dict[str, Any]:
+    """The leaves of a tree by their path, written with slashes."""
+    return {
+        "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _parts(state: TrainState) -> dict[str, Tree]:
+    return {
+        "state": {
+            "step": state.step,
+            "params": state.params,
+            "buffers": state.buffers,
+            "opt_state": state.opt_state,
+            "rng": state.rng,
+        },
+        "context": state.context,
+    }
+
+
+def _named_checksums(tree: Tree) -> dict[str, int]:
+    return {path: int(checksum) for path, checksum in _by_path(_checksums, tree).items()}
+
+
+def _by_path(of_leaves: Callable[[list[jax.Array]], list[jax.Array]], tree: Tree) -> dict[str, np.ndarray]:
+    return dict(zip(paths(tree), jax.device_get(of_leaves(jax.tree.leaves(tree))), strict=True))
+
+
+@jax.jit
+def _are_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[Checksum]:
+    return [_checksum(leaf) for leaf in leaves]
+
+
+def _checksum(array: jax.Array) -> Checksum:
+    """Sum of the array's elements, their bits mixed with their place one to one: any single flipped bit changes it, and an exchange of elements all but surely does."""
+    if array.dtype == jnp.bool_:
+        bits = array.astype(jnp.uint32)
+    else:
+        bits = jax.lax.bitcast_convert_type(array, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize])
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis in range(array.ndim):
+        place = place * jnp.uint32(1_000_003) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    # The finalizer of MurmurHash3.
+    mixed = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B9))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

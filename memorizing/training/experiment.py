@@ -1,0 +1,155 @@
+"""A training run as data: the frozen dataclasses that gin builds and `train` executes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+from jax.sharding import Mesh
+
+from memorizing.batch import DataSource
+from memorizing.errors import UserError
+from memorizing.models.language_model import LMConfig
+from memorizing.runtime import sharding
+from memorizing.runtime.sharding import MeshConfig
+from memorizing.training.optimizer import AdamW, Optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """The shape of a step.
+
+    Attributes:
+      tokens_per_step: targets a step, padding included; the paper's runs have 2^17.
+      segment_length: T, tokens of one segment.
+      num_segments: U, consecutive segments of each row in one step; gradients reach through all of them.
+      num_microbatches: parts into which the rows are split, one after the other, to save memory.
+      curriculum: pairs of a step and the num_segments from that step on; the rows stay as they are, the tokens of a step grow.
+    """
+
+    tokens_per_step: int = 2048
+    segment_length: int = 128
+    num_segments: int = 1
+    num_microbatches: int = 1
+    curriculum: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_step", "segment_length", "num_segments", "num_microbatches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"BatchConfig.{name} = {getattr(self, name)}: at least 1")
+        starts = [start for start, _ in self.curriculum]
+        if starts != sorted(set(starts)) or any(min(stage) < 1 for stage in self.curriculum):
+            raise UserError(
+                f"BatchConfig.curriculum = {self.curriculum}: pairs of a step, growing, and a number of segments, at least 1"
+            )
+        tokens_per_row = self.segment_length * self.num_segments
+        if self.tokens_per_step % tokens_per_row:
+            raise UserError(
+                f"BatchConfig.tokens_per_step = {self.tokens_per_step} is not a multiple of the {tokens_per_row} tokens of a row "
+                f"(segment_length {self.segment_length} x num_segments {self.num_segments})"
+            )
+        if self.num_rows % self.num_microbatches:
+            raise UserError(
+                f"BatchConfig.num_microbatches = {self.num_microbatches} does not divide the {self.num_rows} rows"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """B: documents read side by side."""
+        return self.tokens_per_step // (self.segment_length * self.num_segments)
+
+    def segments_at(self, step: int) -> int:
+        """U at a step, counted from 1."""
+        return next((segments for start, segments in reversed(self.curriculum) if start <= step), self.num_segments)
+
+    def tokens_at(self, step: int) -> int:
+        """Targets of a step, counted from 1."""
+        return self.num_rows * self.segments_at(step) * self.segment_length
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """What the loop does when. Steps count updates; 0 means never for the `..._every` settings.
+
+    Attributes:
+      num_steps: length of the run.
+      log_every, evaluate_every, checkpoint_every: steps between them; evaluation and checkpoint also come at the end.
+      keep_checkpoints: how many of the newest stay.
+      save_context: whether checkpoints hold the context with its memories.
+      seed: of initialisation, dropout and the order of documents.
+      profile_steps: first and last step of a profiler trace, written to `workdir/profile`; empty for none.
+      start_from: workdir of another run whose newest checkpoint this run starts from; empty for none.
+      evaluate_segments: how many segments back the answers of held-out samples lie, for a final table of accuracies; for data made of samples.
+      start_optimizer: whether `start_from` also takes over the optimizer state and the step.
+      hang_seconds: a run that finishes no step for so long (compiling, restoring and saving included) is ended, to be started again; 0 for never.
+      compilation_cache: folder that keeps compiled programs for the next start; empty for JAX's own setting.
+    """
+
+    num_steps: int = 1000
+    log_every: int = 50
+    evaluate_every: int = 0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    save_context: bool = True
+    seed: int = 0
+    profile_steps: tuple[int, ...] = ()
+    start_from: str = ""
+    start_optimizer: bool = True
+    evaluate_segments: tuple[int, ...] = ()
+    hang_seconds: float = 1800.0
+    compilation_cache: str = ""
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1 or self.num_steps < 1 or self.keep_checkpoints < 1:
+            raise UserError("LoopConfig.num_steps, log_every and keep_checkpoints have to be at least 1")
+        if self.hang_seconds < 0:
+            raise UserError(f"LoopConfig.hang_seconds = {self.hang_seconds}: seconds, or 0 for never")
+        if len(self.profile_steps) not in (0, 2):
+            raise UserError(f"LoopConfig.profile_steps = {self.profile_steps}: a first and a last step, or ()")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A training run, whole.
+
+    Attributes:
+      model, data, batch, optimizer, mesh, loop: its parts.
+    """
+
+    data: DataSource
+    model: LMConfig = LMConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: Optimizer = AdamW()
+    mesh: MeshConfig = MeshConfig()
+    loop: LoopConfig = LoopConfig()
+
+    def __post_init__(self) -> None:
+        self.model.check(self.batch.segment_length)
+
+    def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """The mesh over `devices` (default: all). Raises UserError where experiment and devices do not fit each other."""
+        mesh = self.mesh.make_mesh(devices)
+        rows = self.batch.num_rows // self.batch.num_microbatches
+        sharding.check_divides("rows of a microbatch", rows, mesh, "data")
+        sharding.check_divides("LMConfig.num_heads", self.model.num_heads, mesh, "model")
+        for attention in {group.attention for group in self.model.groups if group.attention.memory_size}:
+            segments = attention.memory_size // self.batch.segment_length
+            sharding.check_divides(f"{type(attention).__name__}.memory_size in segments", segments, mesh, "memory")
+        return mesh
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the model's parameters."""
+        return self.optimizer.build(self.model.stack.stacked_layers)
+
+    def check_data(self) -> None:
+        """Raises UserError where experiment and data do not fit each other."""
+        if self.loop.evaluate_segments and not hasattr(self.data, "reaching"):
+            raise UserError(
+                "LoopConfig.evaluate_segments is for data made of samples, which this data is not: set it to ()"
+            )
+        if self.data.vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"LMConfig.vocab_size = {self.model.vocab_size}, but the data has {self.data.vocab_size} token ids"
+            )

@@ -1,0 +1,118 @@
+"""Starting from another run's checkpoint: into a larger memory, or from a model without a memory into one that has it.
+
+The paper has a section on each. Parameters are matched layer by layer, however either model stacks its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from memorizing.array_typing import Tree
+from memorizing.errors import UserError
+from memorizing.models import stack
+from memorizing.models.language_model import LMConfig
+from memorizing.runtime.sharding import from_host
+from memorizing.runtime.workdir import resolve
+from memorizing.training.checkpoint import FOLDER, paths, read_arrays
+from memorizing.training.state import TrainState, init_variables
+
+
+def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer: bool = True) -> TrainState:
+    """A fresh state with the parameters and buffers of the newest checkpoint of another run; contexts start empty.
+
+    Args:
+      workdir: the other run's folder.
+      state: a fresh state on its devices.
+      config: its model.
+      with_optimizer: also takes over the optimizer state and the step, so that the learning rate goes on where it was;
+        else they start at 0.
+
+    Raises:
+      UserError: there is no checkpoint, or a parameter that is not the memory's is missing or has another shape; the
+        message names it.
+    """
+    given = f"LoopConfig.start_from = {workdir!r}"
+    folder = resolve(workdir)
+    if not (folder / FOLDER).exists():
+        raise UserError(f"{given}: there is no folder {folder / FOLDER}")
+    names = ("params", "buffers", "opt_state", "step") if with_optimizer else ("params", "buffers")
+    saved = read_arrays(folder)
+    fresh = {name: getattr(state, name) for name in names}
+    filled = fit(fresh, saved, config.stack.stacked_layers, given, memory_parameters(config))
+    return state.replace(**jax.tree.map(_place, filled, fresh))
+
+
+def memory_parameters(config: LMConfig) -> set[str]:
+    """What a model with a memory has beyond the same model without: `layer_08/attention/core/gate`."""
+
+    def names(config: LMConfig) -> set[str]:
+        variables = jax.eval_shape(lambda: init_variables(config, 1, _least_length(config), jax.random.key(0)))
+        return set(stack.unstack_paths(paths(variables["params"]), config.stack.stacked_layers))
+
+    return names(config) - names(config.without_memory())
+
+
+def fit(
+    wanted: Tree,
+    saved: Mapping[str, np.ndarray],
+    stacked_layers: Mapping[str, Sequence[int]],
+    given: str,
+    may_be_missing: Collection[str] = (),
+) -> Tree:
+    """Saved arrays of single layers in the structure of a model.
+
+    Args:
+      wanted: `{"params": ..., ...}`, leaves with shape and dtype.
+      saved: arrays by path, such as `params/layer_03/mlp/up/kernel`.
+      stacked_layers: of the model, see `Stack`.
+      given: what the user gave, for the message.
+      may_be_missing: parameters that are left as they are in `wanted` if they are not there.
+
+    Raises:
+      UserError: a parameter is missing, has another shape, or has no place in the model.
+    """
+    known = set(stack.unstack_paths(paths(wanted), stacked_layers))
+    unused = sorted(path for path in saved if path.startswith("params/") and path not in known)
+    if unused:
+        raise UserError(f"{given}: this model has no place for its {unused[0]}; is it another model?")
+
+    def value(path: str, leaf: Any) -> Any:
+        try:
+            array = stack.stack(path, saved, stacked_layers)
+        except KeyError as error:
+            (missing,) = error.args
+            if any(_stands_for(missing, name) for name in may_be_missing):
+                return leaf
+            raise UserError(f"{given}: its checkpoint has no {missing}; is it another model?") from None
+        if array.shape != leaf.shape:
+            first = next(stack.member_paths(path, stacked_layers))
+            num_stacked = array.ndim - saved[first].ndim
+            raise UserError(
+                f"{given}: {first} has shape {saved[first].shape} there, but {leaf.shape[num_stacked:]} in this model"
+            )
+        return array.astype(leaf.dtype)
+
+    leaves = paths(wanted)
+    # Parameters first: their names say more to a user than the optimizer's.
+    order = sorted(leaves, key=lambda path: not path.startswith("params/"))
+    values = {path: value(path, leaves[path]) for path in order}
+    return jax.tree.unflatten(jax.tree.structure(wanted), [values[path] for path in leaves])
+
+
+def _stands_for(path: str, parameter: str) -> bool:
+    """Whether a path is a parameter's, or of what an optimizer keeps for it: between layer and rest may lie its own."""
+    layer, _, rest = parameter.partition("/")
+    return layer in path.split("/") and path.endswith(f"/{rest}")
+
+
+def _least_length(config: LMConfig) -> int:
+    """A length of segments that every memory of a model admits: parameters do not depend on it."""
+    return min(config.memory_sizes.values(), default=1)
+
+
+def _place(array: np.ndarray | jax.Array, fresh: jax.Array) -> jax.Array:
+    return array if array is fresh else from_host(np.asarray(array), fresh.sharding)
