@@ -15,7 +15,7 @@ import yaml
 from memorizing.launch.restarts import START_AGAIN
 from memorizing.launch.slices import SLICES
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 MODULES = sorted(path.stem for path in LAUNCH.glob("*.py"))
 

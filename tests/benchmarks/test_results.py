@@ -16,7 +16,7 @@ from memorizing.config.loading import load_experiment
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.xl import XLAttention
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "results.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "results.py"
 SMALL = (
     "VOCAB_SIZE=64",
     "STEPS=100",

@@ -30,7 +30,7 @@ from memorizing.generation.text_model import TextModel, TextStream
 from memorizing.synthetic import RepeatedPassages
 from memorizing.training.checkpoint import read_arrays
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
+REPOSITORY = pathlib.Path(__file__).parents[2]
 TEXTS = {f"document {index}": f"Die Größe von {index} ist 漢字, {index} mal 😀.\n" * (20 + index) for index in range(4)}
 HELD_OUT = "Was in der Größe 7 steht, 漢字 und 😀, das steht in der Größe 7.\n" * 8
 BYTES = ByteVocabulary()

@@ -40,8 +40,8 @@ GOLDEN = {
 
 MESSAGE = """
 The training step computes something else than it used to. If this commit was not meant to change the model, its initialisation, the optimizer, the order of the data or the
-use of random keys, it has a bug: find out what changed before anything else. If it was, say so in the commit's message and update GOLDEN in tests/test_golden.py with
-what `python tests/test_golden.py` prints from the repository's root.
+use of random keys, it has a bug: find out what changed before anything else. If it was, say so in the commit's message and update GOLDEN in tests/training/test_golden.py with
+what `python tests/training/test_golden.py` prints from the repository's root.
 
 first difference: {name} of step {step} was {expected:.6f} and is {actual:.6f}
 """
