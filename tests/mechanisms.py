@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from walk_through import DecayingAverage
 
 from memorizing.context import Context, Inputs
 from memorizing.models import language_model
@@ -94,6 +95,8 @@ MECHANISMS = (
         recurrent_tokens=RecurrentTokens(num_tokens=2),
         gradient_reaches_context=True,
     ),
+    # That of docs/adding-a-mechanism.md.
+    Mechanism("decaying average", attention=DecayingAverage(), two_segments_equal_one=True),
 )
 
 

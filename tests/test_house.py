@@ -41,6 +41,7 @@ APPLICATION = ("memorizing/models/language_model.py", "memorizing/models/stack.p
 
 # Private names of other packages that a file may use, and why.
 ADAPTERS = {
+    ("memorizing/config/files.py", "_FILE_READERS"): "gin has no public way to take back how it looks for a file",
     ("memorizing/runtime/distributed.py", "_src"): "JAX has no public name for the key-value store of its processes",
     (
         "data/prepare/workers.py",

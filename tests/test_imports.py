@@ -24,10 +24,10 @@ MODULES = sorted(
 
 # Leaves that know pytrees, not modules.
 LEAVES = {
-    "sharding": {"array_typing", "errors"},
-    "optimizer": {"array_typing", "errors"},
-    "search": {"errors"},
-    "losses": {"array_typing"},
+    "runtime.sharding": {"array_typing", "errors"},
+    "training.optimizer": {"array_typing", "errors"},
+    "models.memory.search": {"errors"},
+    "models.losses": {"array_typing"},
 }
 
 

@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 
 import gin
+from gin import resource_reader
 
 from memorizing.errors import UserError
 
@@ -15,6 +16,21 @@ GIN_FOLDER = next(
     (folder for folder in (_PACKAGE / "gin", _PACKAGE.parent / "gin") if folder.is_dir()), _PACKAGE / "gin"
 )
 gin.add_config_file_search_path(str(GIN_FOLDER))
+
+
+def _is_in_a_package(path: str) -> bool:
+    """Whether gin would find an included file in a Python package. A folder such as `runs` is none, and no mistake."""
+    try:
+        return resource_reader.system_path_file_exists(path)
+    except TypeError:
+        return False
+
+
+# gin's own check fails at a folder of that name that Python could import; it comes first on a path that gin includes.
+gin.config._FILE_READERS[:] = [
+    (reader, _is_in_a_package if exists is resource_reader.system_path_file_exists else exists)
+    for reader, exists in gin.config._FILE_READERS
+]
 
 
 def shipped_files() -> list[str]:

@@ -36,12 +36,11 @@ def segment_flops(config: LMConfig, segment_length: int) -> int:
     """
     dims, layout = config.dims, config.layout(segment_length)
     attention = sum(group.attention.flops(dims, layout) * len(group.layers) for group in config.groups)
-    projections = matmul_flops(layout.size, config.embed_dim, 4 * dims.width)
     # A gated MLP has a second projection up.
     num_matrices = 3 if config.mlp.startswith("gated") else 2
     mlp = matmul_flops(layout.size, config.embed_dim, num_matrices * config.mlp_dim)
     logits = matmul_flops(segment_length, config.embed_dim, config.vocab_size)
-    return attention + config.num_layers * (projections + mlp) + logits
+    return attention + config.num_layers * mlp + logits
 
 
 def _opt(num_layers: int, embed_dim: int, num_heads: int) -> LMConfig:

@@ -15,7 +15,7 @@ from memorizing.commands import plan
 from memorizing.context import Layout
 from memorizing.cost import flops, flops_report
 from memorizing.errors import UserError
-from memorizing.models.attention.base import Attention, LayerDims, attend_flops
+from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
@@ -114,7 +114,8 @@ def test_a_mechanism_tells_its_own_count() -> None:
     config = dataclasses.replace(CONFIG, attention=Unheard())
     with pytest.raises(NotImplementedError, match="Unheard"):
         flops.segment_flops(config, 64)
-    without = flops.segment_flops(CONFIG, 64) - 4 * attend_flops(CONFIG.dims, 64, 64)
+    full = FullAttention().flops(CONFIG.dims, Layout(64))
+    without = flops.segment_flops(CONFIG, 64) - 4 * full
     assert flops.segment_flops(dataclasses.replace(CONFIG, attention=Heard()), 64) == without + 4 * 7
 
 

@@ -131,7 +131,7 @@ class Attention:
     # What it costs.
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
-        """Forward FLOPs of one layer for a segment of one row, less the four projections of the segment's own positions.
+        """Forward FLOPs of one layer for a segment of one row, all but its MLP.
 
         A mask saves nothing, and an empty cache or memory costs as much as a full one, as in the compiled program.
 
@@ -296,6 +296,11 @@ def attention_weights(logits: Float[Array, "B N T S"], mask: Bool[Array, "B T S"
       mask: true where a key is visible, as it is somewhere for every query.
     """
     return jax.nn.softmax(jnp.where(mask[:, None], logits, _HIDDEN), axis=-1)
+
+
+def projection_flops(dims: LayerDims, layout: Layout) -> int:
+    """FLOPs of queries, keys, values and output of a segment."""
+    return matmul_flops(layout.size, dims.embed_dim, 4 * dims.width)
 
 
 def attend_flops(dims: LayerDims, num_queries: int, num_keys: int) -> int:

@@ -15,6 +15,7 @@ from memorizing.models.attention.base import (
     attend_flops,
     local_attention,
     position_bias,
+    projection_flops,
     visible_keys,
 )
 
@@ -36,7 +37,7 @@ class FullAttention(Attention):
         return FullCore(self, dims, name=name)
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
-        return attend_flops(dims, layout.size, layout.size)
+        return projection_flops(dims, layout) + attend_flops(dims, layout.size, layout.size)
 
 
 class FullCore(nn.Module):

@@ -23,6 +23,7 @@ from memorizing.models.attention.base import (
     attention_weights,
     hide,
     matmul_flops,
+    projection_flops,
     visible_keys,
 )
 from memorizing.models.layers import Einsum
@@ -200,7 +201,8 @@ def relative_attention_flops(dims: LayerDims, layout: Layout, num_cached: int) -
     keys_and_values = matmul_flops(num_cached, dims.embed_dim, 2 * dims.width)
     encodings = matmul_flops(num_distances, dims.embed_dim, dims.width)
     position_term = matmul_flops(layout.size, dims.width, num_distances)
-    return attend_flops(dims, layout.size, num_keys) + keys_and_values + encodings + position_term
+    attention = projection_flops(dims, layout) + attend_flops(dims, layout.size, num_keys)
+    return attention + keys_and_values + encodings + position_term
 
 
 def _dot(queries: Float[Array, "B T N H"], keys: Float[Array, "B S N H"]) -> Float[Array, "B N T S"]:

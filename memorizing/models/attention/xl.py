@@ -22,6 +22,7 @@ from memorizing.models.attention.base import (
     hide,
     local_attention,
     position_bias,
+    projection_flops,
     visible_keys,
 )
 
@@ -80,7 +81,7 @@ class XLAttention(Attention):
         return XLCore(self, dims, name=name)
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
-        return attend_flops(dims, layout.size, self.window + layout.size)
+        return projection_flops(dims, layout) + attend_flops(dims, layout.size, self.window + layout.size)
 
     @classmethod
     def example(cls, segment_length: int) -> Example:
