@@ -10,7 +10,7 @@ from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
 from memorizing.evaluation.finished_run import FinishedRun, abstract_variables
 from memorizing.runtime.workdir import CONFIG, resolve
-from memorizing.training.checkpoint import read_arrays
+from memorizing.training.checkpoint import read_arrays, weights_digest
 from memorizing.training.transfer import fit
 
 
@@ -36,4 +36,13 @@ def open_run(workdir: str, step: int | None = None, bindings: Sequence[str] = ()
     saved = read_arrays(folder, step, only=("params/", "buffers/", "step"))
     wanted = nn.unbox(abstract_variables(experiment, 1))
     variables = fit(wanted, saved, experiment.model.stack.stacked_layers, f"--workdir={workdir}")
-    return FinishedRun(folder, experiment, variables["params"], variables["buffers"], int(saved["step"]), text)
+    found = int(saved["step"])
+    return FinishedRun(
+        workdir=folder,
+        experiment=experiment,
+        params=variables["params"],
+        buffers=variables["buffers"],
+        step=found,
+        weights=weights_digest(folder, found),
+        config_text=text,
+    )

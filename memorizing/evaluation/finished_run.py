@@ -29,6 +29,7 @@ class FinishedRun:
       experiment: what was run, with the bindings that were given on opening it.
       params, buffers: host arrays in the structure of `experiment.model`.
       step: of the checkpoint.
+      weights: digest of the checkpoint's checksums of parameters and buffers, hexadecimal.
       config_text: the resolved configuration as gin text.
     """
 
@@ -37,6 +38,7 @@ class FinishedRun:
     params: Tree
     buffers: Tree
     step: int
+    weights: str
     config_text: str
 
     @property

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import PerToken, Tokens, Tree
@@ -24,6 +25,7 @@ from memorizing.generation.sampling import Sampling, SamplingArrays, draw
 from memorizing.models import language_model
 from memorizing.models.language_model import LMConfig
 from memorizing.models.losses import next_token_nats
+from memorizing.runtime import sharding
 
 # What the layers keep of an open segment: by group of layers, `Report.kv_cache`.
 KVCache = dict[str, Any]
@@ -34,7 +36,6 @@ class Decoder:
 
     Attributes:
       config, segment_length: of the model.
-      init: `(num_rows) -> context` of rows that have read nothing.
       read: `(params, buffers, inputs [B, T], targets [B, T], context) -> (nats [B, T], context)`, a whole segment; the
         context is donated.
       prepare: `(context) -> context` as the next segment reads it; donated.
@@ -45,22 +46,59 @@ class Decoder:
         cache is donated.
     """
 
-    def __init__(self, config: LMConfig, segment_length: int) -> None:
+    def __init__(self, config: LMConfig, segment_length: int, mesh: Mesh | None = None) -> None:
         """
+        Args:
+          config, segment_length: of the model.
+          mesh: over which weights and contexts lie, with all rows on every device of it; None for one device.
+
         Raises:
           UserError: the model cannot generate token by token.
         """
         config.check_can_decode()
-        self.config, self.segment_length = config, segment_length
-        self.init = jax.jit(functools.partial(config.init_context, segment_length=segment_length), static_argnums=0)
-        self.read = jax.jit(functools.partial(_read, config), donate_argnums=4)
-        self.prepare = jax.jit(functools.partial(_prepare, config), donate_argnums=0)
-        self.prefill = jax.jit(functools.partial(_prefill, config))
-        self.decode = jax.jit(functools.partial(_decode, config, segment_length), donate_argnums=4)
+        self.config = config
+        self.segment_length = segment_length
+        self._mesh = mesh
+        self.read = self._compiled(functools.partial(_read, config), donate_argnums=4)
+        self.prepare = self._compiled(functools.partial(_prepare, config), donate_argnums=0)
+        self.prefill = self._compiled(functools.partial(_prefill, config))
+        self.decode = self._compiled(functools.partial(_decode, config, segment_length), donate_argnums=4)
+
+    def init(self, num_rows: int) -> Context:
+        """The context of rows that have read nothing."""
+        init_context = functools.partial(self.config.init_context, num_rows, self.segment_length)
+        return self._compiled(init_context, out_shardings=self._shardings(num_rows))()
+
+    def abstract_context(self, num_rows: int) -> Context:
+        """Shapes and dtypes of a context."""
+        return jax.eval_shape(functools.partial(self.config.init_context, num_rows, self.segment_length))
+
+    def place(self, context: Context) -> Context:
+        """A context on the devices."""
+        num_rows = max(leaf.shape[0] if leaf.ndim else 1 for leaf in jax.tree.leaves(context))
+        return jax.device_put(context, self._shardings(num_rows))
 
     def start(self, start_id: int) -> TextState:
         """One row at the start of a document, before which `start_id` stands."""
         return TextState(self.init(1), np.full((1, 1), start_id, np.int32), 0)
+
+    def _shardings(self, num_rows: int) -> Any:
+        if self._mesh is None:
+            return None
+        axes = self.config.context_axes()
+        return sharding.tree_shardings(self._mesh, self.abstract_context(num_rows), axes, sharding.STATE_RULES)
+
+    def _compiled(self, function: Callable, **options: Any) -> Callable:
+        """The function, compiled for the mesh."""
+        compiled = jax.jit(function, **options)
+        if self._mesh is None:
+            return compiled
+
+        def call(*arguments: Any) -> Any:
+            with jax.set_mesh(self._mesh):
+                return compiled(*arguments)
+
+        return call
 
 
 class Weights(NamedTuple):
@@ -112,7 +150,7 @@ class TextDecoder:
         # The open segment's inputs, each [B].
         self._inputs: list[Any]
         *self._inputs, self._pending = np.asarray(state.inputs).T
-        self._context = decoder.prepare(jax.device_put(state.context))
+        self._context = decoder.prepare(decoder.place(state.context))
         self.num_tokens = int(state.num_tokens)
         # Of the open segment; None where it has to be prefilled first.
         self._kv_cache: KVCache | None = None

@@ -23,8 +23,8 @@ from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.generation import session_file
 from memorizing.generation.decoding import Decoder, Drawn, TextDecoder, Weights
 from memorizing.generation.sampling import Sampling
+from memorizing.runtime import sharding
 from memorizing.runtime.metrics import perplexity
-from memorizing.training.checkpoint import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,8 @@ class TextModel:
     def __init__(self, run: FinishedRun) -> None:
         """
         Raises:
-          UserError: the run's data is no text, or has another vocabulary than the run was trained with, or the model cannot write token by token.
+          UserError: the run's data is no text, or has another vocabulary than the run was trained with, or the model
+            cannot write token by token.
         """
         run.check_data()
         vocabulary = run.vocabulary
@@ -77,9 +78,15 @@ class TextModel:
             raise UserError(
                 f"the data of {run.workdir} is no text ({type(run.experiment.data).__name__}): only a model of text can read and write one"
             )
-        self.run, self.vocabulary = run, vocabulary
-        self._decoder = _decoder(run.experiment.model, run.experiment.batch.segment_length)
-        self._weights = Weights(*jax.device_put((run.params, run.buffers)))
+        self.run = run
+        self.vocabulary = vocabulary
+        config = run.experiment.model
+        segment_length = run.experiment.batch.segment_length
+        memory_segments = math.gcd(*config.memory_sizes.values()) // segment_length
+        mesh = sharding.mesh_for_one_row(config.num_heads, memory_segments)
+        self._decoder = _decoder(config, segment_length, mesh)
+        with jax.set_mesh(mesh):
+            self._weights = Weights(*run.variables_on(mesh))
 
     def score(self, text: str) -> Score:
         """Scores a text as one document, from an empty memory. Raises UserError if it is empty."""
@@ -105,8 +112,7 @@ class TextModel:
         if path is None:
             state = self._decoder.start(self.vocabulary.start_id)
         else:
-            context = jax.eval_shape(functools.partial(self._decoder.init, 1))
-            state = session_file.load(path, context, self.identity)
+            state = session_file.load(path, self._decoder.abstract_context(1), self.identity)
         return Session(self, TextDecoder(self._decoder, self._weights, state))
 
     @property
@@ -121,17 +127,13 @@ class TextModel:
     @functools.cached_property
     def identity(self) -> session_file.Identity:
         """What a session belongs to."""
-        digest = hashlib.sha256()
-        for path, leaf in sorted(paths(self.run.params).items()):
-            digest.update(path.encode())
-            digest.update(np.ascontiguousarray(leaf).tobytes())
         experiment = self.run.experiment
         return {
             "vocabulary": self.vocabulary.digest[:16],
             "segment length": experiment.batch.segment_length,
             "model": hashlib.sha256(repr(experiment.model).encode()).hexdigest()[:16],
             "step": self.run.step,
-            "weights": digest.hexdigest()[:16],
+            "weights": self.run.weights[:16],
         }
 
     @functools.cached_property

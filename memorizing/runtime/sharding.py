@@ -91,6 +91,20 @@ def _slice(device: Any) -> int:
     return (getattr(device, "slice_index", 0) or 0) if device.platform == "tpu" else 0
 
 
+def mesh_for_one_row(num_heads: int, memory_segments: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh that shares one row: heads over `model`, and over `memory` the slots, as far as both can be divided.
+
+    Args:
+      num_heads: N.
+      memory_segments: slots of an external memory in segments, which stay whole; 0 without one.
+      devices: to choose from (default: all); some may be left over.
+    """
+    devices = jax.devices() if devices is None else devices
+    model = math.gcd(len(devices), num_heads)
+    memory = math.gcd(len(devices) // model, memory_segments) if memory_segments else 1
+    return MeshConfig(data=1, model=model, memory=memory).make_mesh(devices[: model * memory])
+
+
 class RowPlacement:
     """Where the rows of batches lie: each process fills those of its own devices, and together they are one array.
 

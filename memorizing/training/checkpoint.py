@@ -6,6 +6,8 @@ flipped bit; the checksums do.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -213,6 +215,17 @@ def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, .
         if checksum != data["checksums"]["state"][path]:
             raise UserError(f"checkpoint {folder / str(step)} does not have the checksum it was saved with ({path})")
     return unstack(arrays, data["stacked_layers"])
+
+
+def weights_digest(workdir: epath.Path, step: int) -> str:
+    """What tells the parameters and buffers of a checkpoint from others: a digest of their checksums, hexadecimal."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    handlers = {"data": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(workdir / FOLDER, options=options, item_handlers=handlers) as manager:
+        data = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+    checksums = data["checksums"]["state"]
+    weights = {path: checksum for path, checksum in checksums.items() if path.startswith(("params/", "buffers/"))}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
 
 
 def _read_wanted(

@@ -27,6 +27,7 @@ from memorizing.errors import UserError
 from memorizing.generation import text_model
 from memorizing.generation.decoding import Decoder, Drawn, TextDecoder, Weights
 from memorizing.generation.text_model import TextModel, TextStream
+from memorizing.runtime import sharding
 from memorizing.synthetic import RepeatedPassages
 from memorizing.training.checkpoint import read_arrays
 
@@ -341,3 +342,16 @@ def test_the_example_runs(workdir: pathlib.Path, tmp_path: pathlib.Path, capsys:
     (tmp_path / "text").write_text(HELD_OUT)
     example.main([str(workdir), str(tmp_path / "text")])
     assert "after the first half" in capsys.readouterr().out
+
+
+def test_a_text_model_lies_on_all_devices_that_can_share_it(model: TextModel, monkeypatch: pytest.MonkeyPatch):
+    """Heads and slots of the memory are shared; what is scored and written is that of one device."""
+    query = model._weights.params["layer_01"]["attention"]["query"]["kernel"]
+    assert len(query.sharding.device_set) > 1 and not query.sharding.is_fully_replicated
+    one_device = sharding.mesh_for_one_row
+    monkeypatch.setattr(sharding, "mesh_for_one_row", lambda *sizes: one_device(*sizes, devices=jax.devices()[:1]))
+    alone = TextModel(model.run)
+    assert len(alone._weights.params["embedder"]["table"].sharding.device_set) == 1
+    np.testing.assert_allclose(alone.score(HELD_OUT).nats, model.score(HELD_OUT).nats, rtol=1e-4, atol=1e-5)
+    written = (each.generate(HELD_OUT[:300], 20, temperature=0) for each in (model, alone))
+    assert next(written) == next(written)
