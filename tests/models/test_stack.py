@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import pathlib
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from mechanisms import LENGTH, ROWS, random_tokens
 
 from memorizing.batch import Batch
@@ -25,7 +28,7 @@ from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
-from memorizing.training.checkpoint import paths
+from memorizing.training.checkpoint import Checkpointer, paths, read_arrays
 from memorizing.training.optimizer import AdamW
 from memorizing.training.state import TrainState, init_train_state, init_variables
 from memorizing.training.step import make_train_step
@@ -177,6 +180,25 @@ def test_buffers_are_frozen_in_evaluation_and_reset_by_nothing():
     output = language_model.apply(COUNTING, after.params, after.buffers, inputs, after.context)
     jax.tree.map(np.testing.assert_array_equal, output.buffers, after.buffers)
     assert jax.tree.leaves(after.buffers)[0].all()
+
+
+def test_buffers_are_saved_with_checksums_and_come_back(tmp_path: pathlib.Path):
+    after, _ = step(COUNTING)(state(), batch())
+    workdir = epath.Path(tmp_path)
+    checkpointer = Checkpointer(workdir, stacked_layers=COUNTING.stack.stacked_layers)
+    checkpointer.save(after, {})
+    restored = checkpointer.restore(jax.eval_shape(lambda: after)).state
+    checkpointer.close()
+    jax.tree.map(np.testing.assert_array_equal, restored.buffers, after.buffers)
+    # Read layer by layer, as another model reads them.
+    arrays = read_arrays(workdir, only=("buffers/",))
+    assert arrays.keys() == {f"buffers/layer_{index:02d}/attention/count" for index in range(4)}
+    record = tmp_path / "checkpoints" / "1" / "data" / "metadata"
+    data = json.loads(record.read_text())
+    data["checksums"]["state"]["buffers/layers_00_03/attention/count"] ^= 1
+    record.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"checksum.*buffers/layers_00_03/attention/count"):
+        read_arrays(workdir, only=("buffers/",))
 
 
 def test_recomputed_layers_update_their_buffers_once():

@@ -33,6 +33,7 @@ from memorizing.synthetic import RepeatedPassages
 from memorizing.training import checkpoint
 from memorizing.training.checkpoint import Checkpointer, paths, read_arrays
 from memorizing.training.experiment import BatchConfig, Experiment, LoopConfig
+from memorizing.training.identity import open_workdir
 from memorizing.training.loop import Preempted
 from memorizing.training.optimizer import AdamW, Cosine
 from memorizing.training.program import Program
@@ -245,6 +246,32 @@ def test_what_orbax_does_not_notice_the_checksums_do(run: Run, saved: epath.Path
     record.write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"checkpoints/6 .*checksum.*params/final_norm/scale.*--restore_step=4"):
         restore_from(saved, run)
+
+
+def test_checkpoints_of_the_first_edition_are_refused_in_one_line(run: Run, saved: epath.Path):
+    """They did not say what they were, and had other parameters: to read them would end in a traceback, or worse."""
+    for step in (2, 4, 6):
+        record = pathlib.Path(saved / "checkpoints" / str(step) / "data" / "metadata")
+        data = json.loads(record.read_text())
+        del data["format"]
+        record.write_text(json.dumps(data))
+    for read in (lambda: restore_from(saved, run), lambda: checkpoint.read_arrays(saved)):
+        with pytest.raises(UserError, match=r"checkpoints/6 was written by another version of memorizing") as told:
+            read()
+        assert "\n" not in str(told.value)
+
+
+def test_a_workdir_of_the_first_edition_is_refused_in_one_line(tmp_path: pathlib.Path):
+    experiment = Experiment(data=RepeatedPassages())
+    open_workdir(str(tmp_path), experiment, "")
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    open_workdir(str(tmp_path), experiment, "")
+    record = tmp_path / "experiment.json"
+    described = json.loads(record.read_text())
+    del described["format"]
+    record.write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"another version of memorizing.*choose another --workdir"):
+        open_workdir(str(tmp_path), experiment, "")
 
 
 def restore_from(workdir: epath.Path, run: Run, step: int | None = None) -> TrainState:
