@@ -26,8 +26,7 @@ from typing import Any
 
 from etils import epath
 
-from memorizing.runtime import json_lines
-from memorizing.runtime.json_lines import JsonLines, Line
+from memorizing.runtime.json_lines import JsonLines, Line, read_lines
 from memorizing.runtime.tables import duration
 
 FILE = "events.jsonl"
@@ -120,7 +119,7 @@ class Goodput:
 
 def goodput(workdir: epath.Path) -> Goodput:
     """How the run in a workdir has spent its time so far; all zero if it has no events."""
-    starts = _starts(json_lines.read(workdir / FILE))
+    starts = _starts(read_lines(workdir / FILE))
     seconds = dict.fromkeys(_KINDS, 0.0)
     for index, events in enumerate(starts):
         begin = _begin(events)

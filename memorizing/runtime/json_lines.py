@@ -11,7 +11,7 @@ from etils import epath
 Line = dict[str, Any]
 
 
-def read(path: epath.Path) -> list[Line]:
+def read_lines(path: epath.Path) -> list[Line]:
     """The lines of a file up to one that a killed process left unfinished; none if there is no file."""
     if not path.exists():
         return []
@@ -38,7 +38,7 @@ class JsonLines:
           keep: whether a line that is there already stays.
         """
         self._path = path
-        self.lines = [line for line in read(path) if keep(line)]
+        self.lines = [line for line in read_lines(path) if keep(line)]
         self._rewrite(self.lines)
         # Appending needs a local file; other file systems get the whole file again.
         self._is_remote = "://" in str(path)
