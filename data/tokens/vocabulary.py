@@ -1,7 +1,8 @@
 """Vocabularies: text to token ids and back, exactly, without TensorFlow or seqio.
 
-The ids are those of seqio's vocabularies, which the Tasks tokenise with: 0 is padding and in no text, 1 ends a document,
-2 is unknown and never occurs. Padding has no meaning here: its id only stands before a document's first token.
+The ids are those of seqio's vocabularies, which the Tasks tokenise with: 0 is padding and in no text, 1 ends a
+document, 2 is unknown and never occurs. Padding has no meaning here: its id only stands before a document's first
+token.
 """
 
 from __future__ import annotations
@@ -47,15 +48,16 @@ class ByteVocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = np.asarray(ids, np.int64)
-        return (
-            (ids[(ids >= _NUM_SPECIAL) & (ids < self.size)] - _NUM_SPECIAL)
-            .astype(np.uint8)
-            .tobytes()
-            .decode("utf-8", "replace")
-        )
+        is_byte = (ids >= _NUM_SPECIAL) & (ids < self.size)
+        values = (ids[is_byte] - _NUM_SPECIAL).astype(np.uint8)
+        return values.tobytes().decode("utf-8", "replace")
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
-        return [bytes([i - _NUM_SPECIAL]) if _NUM_SPECIAL <= i < self.size else b"" for i in map(int, ids)]
+        return [self._piece(int(index)) for index in ids]
+
+    def _piece(self, index: int) -> bytes:
+        is_byte = _NUM_SPECIAL <= index < self.size
+        return bytes([index - _NUM_SPECIAL]) if is_byte else b""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +100,14 @@ class SentencePieceVocabulary:
         return unescape(self._processor.decode(np.asarray(ids, np.int64).tolist()))
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
-        pieces, is_escaped = [], False
+        pieces = []
+        is_escaped = False
         for index in map(int, ids):
             piece = b""
             for character in self._raw_pieces[index]:
                 if is_escaped:
-                    piece, is_escaped = piece + _UNESCAPED.get(character, bytes([ord(_ESCAPE), character])), False
+                    piece += _UNESCAPED.get(character, bytes([ord(_ESCAPE), character]))
+                    is_escaped = False
                 elif character == ord(_ESCAPE):
                     is_escaped = True
                 else:
@@ -120,9 +124,10 @@ class SentencePieceVocabulary:
             if index < _NUM_SPECIAL:
                 return b""
             piece = processor.id_to_piece(index)
-            return (
-                bytes([int(piece[3:5], 16)]) if processor.is_byte(index) else piece.replace(_SPACE_MARK, " ").encode()
-            )
+            if processor.is_byte(index):
+                # Such as "<0x0A>".
+                return bytes([int(piece[3:5], 16)])
+            return piece.replace(_SPACE_MARK, " ").encode()
 
         return list(map(raw, range(self.size)))
 
@@ -169,8 +174,10 @@ def load(path: str) -> SentencePieceVocabulary:
         processor = sentencepiece.SentencePieceProcessor(model_proto=epath.Path(path).read_bytes())
         processor.override_normalizer_spec(add_dummy_prefix=False)
         loaded = SentencePieceVocabulary(processor.serialized_model_proto())
-        special, ids = loaded.piece_ids("<pad>", "</s>", "<unk>"), loaded.encode(_HARD_TEXT).tolist()
-        by_line = [id for line in _HARD_TEXT.splitlines(keepends=True) for id in loaded.encode(line).tolist()]
+        special = loaded.piece_ids("<pad>", "</s>", "<unk>")
+        ids = loaded.encode(_HARD_TEXT).tolist()
+        lines = _HARD_TEXT.splitlines(keepends=True)
+        by_line = np.concatenate([loaded.encode(line) for line in lines]).tolist()
     except (OSError, RuntimeError) as error:
         raise DataError(f"--vocabulary={path}: cannot be read as a SentencePiece model ({error})") from None
     if special != (PAD_ID, EOS_ID, UNK_ID) or loaded.decode(ids) != _HARD_TEXT or ids != by_line:
@@ -182,8 +189,9 @@ def load(path: str) -> SentencePieceVocabulary:
 
 
 def train(lines: Iterable[str], size: int, num_threads: int = 2) -> SentencePieceVocabulary:
-    """Trains a byte-pair vocabulary that keeps every text as it is: no normalisation, all spaces, rare characters as
-    bytes.
+    """Trains a byte-pair vocabulary that keeps every text as it is.
+
+    Nothing is normalised, every space counts, and rare characters become bytes.
 
     Args:
       lines: the training text without its line ends, which are a token of their own, as tabs are.
