@@ -13,7 +13,6 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable
-from typing import ClassVar
 
 import numpy as np
 import sentencepiece
@@ -32,16 +31,29 @@ _NUM_SPECIAL = 3
 MODEL_FILE = "vocabulary.model"
 
 
+class _SpecialIds:
+    """The ids that both vocabularies have in common; see `memorizing.batch.Vocabulary`."""
+
+    @property
+    def start_id(self) -> int:
+        return PAD_ID
+
+    @property
+    def end_id(self) -> int:
+        return EOS_ID
+
+    @property
+    def unused_ids(self) -> tuple[int, ...]:
+        return (PAD_ID, UNK_ID)
+
+
 @dataclasses.dataclass(frozen=True)
-class ByteVocabulary:
+class ByteVocabulary(_SpecialIds):
     """UTF-8 bytes after the three special ids, as ByT5."""
 
     name: str = "bytes"
     size: int = _NUM_SPECIAL + 256
     digest: str = "bytes"
-    start_id: ClassVar[int] = PAD_ID
-    end_id: ClassVar[int] = EOS_ID
-    unused_ids: ClassVar[tuple[int, ...]] = (PAD_ID, UNK_ID)
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _NUM_SPECIAL
@@ -61,7 +73,7 @@ class ByteVocabulary:
 
 
 @dataclasses.dataclass(frozen=True)
-class SentencePieceVocabulary:
+class SentencePieceVocabulary(_SpecialIds):
     """A SentencePiece model that loses nothing.
 
     Attributes:
@@ -69,15 +81,12 @@ class SentencePieceVocabulary:
     """
 
     model: bytes = dataclasses.field(repr=False)
-    start_id: ClassVar[int] = PAD_ID
-    end_id: ClassVar[int] = EOS_ID
-    unused_ids: ClassVar[tuple[int, ...]] = (PAD_ID, UNK_ID)
 
     @functools.cached_property
     def _processor(self) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
 
-    @functools.cached_property
+    @property
     def size(self) -> int:
         return self._processor.vocab_size()
 
@@ -89,8 +98,12 @@ class SentencePieceVocabulary:
     def name(self) -> str:
         return f"spm{self.size}"
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         return hashlib.sha256(self.model).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
