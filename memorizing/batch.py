@@ -80,12 +80,23 @@ class Vocabulary(Protocol):
       unused_ids: ids that no text has, which are never generated.
     """
 
-    name: str
-    size: int
-    digest: str
-    start_id: int
-    end_id: int
-    unused_ids: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def start_id(self) -> int: ...
+
+    @property
+    def end_id(self) -> int: ...
+
+    @property
+    def unused_ids(self) -> tuple[int, ...]: ...
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 [length], without `end_id`."""
@@ -112,8 +123,11 @@ class TextSource(Protocol):
         not made of words.
     """
 
-    vocabulary: Vocabulary
-    document_words: np.ndarray | None
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def document_words(self) -> np.ndarray | None: ...
 
     def document_keys(self) -> Sequence[str]:
         """Names of the held-out documents in their corpus."""
@@ -142,11 +156,20 @@ class DataSource(Protocol):
       document_bytes: int64 [number of held-out documents], UTF-8 bytes of each, or None where text has no bytes.
     """
 
-    vocab_size: int
-    start_id: int
-    identity: str
-    num_eval_documents: int
-    document_bytes: np.ndarray | None
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def start_id(self) -> int: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def num_eval_documents(self) -> int: ...
+
+    @property
+    def document_bytes(self) -> np.ndarray | None: ...
 
     def train_batches(
         self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int
