@@ -93,8 +93,8 @@ class LMConfig:
             )
         if self.qk_norm == "none" and self.has_memory:
             raise UserError(
-                "LMConfig.qk_norm = 'none': an external memory compares keys of different times, which have to have the "
-                "same length; use 'l2', or a model without a memory"
+                "LMConfig.qk_norm = 'none': an external memory compares keys of different times, which have to have "
+                "the same length; use 'l2', or a model without a memory"
             )
 
     @property
@@ -292,8 +292,8 @@ class ModelOutput(NamedTuple):
 def init(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -> dict[str, Tree]:
     """Parameters and buffers that still carry their logical axis names: `{"params": ..., "buffers": ...}`.
 
-    They depend neither on rows nor on the segment, which only have to fit mesh and mechanisms. The initial parameters of
-    a layer depend on the key and its index, not on how layers are stacked.
+    They depend neither on rows nor on the segment, which only have to fit mesh and mechanisms. The initial parameters
+    of a layer depend on the key and its index, not on how layers are stacked.
     """
     dtype = config.dims.dtype
 

@@ -37,7 +37,8 @@ def t5_buckets(
       distances: query position minus key position.
       num_buckets: size of the table.
       max_distance: distance, in tokens, from which on all keys share the last bucket.
-      bidirectional: whether later keys have half of the buckets to themselves; else they share the bucket of distance 0.
+      bidirectional: whether later keys have half of the buckets to themselves; else they share the bucket of distance
+        0.
 
     Returns:
       int32 array with values in [0, num_buckets).

@@ -113,7 +113,7 @@ class RecurrentTokens:
         index: Int[Array, ""] | int,
         num_segments: int,
     ) -> RecurrentTokensState:
-        """Stops the gradient into the segment before segment `index` of a step of `num_segments`, if a cut lies there."""
+        """Stops the gradient from segment `index` of a step into the segment before it, if a cut lies there."""
         if self.backward_segments < 0:
             return state
         length_of_run = self.backward_segments + 1
@@ -161,7 +161,7 @@ class MemoryTokens(nn.Module):
 
 
 def written(layout: Layout, x: Activations) -> RecurrentTokensState:
-    """The next state: what the write tokens became after the last norm; in an encoder, what the memory tokens became."""
+    """The next state: the write tokens after the last norm; of an encoder, the memory tokens after it."""
     tokens = x[:, -layout.num_write :] if layout.num_write else x[:, : layout.num_read]
     batch_size = x.shape[0]
     return RecurrentTokensState(tokens, started=jnp.ones(batch_size, bool))

@@ -401,7 +401,7 @@ def member_paths(
     path: str,
     stacked_layers: Mapping[str, Sequence[int]],
 ) -> Iterator[str]:
-    """The paths of the single layers whose arrays are stacked in the array of this path; the path itself if none are."""
+    """The paths of the single layers whose arrays the array of this path stacks; the path itself if it stacks none."""
     parts = path.split("/")
     groups = [part for part in parts if part in stacked_layers]
     if not groups:

@@ -43,7 +43,8 @@ class LayerDims:
       dtype: of activations and of carried states.
       norm: of the residuals.
       mlp: kind of the MLP.
-      qk_norm: 'l2' normalises queries and keys to length 1 and learns the scale of the logits; 'none' takes 1 / sqrt(H).
+      qk_norm: 'l2' normalises queries and keys to length 1 and learns the scale of the logits; with 'none' the scale is
+        1 / sqrt(H).
       positions: 't5' adds a bias learned for each bucket of distances; 'none' leaves the order to the mask.
     """
 
@@ -184,7 +185,8 @@ class Attention:
 class ProjectedAttention(nn.Module):
     """Projects to queries, keys and values, lets the mechanism's core attend, and projects back.
 
-    With L2-normalised queries and keys (`qk_norm` = 'l2'), keys that were stored long ago have the magnitude of new ones.
+    With L2-normalised queries and keys (`qk_norm` = 'l2'), keys that were stored long ago have the magnitude of new
+    ones.
     """
 
     attention: Attention

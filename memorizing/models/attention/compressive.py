@@ -1,4 +1,4 @@
-"""Compressive Transformer (Rae et al. 2020): what leaves the Transformer-XL memory is compressed and kept for longer."""
+"""Compressive Transformer (Rae et al. 2020): what leaves the memory of Transformer-XL is compressed, and stays longer."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class CompressiveAttention(Attention):
       window: W, positions in the memory; a multiple of the segment length.
       compressed_size: C, compressed states.
       rate: positions that become one compressed state; divides the segment length.
-      compressor: 'mean', 'max', 'conv' (kernel and stride are the rate), 'dilated' (two dilated convolutions before it),
-        or 'most_used' (the positions that were attended to most stay as they are, the others are dropped).
+      compressor: 'mean', 'max', 'conv' (kernel and stride are the rate), 'dilated' (two dilated convolutions before
+        'conv'), or 'most_used' (the positions that were attended to most stay as they are, the others are dropped).
       loss: 'attention' (reconstructs what the layer reads from the old states), 'autoencoding' (the old states
         themselves) or 'none'.
       loss_weight: factor of the auxiliary loss.
@@ -85,8 +85,8 @@ class CompressiveAttention(Attention):
         num_states = segment_length // self.rate
         if self.compressed_size < num_states:
             raise UserError(
-                f"CompressiveAttention.compressed_size = {self.compressed_size} does not hold the {num_states} states of "
-                f"one segment (segment length {segment_length}, rate {self.rate})"
+                f"CompressiveAttention.compressed_size = {self.compressed_size} does not hold the {num_states} states "
+                f"of one segment (segment length {segment_length}, rate {self.rate})"
             )
 
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> CompressiveState:
@@ -130,7 +130,8 @@ class CompressiveAttention(Attention):
         """
         num_carried = self.window + self.compressed_size
         attention = relative_attention_flops(dims, layout, num_carried)
-        # T / c windows of c positions each, D -> D: the rate drops out. 'dilated' has two convolutions of width 3 first.
+        # T / c windows of c positions each, D -> D: the rate drops out. 'dilated' begins with two convolutions of width
+        # 3.
         kernel_widths = {"conv": 1, "dilated": 1 + 2 * 3}.get(self.compressor, 0)
         compression = kernel_widths * matmul_flops(layout.length, dims.embed_dim, dims.embed_dim)
         return attention + compression

@@ -37,9 +37,9 @@ class KNNState:
     Attributes:
       local: state of the local attention.
       memory: keys and values of all segments but the last, as far as M slots reach.
-      last_segment: the last segment's, T slots. They are written to the memory before the next segment reads it: at that
-        moment nothing needs the slots that they replace. Written in the step that computed them, they would force a
-        second copy of the memory, since that step's gradient still reads the old slots. (A step of several segments
+      last_segment: the last segment's, T slots. They are written to the memory before the next segment reads it: at
+        that moment nothing needs the slots that they replace. Written in the step that computed them, they would force
+        a second copy of the memory, since that step's gradient still reads the old slots. (A step of several segments
         cannot avoid such copies: its gradient reads the slots that each of its segments saw.)
     """
 
@@ -52,9 +52,10 @@ class KNNState:
 class KNNAttention(Attention):
     """y = g * attention to the k nearest slots of the memory + (1 - g) * local attention (section 3.1).
 
-    The gate g = sigmoid(b) is learned for each head. A segment is written to the memory before the next one reads it, so
-    that no query retrieves a token of its own segment. With a Transformer-XL cache the last W positions are both in the
-    cache and in the memory, as in the authors' code. Where the memory is empty the output is exactly the local attention.
+    The gate g = sigmoid(b) is learned for each head. A segment is written to the memory before the next one reads it,
+    so that no query retrieves a token of its own segment. With a Transformer-XL cache the last W positions are both in
+    the cache and in the memory, as in the authors' code. Where the memory is empty the output is exactly the local
+    attention.
 
     Such layers are not stacked: the memory is far too large to be copied every step.
 
@@ -146,7 +147,10 @@ class KNNAttention(Attention):
         return KNNCore(self, dims, name=name)
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
-        """The local attention, the score of every slot, and attention to the k nearest; choosing them is no arithmetic."""
+        """The local attention, the score of every slot, and attention to the k nearest.
+
+        Choosing the nearest is no arithmetic.
+        """
         local = self.local.flops(dims, layout)
         search = matmul_flops(layout.size, dims.width, self.memory_size)
         attend = attend_flops(dims, layout.size, self.num_neighbors)

@@ -154,7 +154,7 @@ def _after(
     new: Shaped[Array, "B T *rest"],
     segment: Segment,
 ) -> Shaped[Array, "B S *rest"]:
-    """[cached; new], as `Segment.with_kv_cache` takes it; in a decode step, where the KV cache has the cached, only new."""
+    """[cached; new] for `Segment.with_kv_cache`; in a decode step only `new`, since the KV cache has the others."""
     if segment.is_decode_step:
         return new
     return jnp.concatenate([cached, new], axis=1)

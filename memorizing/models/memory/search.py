@@ -1,8 +1,8 @@
 """Top-k search of one head's memory: pure functions on matrices.
 
 Both searches return `-inf` as the score of a neighbour that does not exist (fewer valid slots than neighbours asked
-for). Scores are accumulated in float32 whatever the dtype of the keys, and float32 keys are multiplied as such: TPUs and
-GPUs would else round them first.
+for). Scores are accumulated in float32 whatever the dtype of the keys, and float32 keys are multiplied as such: TPUs
+and GPUs would else round them first.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class ExactSearch:
     fastest of several on CPUs, for 256 and 1024 queries and 2048 to 65536 slots.
 
     Attributes:
-      block_scores: scores computed at a time for a head, at most: queries times the slots of a block, as many as stay in
-        a cache.
+      block_scores: scores computed at a time for a head, at most: queries times the slots of a block, as many as stay
+        in a cache.
       group_size: slots of a group, at most.
     """
 
@@ -189,8 +189,8 @@ class ApproximateSearch:
         k: int,
     ) -> tuple[Scores, Indices]:
         """`top_k` as TPUs compute it."""
-        # Queries beside each other, slots below: the TPU sorts what is left of them along this axis, and would else copy
-        # it into this order first.
+        # Queries beside each other, slots below: the TPU sorts what is left of them along this axis, and would else
+        # copy it into this order first.
         scores = jnp.einsum(
             "SH,TH->ST",
             keys,
