@@ -1,6 +1,7 @@
 """Mechanisms answer for themselves: whatever the rest of the library asks, every mechanism knows.
 
-Nothing outside their room names one, so that an answer that is missing or wrong would show as a wrong plan, a memory that
+Nothing outside their room names one, so that an answer that is missing or wrong would show as a wrong plan, a memory
+that
 is not counted, or text that is generated wrongly.
 """
 

@@ -1,6 +1,7 @@
 """Every search finds the true neighbours, whatever the keys look like.
 
-Approximate search is a setting of the user's; the default has recall 1.0, and the levels and blocks that make it fast must not show in the result.
+Approximate search is a setting of the user's; the default has recall 1.0, and the levels and blocks that make it fast
+must not show in the result.
 """
 
 from __future__ import annotations
@@ -111,7 +112,10 @@ small_integers = hnp.arrays(np.float32, (96, 2), elements=st.integers(-2, 2).map
 @settings(max_examples=25)
 @given(keys=small_integers, valid=hnp.arrays(bool, 96))
 def test_of_equal_scores_the_lower_slot_wins(search: ExactSearch, keys: np.ndarray, valid: np.ndarray):
-    """Ties decide what is retrieved where text repeats itself: the result must not depend on the sizes of blocks and groups."""
+    """Ties decide what is retrieved where text repeats itself.
+
+    The result must not depend on the sizes of blocks and groups.
+    """
     queries = np.array([[1, 0], [1, -1], [0, 0]], np.float32)
     reference = np.where(valid, queries @ keys.T, -np.inf)
     expected = np.argsort(-reference, axis=-1, kind="stable")[:, :8]
@@ -140,7 +144,10 @@ def test_recall_is_the_share_of_the_true_neighbours(kind: Callable, valid: np.nd
 
 @pytest.fixture(scope="module")
 def sharded_best() -> Callable:
-    """`scores [rows, M] -> [rows, M]`: the scores of the slots that the shards of a memory agree on, -inf for the others; each shard keeps k candidates."""
+    """`scores [rows, M] -> [rows, M]`.
+
+    The scores of the slots that the shards of a memory agree on, -inf for the others; each shard keeps k candidates.
+    """
     mesh = MeshConfig(data=1, memory=4).make_mesh(jax.devices()[:4])
 
     def shard(scores: jax.Array) -> jax.Array:
@@ -153,7 +160,10 @@ def sharded_best() -> Callable:
 
 @given(scores=hnp.arrays(np.float32, (3, 32), elements=st.sampled_from([-np.inf, -np.inf, -1.0, 0.0, 1.0, 2.0])))
 def test_shards_agree_on_the_top_k_of_the_whole_memory(sharded_best: Callable, scores: np.ndarray):
-    """With ties, and with shards that hold nothing: exactly the k slots that a search of the unsharded memory returns."""
+    """With ties, and with shards that hold nothing.
+
+    Exactly the k slots that a search of the unsharded memory returns.
+    """
     expected = np.zeros(scores.shape, bool)
     np.put_along_axis(expected, np.argsort(-scores, axis=-1, kind="stable")[:, :5], True, axis=-1)
     np.testing.assert_array_equal(sharded_best(scores), np.where(expected, scores, -np.inf))

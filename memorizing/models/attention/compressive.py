@@ -1,4 +1,7 @@
-"""Compressive Transformer (Rae et al. 2020): what leaves the memory of Transformer-XL is compressed, and stays longer."""
+"""Compressive Transformer (Rae et al.
+
+2020): what leaves the memory of Transformer-XL is compressed, and stays longer.
+"""
 
 from __future__ import annotations
 
