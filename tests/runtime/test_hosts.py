@@ -140,7 +140,11 @@ def test_hosts_change_nothing_but_the_speed(undisturbed: pathlib.Path, tmp_path:
     seldom = "--gin.LoopConfig.checkpoint_every=100"
     assert main._run([*COMMAND, seldom, f"--workdir={alone}"]) == 0
     expected = losses(alone)
-    assert len(expected) == STEPS and expected[-1] < expected[0] - 0.1, "nothing was trained"
+    assert len(expected) == STEPS
+    # Losses of single steps, each of other documents, say little: the parameters tell whether anything was trained.
+    middle, end = (read_arrays(epath.Path(undisturbed), step) for step in (MIDDLE, STEPS))
+    moved = max(np.abs(end[path] - middle[path]).max() for path in end if path.startswith("params/"))
+    assert moved > 0.01, "nothing was trained"
     np.testing.assert_allclose(losses(undisturbed), expected, rtol=0, atol=1e-5)
     evaluations = [json.loads((workdir / "evaluation.json").read_text()) for workdir in (undisturbed, alone)]
     assert evaluations[0]["as trained"]["tokens"] == evaluations[1]["as trained"]["tokens"] == 5 * 3 * 6
