@@ -21,6 +21,7 @@ from memorizing.errors import UserError
 from memorizing.models import attention as attention_lib
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.layers import Embedder, MLPKind, NormKind, dropout, make_norm
+from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Mixture
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, written
 from memorizing.models.stack import LayerGroup, Stack, StackOutput, layer_name
@@ -40,6 +41,7 @@ class LMConfig:
         layers repeat over and over.
       attention_at: pairs of a layer index, from 0, and its mechanism.
       recurrent_tokens: memory tokens around the whole stack, or None.
+      continuous_cache: a memory of the document's tokens that is mixed into the predictions, or None.
       dropout: probability, on the embedding and on the outputs of attention and MLP.
       initial_logit_scale: value at initialisation of the learned per-head scale of the attention logits.
       dtype: of activations and carried states; parameters are float32.
@@ -64,6 +66,7 @@ class LMConfig:
     mlp: MLPKind = "relu"
     qk_norm: Literal["l2", "none"] = "l2"
     positions: Literal["t5", "none"] = "t5"
+    continuous_cache: ContinuousCache | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim"):
@@ -79,7 +82,7 @@ class LMConfig:
                 f"LMConfig.attention_at names the layers {indices}: different indices from 0 to {self.num_layers - 1} "
                 f"(LMConfig.num_layers = {self.num_layers})"
             )
-        if self.qk_norm == "none" and self.has_memory:
+        if self.qk_norm == "none" and any(each.memory_size for each in self.stack.mechanisms):
             raise UserError(
                 "LMConfig.qk_norm = 'none': an external memory compares keys of different times, which have to have the "
                 "same length; use 'l2', or a model without a memory"
@@ -125,9 +128,10 @@ class LMConfig:
 
     @property
     def memory_sizes(self) -> dict[str, int]:
-        """Slots of every external memory, by layer."""
+        """Slots of every external memory, by layer; of the continuous cache by its own name."""
         mechanisms = enumerate(self.stack.mechanisms)
-        return {layer_name(index): each.memory_size for index, each in mechanisms if each.memory_size}
+        sizes = {layer_name(index): each.memory_size for index, each in mechanisms if each.memory_size}
+        return sizes | ({CONTINUOUS_CACHE: self.continuous_cache.memory_size} if self.continuous_cache else {})
 
     @property
     def memory_size(self) -> int:
@@ -136,30 +140,38 @@ class LMConfig:
 
     @property
     def has_memory(self) -> bool:
-        """Whether any layer has an external memory."""
+        """Whether any layer has an external memory, or the whole a continuous cache."""
         return self.memory_size > 0
 
     def with_memory_size(self, memory_size: int) -> LMConfig:
         """The same model, which has the same parameters, with external memories of another size."""
-        return self._with_mechanisms(lambda attention: attention.with_memory_size(memory_size))
+        cache = self.continuous_cache and dataclasses.replace(self.continuous_cache, memory_size=memory_size)
+        resized = self._with_mechanisms(lambda attention: attention.with_memory_size(memory_size))
+        return dataclasses.replace(resized, continuous_cache=cache)
 
     def without_memory(self) -> LMConfig:
-        """The model with the local attention alone where it has an external memory."""
-        return self._with_mechanisms(lambda attention: attention.without_memory())
+        """The model with the local attention alone where it has an external memory, and without a continuous cache."""
+        local = self._with_mechanisms(lambda attention: attention.without_memory())
+        return dataclasses.replace(local, continuous_cache=None)
 
     def map_memories(self, context: Context, change: Callable[[Memory], Memory]) -> Context:
         """The same context with every external memory changed, and what waits to be written to it."""
         changed = {group.name: group.attention.map_memory(context[group.name], change) for group in self.groups}
+        if self.continuous_cache:
+            changed[CONTINUOUS_CACHE] = self.continuous_cache.map_memory(context[CONTINUOUS_CACHE], change)
         return context | changed
 
     def memories(self, context: Context) -> list[Memory]:
         """The external memories in a context."""
-        found = (group.attention.memory(context[group.name]) for group in self.groups)
+        found = [group.attention.memory(context[group.name]) for group in self.groups]
+        if self.continuous_cache:
+            found.append(context[CONTINUOUS_CACHE].memory)
         return [memory for memory in found if memory is not None]
 
     def without_context(self) -> LMConfig:
         """The same sizes with full attention within a segment and nothing carried to the next."""
-        return dataclasses.replace(self, attention=attention_lib.DEFAULT, attention_at=(), recurrent_tokens=None)
+        nothing = {"attention_at": (), "recurrent_tokens": None, "continuous_cache": None}
+        return dataclasses.replace(self, attention=attention_lib.DEFAULT, **nothing)
 
     def _with_mechanisms(self, change: Callable[[Attention], Attention]) -> LMConfig:
         pattern = tuple(map(change, self.pattern))
@@ -173,6 +185,8 @@ class LMConfig:
         """Raises UserError if a mechanism cannot work with segments of this length."""
         for group in self.groups:
             group.attention.check(segment_length)
+        if self.continuous_cache:
+            self.continuous_cache.check(segment_length)
 
     def check_can_decode(self) -> None:
         """Raises UserError if a text cannot be generated, or scored, token by token."""
@@ -195,6 +209,9 @@ class LMConfig:
         context: Context = {"clock": jnp.zeros((), jnp.int32)}
         if self.recurrent_tokens:
             context[RECURRENT] = self.recurrent_tokens.init_state(self.embed_dim, self.dims.dtype, batch_size)
+        if self.continuous_cache:
+            sizes = (self.embed_dim, self.dims.dtype, batch_size, segment_length)
+            context[CONTINUOUS_CACHE] = self.continuous_cache.init_state(*sizes)
         return context | self.stack.init_states(batch_size, segment_length)
 
     def context_axes(self) -> AxesTree:
@@ -202,6 +219,8 @@ class LMConfig:
         axes: dict[str, Any] = {"clock": ()}
         if self.recurrent_tokens:
             axes[RECURRENT] = self.recurrent_tokens.state_axes()
+        if self.continuous_cache:
+            axes[CONTINUOUS_CACHE] = self.continuous_cache.state_axes()
         return axes | self.stack.state_axes()
 
     def prepare_context(self, context: Context, start_of_document: RowFlags) -> Context:
@@ -219,6 +238,9 @@ class LMConfig:
             prepared[group.name] = context_lib.reset_rows(state, group.attention.fresh_state(), start_of_document)
         if self.recurrent_tokens:
             prepared[RECURRENT] = self.recurrent_tokens.reset(context[RECURRENT], start_of_document)
+        if self.continuous_cache:
+            state = self.continuous_cache.prepare_state(context[CONTINUOUS_CACHE], context["clock"])
+            prepared[CONTINUOUS_CACHE] = self.continuous_cache.reset(state, start_of_document)
         return prepared
 
     def state_bytes(self, segment_length: int) -> int:
@@ -263,6 +285,8 @@ def init(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -
     if config.recurrent_tokens:
         state = config.recurrent_tokens.init_state(config.embed_dim, dims.dtype, num_rows)
         created[RECURRENT] = _memory_tokens(config).init(key(RECURRENT), x, state)
+    if config.continuous_cache and config.continuous_cache.has_parameters:
+        created[CONTINUOUS_CACHE] = Mixture(config.continuous_cache).init(key(CONTINUOUS_CACHE), x)
     layers = config.stack.init(key("layers"), num_rows, layout)
     params = {name: variables["params"] for name, variables in created.items()}
     return {"params": params | layers["params"], "buffers": layers["buffers"]}
@@ -305,14 +329,26 @@ def apply(
     x = _final_norm(config).apply({"params": params["final_norm"]}, layers.x)
     own = x if is_decode_step else layout.own(x)
     logits = embedder.apply({"params": params["embedder"]}, own, method="decode")
-    new_context = None if decoding is not None else _next_context(config, context, layout, x, layers)
-    return ModelOutput(logits, new_context, layers.buffers, layers.report)
+    report = layers.report
+    if config.continuous_cache:
+        cache_params = params.get(CONTINUOUS_CACHE, {})
+        logits, metrics = config.continuous_cache.mix(cache_params, logits, own, context[CONTINUOUS_CACHE])
+        report = report.replace(metrics={**report.metrics, **metrics})
+    new_context = None if decoding is not None else _next_context(config, inputs, context, layout, x, layers)
+    return ModelOutput(logits, new_context, layers.buffers, report)
 
 
-def _next_context(config: LMConfig, context: Context, layout: Layout, x: jax.Array, layers: StackOutput) -> Context:
+def _next_context(
+    config: LMConfig, inputs: Inputs, context: Context, layout: Layout, x: jax.Array, layers: StackOutput
+) -> Context:
     new_context: Context = {"clock": context["clock"] + 1, **layers.states}
     if config.recurrent_tokens:
         new_context[RECURRENT] = written(layout, x)
+    if config.continuous_cache:
+        state = context[CONTINUOUS_CACHE]
+        new_context[CONTINUOUS_CACHE] = config.continuous_cache.record(
+            state, layout.own(x), inputs.tokens, inputs.is_real
+        )
     return new_context
 
 

@@ -137,6 +137,9 @@ class Experiment:
         for attention in {group.attention for group in self.model.groups if group.attention.memory_size}:
             segments = attention.memory_size // self.batch.segment_length
             sharding.check_divides(f"{type(attention).__name__}.memory_size in segments", segments, mesh, "memory")
+        if cache := self.model.continuous_cache:
+            segments = cache.memory_size // self.batch.segment_length
+            sharding.check_divides("ContinuousCache.memory_size in segments", segments, mesh, "memory")
         return mesh
 
     def make_optimizer(self) -> optax.GradientTransformation:

@@ -20,7 +20,7 @@ from memorizing.models.memory.external_memory import Memory
 # Logit where nothing is visible: of weight 0 beside any other, and finite.
 _HIDDEN = jnp.finfo(jnp.float32).min
 # FLOPs for each score of a softmax: exponential, sum, division (Hoffmann et al. 2022, appendix F).
-_SOFTMAX_FLOPS = 3
+SOFTMAX_FLOPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +306,7 @@ def projection_flops(dims: LayerDims, layout: Layout) -> int:
 def attend_flops(dims: LayerDims, num_queries: int, num_keys: int) -> int:
     """FLOPs of all heads' softmax(q . k) v."""
     scores = num_queries * num_keys * dims.num_heads
-    return 2 * matmul_flops(num_queries, dims.width, num_keys) + _SOFTMAX_FLOPS * scores
+    return 2 * matmul_flops(num_queries, dims.width, num_keys) + SOFTMAX_FLOPS * scores
 
 
 def matmul_flops(rows: int, inner: int, columns: int) -> int:

@@ -122,23 +122,26 @@ def read(queries: Queries, scale: HeadScale, memory: Memory, num_neighbors: int,
       search: how the k nearest are found.
     """
     memory = jax.lax.stop_gradient(memory)
-    return _sharded(
+    return sharded(
         functools.partial(_read_shard, num_neighbors=num_neighbors, search=search),
         in_specs=(_QUERIES, P("model"), _MEMORY),
         out_specs=Reading(_QUERIES, P("data", None), Neighbours(_NEIGHBOURS, _NEIGHBOURS), P()),
     )(queries, scale, memory)
 
 
-def write(memory: Memory, segment: Memory, clock: Clock) -> Memory:
+def write(memory: Memory, segment: Memory, clock: Clock, head_axis: str | None = "model") -> Memory:
     """Overwrites the T oldest slots with a segment; padding takes its slots too, but stays invalid.
 
     Args:
       memory: M slots, M a multiple of T (of T times the shards of the mesh axis `memory`).
       segment: T slots.
       clock: int32 scalar, segments written before, by all rows alike.
+      head_axis: mesh axis over which heads are sharded, None for none.
     """
-    segment_specs = Memory(keys=P("data", "model"), values=P("data", "model"), valid=P("data"))
-    return _sharded(_write_shard, in_specs=(_MEMORY, segment_specs, P()), out_specs=_MEMORY)(memory, segment, clock)
+    slots, written = P("data", head_axis, "memory", None), P("data", head_axis)
+    specs = Memory(keys=slots, values=slots, valid=P("data", "memory"))
+    segment_specs = Memory(keys=written, values=written, valid=P("data"))
+    return sharded(_write_shard, in_specs=(specs, segment_specs, P()), out_specs=specs)(memory, segment, clock)
 
 
 def of_segment(keys: Keys, values: Values, is_real: RealPositions) -> Memory:
@@ -237,7 +240,7 @@ def _attend_heads(
         is_neighbour = head_scores > -jnp.inf
         # What is no neighbour may hold anything, and 0 * NaN is NaN: the query's best, which comes first, stands in for it.
         slots = number * num_slots + jnp.where(is_neighbour, head_indices, head_indices[:, :1])
-        products = _with_gradient(jnp.where(is_neighbour, head_scores, 0.0), head_queries, all_keys, slots)
+        products = with_gradient(jnp.where(is_neighbour, head_scores, 0.0), head_queries, all_keys, slots)
         logits = jnp.where(is_neighbour, scale[number % num_heads] * products, _NO_NEIGHBOUR)
         weights = jax.nn.softmax(logits).astype(all_values.dtype)
         attended = jnp.einsum("TK,TKH->TH", weights, _gather(all_values, slots), preferred_element_type=jnp.float32)
@@ -256,7 +259,7 @@ def _attend_heads(
 
 
 @jax.custom_jvp
-def _with_gradient(
+def with_gradient(
     scores: Float[Array, "T K"],
     queries: Float[Array, "T H"],
     keys: Float[Array, "slots H"],
@@ -266,7 +269,7 @@ def _with_gradient(
     return scores
 
 
-@_with_gradient.defjvp
+@with_gradient.defjvp
 def _with_gradient_jvp(primals: tuple, tangents: tuple) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
     scores, _, keys, slots = primals
     change = jnp.einsum("TH,TKH->TK", tangents[1], _gather(keys, slots), preferred_element_type=jnp.float32)
@@ -312,7 +315,7 @@ _MEMORY = Memory(
 )
 
 
-def _sharded(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+def sharded(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
     """`function(*args, axis_name)` on every shard of the mesh that is set, `axis_name` being the axis of the slots; on the whole, with None, where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
