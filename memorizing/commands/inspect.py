@@ -22,6 +22,7 @@ from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.evaluation.inspection import lookups as inspection_lib
 from memorizing.evaluation.inspection import page as inspection_page
 from memorizing.evaluation.inspection.lookups import Inspection, inspect
+from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE
 
 FOLDER = "inspection"
 MAX_TOKENS = 100_000
@@ -152,6 +153,11 @@ def _memory_sizes(finished: FinishedRun, given: str | None) -> tuple[int, int]:
     model, length = finished.experiment.model, finished.experiment.batch.segment_length
     if not model.has_memory:
         raise UserError(f"the model of {finished.workdir} has no external memory: there is nothing to look into")
+    if not model.memory_sizes.keys() - {CONTINUOUS_CACHE}:
+        raise UserError(
+            f"the only memory of the model of {finished.workdir} is its continuous cache: what is shown are the look-ups "
+            "of layers"
+        )
     if given is None:
         return 0, model.memory_size
     sizes = [size.strip() for size in given.split(",")]
