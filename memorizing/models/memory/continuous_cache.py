@@ -240,12 +240,10 @@ class Found(NamedTuple):
     Attributes:
       scores: float32 [B, T, K], query . key; -inf where there is no neighbour.
       tokens: int32 [B, T, K], what followed there.
-      holds_any: bool [B], false where the cache is empty.
     """
 
     scores: Float[Array, "B T K"]
     tokens: Int[Array, "B T K"]
-    holds_any: Bool[Array, "B"]
 
 
 def look_up(queries: Activations, memory: Memory, num_neighbors: int, search: Search) -> Found:
@@ -261,7 +259,7 @@ def look_up(queries: Activations, memory: Memory, num_neighbors: int, search: Se
     return external_memory.sharded(
         functools.partial(_look_up_shard, num_neighbors=num_neighbors, search=search),
         in_specs=(P("data", None, None), Memory(by_slot, by_slot, P("data", "memory"))),
-        out_specs=Found(P("data", None, "memory"), P("data", None, "memory"), P("data")),
+        out_specs=Found(P("data", None, "memory"), P("data", None, "memory")),
     )(queries, jax.lax.stop_gradient(memory))
 
 
@@ -290,16 +288,14 @@ def _look_up_shard(
     reading = jnp.where(holds_any[:, None, None], queries, 0)
     products = jax.lax.map(with_gradient, (jnp.where(is_neighbour, scores, 0.0), reading, keys, slots))
     scores = jnp.where(is_neighbour, products, -jnp.inf)
-    copied = jax.vmap(lambda of_row, slots: of_row[slots])(tokens, slots)
-    if axis_name is not None:
-        holds_any = jax.lax.pmax(holds_any.astype(jnp.int32), axis_name) > 0
-    return Found(scores, copied, holds_any)
+    return Found(scores, jax.vmap(lambda of_row, slots: of_row[slots])(tokens, slots))
 
 
 def mix_in(logits: Logits, found: Found, theta: Scalar | float, weight_logit: Float[Array, "B T"]) -> Logits:
-    """log((1 - weight) * softmax(logits) + weight * cache); the logits themselves in rows whose cache is empty.
+    """Logits of (1 - weight) * softmax(logits) + weight * cache; the logits themselves where the cache is empty.
 
-    No distribution over the whole vocabulary is made for the cache: only the tokens that it holds are changed.
+    Of the vocabulary only those tokens are touched that were found. As logits are, these are log-probabilities but for
+    a constant of each position, log((1 - weight) / sum of exp(logits)), which the softmax takes away.
 
     Args:
       logits: float32 [B, T, V].
@@ -318,15 +314,14 @@ def mix_in(logits: Logits, found: Found, theta: Scalar | float, weight_logit: Fl
     # Every token once: at the first neighbour that holds it.
     is_earlier = jnp.tri(found.tokens.shape[-1], k=-1, dtype=bool)[None, None]
     is_first = is_neighbour & ~jnp.any(is_same & is_earlier, axis=-1) & (cached > 0)
-    # [B, T, V], log((1 - weight) * softmax(logits))
-    model = jax.nn.log_softmax(logits) + jax.nn.log_sigmoid(-weight_logit)[..., None]
-    cache = jax.nn.log_sigmoid(weight_logit)[..., None] + jnp.log(jnp.where(is_first, cached, 1.0))
-    # log(exp(model) + exp(cache)) - model
-    gain = jax.nn.softplus(cache - jnp.take_along_axis(model, found.tokens, axis=-1))
-    gain = jnp.where(is_first, gain, 0.0)
+    # log(weight / (1 - weight)) is `weight_logit`.
+    cache = jax.nn.logsumexp(logits, axis=-1, keepdims=True) + weight_logit[..., None]
+    cache = cache + jnp.log(jnp.where(is_first, cached, 1.0))
+    # log(exp(logit) + exp(cache)) - logit
+    gain = jax.nn.softplus(cache - jnp.take_along_axis(logits, found.tokens, axis=-1))
     # Over rows and positions by vmap: a scatter with batch dimensions stays on the device of its row.
     add = jax.vmap(jax.vmap(lambda of_position, tokens, gain: of_position.at[tokens].add(gain)))
-    return jnp.where(found.holds_any[:, None, None], add(model, found.tokens, gain), logits)
+    return add(logits, found.tokens, jnp.where(is_first, gain, 0.0))
 
 
 # Logit where there is no neighbour: of weight 0 beside any other, and finite for a query that has none.
