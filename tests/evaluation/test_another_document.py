@@ -1,4 +1,4 @@
-"""The control "memory of another document": what is read is another document's memory, at the same place, and nothing else of it."""
+"""The control "memory of another document": what is read is another document's memory, and nothing else of it."""
 
 from __future__ import annotations
 

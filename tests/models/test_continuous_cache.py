@@ -75,7 +75,7 @@ def documents(seed: int, num_segments: int, rows: int = ROWS) -> tuple[np.ndarra
 def expected_log_probabilities(
     cache: ContinuousCache, table: np.ndarray, logits: np.ndarray, inputs: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> np.ndarray:
-    """Equations 3 to 5 of Grave et al. 2017 in float64, position by position, for the k nearest of the last M positions.
+    """Equations 3 to 5 of Grave et al. 2017 in float64, by position, for the k nearest of the last M positions.
 
     The hidden states are what the model's logits are made from: its table has more rows than columns.
     """
@@ -141,7 +141,7 @@ def test_an_empty_cache_changes_no_bit():
 
 @pytest.mark.parametrize("place", [0, 3, LENGTH - 1])
 def test_a_token_is_found_from_the_next_segment_on(place: int):
-    """Never by the position that predicts it, nor by any of its own segment, whatever the place; then as long as M reach."""
+    """Never by the position that predicts it, nor by any of its own segment, whatever the place; then while M reach."""
     config = dataclasses.replace(PLAIN, continuous_cache=ALL_SLOTS)
     rng, num_segments = np.random.default_rng(0), 8
     tokens = rng.integers(1, VOCAB - 1, (ROWS, num_segments * LENGTH), np.int32)

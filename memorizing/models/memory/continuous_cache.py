@@ -68,8 +68,8 @@ class ContinuousCache:
       num_neighbors: k.
       theta: how sharply similar positions are preferred.
       weight: share of the cache in the prediction, between 0 and 1.
-      mixing: 'fixed' takes `theta` and `weight` as they are; 'learned' learns both, from these values on; 'gated' learns
-        theta, and a weight for each position that is a function of its hidden state.
+      mixing: 'fixed' takes `theta` and `weight` as they are; 'learned' learns both, from these values on; 'gated'
+        learns theta, and a weight for each position that is a function of its hidden state.
       search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
     """
 
