@@ -331,8 +331,9 @@ def apply(
     logits = embedder.apply({"params": params["embedder"]}, own, method="decode")
     report = layers.report
     if config.continuous_cache:
-        cache_params = params.get(CONTINUOUS_CACHE, {})
-        logits, metrics = config.continuous_cache.mix(cache_params, logits, own, context[CONTINUOUS_CACHE])
+        variables = {"params": params.get(CONTINUOUS_CACHE, {})}
+        mixture = Mixture(config.continuous_cache).apply(variables, own)
+        logits, metrics = config.continuous_cache.mix(logits, own, context[CONTINUOUS_CACHE], mixture)
         report = report.replace(metrics={**report.metrics, **metrics})
     new_context = None if decoding is not None else _next_context(config, inputs, context, layout, x, layers)
     return ModelOutput(logits, new_context, layers.buffers, report)

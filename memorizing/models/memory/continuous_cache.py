@@ -174,19 +174,19 @@ class ContinuousCache:
     # What it computes.
 
     def mix(
-        self, params: dict[str, jax.Array], logits: Logits, hidden: Activations, state: ContinuousCacheState
+        self, logits: Logits, hidden: Activations, state: ContinuousCacheState, mixture: MixtureNumbers
     ) -> tuple[Logits, dict[str, jax.Array]]:
         """The logits with the cache mixed into them, and metrics.
 
-        Gradients reach the hidden states, the model's logits and the parameters, never what is stored.
+        Gradients reach the model's logits, the hidden states and the numbers of the mixture, never what is stored.
 
         Args:
-          params: of `Mixture`.
           logits, hidden: float32 [B, T, V] and [B, T, D], the model's predictions and what they are made from.
           state: as the segment reads it.
+          mixture: theta and weight.
         """
+        theta, weight_logit = mixture
         with jax.named_scope("external_memory"):
-            theta, weight_logit = Mixture(self).apply({"params": params}, hidden)
             found = look_up(normalize(hidden), state.memory, self.num_neighbors, self.search)
             mixed = mix_in(logits, found, theta, weight_logit)
         metrics = {
@@ -202,24 +202,30 @@ class ContinuousCache:
         return search + SOFTMAX_FLOPS * segment_length * self.num_neighbors
 
 
+class MixtureNumbers(NamedTuple):
+    """How the cache is mixed into the prediction.
+
+    Attributes:
+      theta: factor of the scores; a number, or a float32 scalar where it is learned.
+      weight_logit: float32 [B, T], whose sigmoid is the weight of the cache.
+    """
+
+    theta: Scalar | float
+    weight_logit: Float[Array, "B T"]
+
+
 class Mixture(nn.Module):
-    """Theta, and the logit of the cache's weight."""
+    """Theta and weight: as they are given, or learned."""
 
     config: ContinuousCache
 
     @nn.compact
-    def __call__(self, hidden: Activations) -> tuple[Scalar | float, Float[Array, "B T"]]:
-        """
-        Args:
-          hidden: [B, T, D].
-
-        Returns:
-          theta, and float32 [B, T], whose sigmoid is the weight.
-        """
+    def __call__(self, hidden: Activations) -> MixtureNumbers:
+        """Those of the positions whose hidden states [B, T, D] these are."""
         config = self.config
         weight_logit = math.log(config.weight / (1 - config.weight))
         if not config.has_parameters:
-            return config.theta, jnp.full(hidden.shape[:2], weight_logit)
+            return MixtureNumbers(config.theta, jnp.full(hidden.shape[:2], weight_logit))
         # softplus of it is theta.
         theta = self._scalar("theta", config.theta + math.log(-math.expm1(-config.theta)))
         bias = jnp.broadcast_to(self._scalar("weight", weight_logit), hidden.shape[:2])
@@ -227,7 +233,7 @@ class Mixture(nn.Module):
             initializer = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
             gate = self.param("gate", initializer, hidden.shape[-1:], jnp.float32)
             bias = bias + jnp.einsum("BTD,D->BT", hidden.astype(jnp.float32), gate)
-        return nn.softplus(theta), bias
+        return MixtureNumbers(nn.softplus(theta), bias)
 
     def _scalar(self, name: str, value: float) -> Scalar:
         initializer = nn.with_logical_partitioning(nn.initializers.constant(value), ())
