@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     """Runs a benchmark, prints its table, and writes its figures if asked to."""
     output = pathlib.Path(options.output) if options.output else None
-    if output and not output.parent.is_dir():
+    if output is not None and not output.parent.is_dir():
         raise UserError(f"--output={output}: there is no folder {output.parent}")
     record = {"benchmark": options.benchmark, **measure.machine()}
     print(f"{record['date']}, {record['processor']}, {record['cores']} cores, load {record['load']}", flush=True)

@@ -1,8 +1,9 @@
-"""How many tokens a second a host's stream hands out, and the memory it takes, against what the model of 200M parameters needs.
+"""How many tokens a second a host's stream gives, and its memory, against what the model of 200M parameters needs.
 
-The runs of the paper's size take 2^17 tokens a step in segments of 512, so 256 rows; a pod of 32 cores of TPU v3 has four hosts, of 64 rows each, and takes about a quarter of
-a second for a step. Without --cache token caches of made-up documents are written: books, web pages, repositories of which some have millions of tokens; and an index of ten
-million documents is streamed without files. Every stream also goes through the thread that reads ahead, as in training.
+The runs of the paper's size take 2^17 tokens a step in segments of 512, so 256 rows; a pod of 32 cores of TPU v3 has
+four hosts, of 64 rows each, and takes about a quarter of a second for a step. Without --cache, token caches of made-up
+documents are written: books, web pages, repositories of which some have millions of tokens; and an index of ten million
+documents is streamed without files. Every stream is also measured through the thread that reads ahead, as in training.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ from memorizing.data.tokens.vocabulary import ByteVocabulary
 from memorizing.errors import UserError
 from memorizing.runtime import tables
 
-TOKENS_PER_STEP, SECONDS_PER_STEP, NUM_HOSTS, LENGTH = 1 << 17, 0.25, 4, 512
+TOKENS_PER_STEP = 1 << 17
+SECONDS_PER_STEP = 0.25
+NUM_HOSTS = 4
+LENGTH = 512
+# Tokens a second that a host's stream has to give.
 NEEDED = TOKENS_PER_STEP / NUM_HOSTS / SECONDS_PER_STEP
 MANY = 10_000_000
 
-# Lengths of made-up documents: log-normal, as those of the corpora are.
+# Number, median length and spread of made-up documents: lengths are log-normal, as those of the corpora are.
 CORPORA: dict[str, tuple[int, float, float]] = {
     "books": (400, 100_000, 0.5),
     "web pages": (5_000, 7_000, 0.7),
@@ -40,7 +45,7 @@ CORPORA: dict[str, tuple[int, float, float]] = {
 
 
 class Made:
-    """Ten million documents that are nowhere: what the order and the positions cost by themselves."""
+    """Ten million documents without files: they show the cost of order and positions alone."""
 
     def __init__(self) -> None:
         self.num_tokens = np.random.default_rng(0).integers(4_096, 20_000, MANY)
@@ -50,7 +55,9 @@ class Made:
         return MANY
 
     def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self._tokens[: (int(self.num_tokens[index]) if stop is None else stop) - start]
+        if stop is None:
+            stop = int(self.num_tokens[index])
+        return self._tokens[: stop - start]
 
 
 def write_cache(path: pathlib.Path, lengths: np.ndarray) -> None:
@@ -59,46 +66,54 @@ def write_cache(path: pathlib.Path, lengths: np.ndarray) -> None:
 
     def documents() -> Iterator[tuple[str, TokenisedDocument]]:
         for index, length in enumerate(lengths):
-            tokens = np.minimum(random.geometric(0.02, length), 258).astype(np.int32)
-            yield "train", TokenisedDocument(str(index), int(length), tokens)
+            tokens = np.minimum(random.geometric(0.02, length), 258)
+            yield "train", TokenisedDocument(str(index), int(length), tokens.astype(np.int32))
 
-    used = ByteVocabulary()
+    vocabulary = ByteVocabulary()
     with staging.staged(str(path), token_cache.METADATA_FILE, {}) as folder:
         index_path = folder.work / "part.npz"
-        cache_writer.write_part(folder.path, index_path, 0, used.size, documents())
-        cache_writer.join(folder.path, [index_path], ["train"], "made_bytes", used, {})
+        cache_writer.write_part(folder.path, index_path, 0, vocabulary.size, documents())
+        cache_writer.join(folder.path, [index_path], ["train"], "made_bytes", vocabulary, {})
 
 
 def resident() -> float:
-    """MiB of this process."""
+    """Resident memory of this process in MiB."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def measure(open_documents: Callable[[], Documents], seconds: float, ahead: bool) -> dict[str, float]:
-    """One host's share of the rows of a step, for some seconds."""
+    """Reads one host's share of the rows of a step, for some seconds."""
     before = resident()
     documents = open_documents()
+    order = Line([len(documents)], 0)
     num_rows = TOKENS_PER_STEP // LENGTH
-    stream = DocumentStream(documents, "", Line([len(documents)], 0), num_rows, range(num_rows // NUM_HOSTS), 1, LENGTH)
-    batches = ReadAhead(stream) if ahead else stream
+    rows = range(num_rows // NUM_HOSTS)
+    stream = DocumentStream(documents, "", order, num_rows, rows, 1, LENGTH)
+    reader = ReadAhead(stream) if ahead else None
+    batches = stream if reader is None else reader
     next(batches)
-    steps, tokens, slowest = 0, 0, 0.0
-    processor, start = time.process_time(), time.perf_counter()
+    steps = 0
+    tokens = 0
+    slowest = 0.0
+    processor_start = time.process_time()
+    start = time.perf_counter()
     last = start
     while last - start < seconds:
         batch = next(batches)
         now = time.perf_counter()
-        slowest, last = max(slowest, now - last), now
+        slowest = max(slowest, now - last)
+        last = now
         steps += 1
         tokens += batch.targets.size
-    processor = time.process_time() - processor
-    if ahead:
-        batches.close()
+    processor_seconds = time.process_time() - processor_start
+    if reader is not None:
+        reader.close()
+    tokens_per_second = tokens / (last - start)
     return {
-        "tokens_per_processor_second": tokens / processor,
-        "tokens_per_second": tokens / (last - start),
-        "times_needed": tokens / (last - start) / NEEDED,
+        "tokens_per_processor_second": tokens / processor_seconds,
+        "tokens_per_second": tokens_per_second,
+        "times_needed": tokens_per_second / NEEDED,
         "steps": steps,
         "slowest_ms": 1000 * slowest,
         "mebibytes": resident() - before,
@@ -119,16 +134,17 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     if not options.seconds > 0:
         raise UserError(f"--seconds={options.seconds}: more than 0")
     with tempfile.TemporaryDirectory() as folder:
-        sources = {pathlib.Path(options.cache).name: _opener(options.cache)} if options.cache else made_up(folder)
-        results = [
-            {"documents": name, "read_ahead": ahead} | measure(open_documents, options.seconds, ahead)
-            for name, open_documents in sources.items()
-            for ahead in (False, True)
-        ]
+        cache = options.cache
+        sources = {pathlib.Path(cache).name: _opener(cache)} if cache else made_up(folder)
+        results = []
+        for name, open_documents in sources.items():
+            for ahead in (False, True):
+                figures = measure(open_documents, options.seconds, ahead)
+                results.append({"documents": name, "read_ahead": ahead} | figures)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"needed by a host: {NEEDED:,.0f} tokens a second\n\n{_table(results)}\n\npeak memory of the process: {peak:,.0f} MiB"
-    )
+    print(f"needed by a host: {NEEDED:,.0f} tokens a second\n")
+    print(f"{_table(results)}\n")
+    print(f"peak memory of the process: {peak:,.0f} MiB")
     return {"needed": NEEDED, "peak_mebibytes": peak, "rows": results}
 
 
@@ -137,7 +153,8 @@ def made_up(folder: str) -> dict[str, Callable[[], Documents]]:
     sources: dict[str, Callable[[], Documents]] = {}
     for name, (count, median, sigma) in CORPORA.items():
         path = pathlib.Path(folder) / name
-        write_cache(path, np.random.default_rng(1).lognormal(np.log(median), sigma, count).astype(np.int64) + 1)
+        lengths = np.random.default_rng(1).lognormal(np.log(median), sigma, count)
+        write_cache(path, lengths.astype(np.int64) + 1)
         sources[name] = _opener(str(path))
     return sources | {"10M documents": Made}
 

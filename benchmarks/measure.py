@@ -19,13 +19,14 @@ _PACKAGES = ("memorizing", "jax", "jaxlib", "flax", "libtpu", "faiss-cpu", "torc
 
 def machine() -> dict[str, Any]:
     """Hardware, versions, date and how busy the machine is."""
+    versions = {name: _version(name) for name in _PACKAGES}
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": {name: version for name, version in versions.items() if version},
     }
 
 
@@ -52,7 +53,10 @@ def at_least(flag: str, value: float, least: float) -> None:
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run of each variant: one of each in turn, so that what else the machine does falls on all of them alike. A first run of each is not counted.
+    """Seconds of every run of each variant.
+
+    The variants run in turn, so that other work of the machine falls on all of them alike. A first run of each is not
+    counted.
 
     Args:
       variants: functions that return when their work is done.
@@ -85,9 +89,12 @@ def quartiles(seconds: list[float]) -> tuple[float, float]:
 
 
 def _processor() -> str:
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else ():
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
         if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
+            _, _, name = line.partition(":")
+            return name.strip()
     return platform.processor() or platform.machine()
 
 

@@ -1,7 +1,8 @@
 """Retrieval alone: the searches of this package beside faiss and PyTorch, time and recall.
 
-1024 queries in each of 4 heads, every head with keys of its own; the 32 best of 8192 and of 65536 keys of width 64. Keys lie in clusters on the unit sphere and queries are keys with
-noise. Recall is against the neighbours in float64. HNSW's time is that of the search; building the index and adding a segment to it are reported beside it.
+1024 queries in each of 4 heads, every head with keys of its own; the 32 best of 8192 and of 65536 keys of width 64.
+Keys lie in clusters on the unit sphere, and queries are keys with noise. Recall is against the neighbours in float64.
+HNSW's time is that of the search; building the index and adding a segment to it are reported beside it.
 
   pip install 'memorizing[bench]'       faiss-cpu and torch; without them their rows are left out
 """
@@ -26,9 +27,11 @@ from memorizing.errors import UserError
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
 from memorizing.runtime import tables
 
-QUERIES, HEADS, K = 1024, 4, 32
-# Searches all heads and gives the slots, [N, T, K].
-Found = Callable[[], np.ndarray]
+QUERIES = 1024
+HEADS = 4
+K = 32
+# Searches all heads and returns the slots, [N, T, k].
+Found = Callable[[], Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,36 +72,59 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
 def vectors(num_slots: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Queries [N, T, H] and keys [N, M, H], float32 of norm 1."""
     rng = np.random.default_rng(0)
+    # [N, 1]
     head = np.arange(HEADS)[:, None]
+    # [N, clusters, H]
     centres = rng.normal(size=(HEADS, 64, width))
-    keys = _unit(
-        centres[head, rng.integers(0, 64, (HEADS, num_slots))] + 0.5 * rng.normal(size=(HEADS, num_slots, width))
-    )
+    # [N, M]
+    cluster = rng.integers(0, 64, (HEADS, num_slots))
+    # [N, M, H]
+    keys = _unit(centres[head, cluster] + 0.5 * rng.normal(size=(HEADS, num_slots, width)))
+    # [N, T, H]
     noise = rng.normal(size=(HEADS, QUERIES, width)) / np.sqrt(width)
-    return _unit(keys[head, rng.integers(0, num_slots, (HEADS, QUERIES))] + 0.5 * noise), keys
+    slot = rng.integers(0, num_slots, (HEADS, QUERIES))
+    queries = _unit(keys[head, slot] + 0.5 * noise)
+    return queries, keys
 
 
 def true_neighbours(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Slots of the K best in float64, int [N, T, K], in no order."""
-    scores = (q.astype(np.float64) @ k.astype(np.float64).T for q, k in zip(queries, keys, strict=True))
-    return np.stack([np.argpartition(-of_head, K, axis=-1)[:, :K] for of_head in scores])
+    """Slots of the k best in float64, int [N, T, k], in no order."""
+    found = []
+    for head_queries, head_keys in zip(queries, keys, strict=True):
+        # [T, M]
+        scores = head_queries.astype(np.float64) @ head_keys.astype(np.float64).T
+        best = np.argpartition(-scores, K, axis=-1)
+        found.append(best[:, :K])
+    return np.stack(found)
 
 
 def recall(found: np.ndarray, true: np.ndarray) -> float:
     """Share of the true neighbours that were found."""
-    return float((found[..., :, None] == true[..., None, :]).any(axis=-2).mean())
+    # [N, T, k found, k true]
+    is_same = found[..., :, None] == true[..., None, :]
+    return float(is_same.any(axis=-2).mean())
 
 
 def ours(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]]:
-    """This package's searches as a layer runs them: heads shared by the devices (on a CPU its cores), and on each of them head after head, in one program."""
-    mesh = jax.make_mesh((math.gcd(HEADS, jax.device_count()),), ("model",), axis_types=(AxisType.Auto,))
+    """This package's searches as a layer runs them, in one program.
+
+    Heads are sharded over the devices (on a CPU its cores); on each device one head is searched after the other.
+    """
+    num_devices = math.gcd(HEADS, jax.device_count())
+    mesh = jax.make_mesh((num_devices,), ("model",), axis_types=(AxisType.Auto,))
     heads = PartitionSpec("model")
     on_devices = jax.device_put((queries, keys), NamedSharding(mesh, heads))
 
     def found(search: ExactSearch | ApproximateSearch) -> Found:
         def search_heads(queries: jax.Array, keys: jax.Array) -> jax.Array:
             valid = jnp.ones(keys.shape[1], bool)
-            return jax.lax.map(lambda head: search.top_k(*head, valid, K)[1], (queries, keys))
+
+            def search_head(head: tuple[jax.Array, jax.Array]) -> jax.Array:
+                head_queries, head_keys = head
+                _, slots = search.top_k(head_queries, head_keys, valid, K)
+                return slots
+
+            return jax.lax.map(search_head, (queries, keys))
 
         program = jax.jit(jax.shard_map(search_heads, mesh=mesh, in_specs=heads, out_specs=heads))
         return lambda: jax.block_until_ready(program(*on_devices))
@@ -114,11 +140,15 @@ def theirs(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]
     except ImportError:
         print("torch is not installed: pip install 'memorizing[bench]'")
     else:
-        torch_queries, torch_keys = torch.from_numpy(queries), torch.from_numpy(keys)
+        torch_queries = torch.from_numpy(queries)
+        torch_keys = torch.from_numpy(keys)
 
         def torch_search() -> np.ndarray:
-            heads = zip(torch_queries, torch_keys, strict=True)
-            return np.stack([torch.topk(q @ k.T, K).indices.numpy() for q, k in heads])
+            found = []
+            for head_queries, head_keys in zip(torch_queries, torch_keys, strict=True):
+                scores = head_queries @ head_keys.T
+                found.append(torch.topk(scores, K).indices.numpy())
+            return np.stack(found)
 
         searches["torch matmul + topk"] = (torch_search, "")
     try:
@@ -126,11 +156,13 @@ def theirs(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]
     except ImportError:
         print("faiss is not installed: pip install 'memorizing[bench]'")
         return searches
-    for name, make in {
-        "faiss exact": lambda: faiss.IndexFlatIP(keys.shape[-1]),
-        "faiss HNSW, ef 16": lambda: _hnsw(faiss, keys.shape[-1], 16),
-        "faiss HNSW, ef 128": lambda: _hnsw(faiss, keys.shape[-1], 128),
-    }.items():
+    width = keys.shape[-1]
+    kinds = {
+        "faiss exact": lambda: faiss.IndexFlatIP(width),
+        "faiss HNSW, ef 16": lambda: _hnsw(faiss, width, 16),
+        "faiss HNSW, ef 128": lambda: _hnsw(faiss, width, 128),
+    }
+    for name, make in kinds.items():
         indexes = [make() for _ in keys]
         segment = 256
         start = time.perf_counter()
@@ -142,7 +174,11 @@ def theirs(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]
         added = time.perf_counter()
 
         def faiss_search(indexes: list[Any] = indexes) -> np.ndarray:
-            return np.stack([index.search(q, K)[1] for index, q in zip(indexes, queries, strict=True)])
+            found = []
+            for index, head_queries in zip(indexes, queries, strict=True):
+                _, slots = index.search(head_queries, K)
+                found.append(slots)
+            return np.stack(found)
 
         note = f"built in {built - start:.1f} s, 256 keys added in {1e3 * (added - built):.0f} ms"
         searches[name] = (faiss_search, note if "HNSW" in name else "")
@@ -157,7 +193,8 @@ def _hnsw(faiss: Any, width: int, ef: int) -> Any:
 
 
 def _unit(array: np.ndarray) -> np.ndarray:
-    return (array / np.linalg.norm(array, axis=-1, keepdims=True)).astype(np.float32)
+    norms = np.linalg.norm(array, axis=-1, keepdims=True)
+    return (array / norms).astype(np.float32)
 
 
 def _table(result: dict[str, dict[str, Any]]) -> str:

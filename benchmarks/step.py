@@ -1,6 +1,7 @@
 """The training step with external memories of several sizes against the same step without.
 
-Memories are full, as they are for most of a run; programs run in turn, each on a state of its own. Any run will do: --gin_file=runs/NAME.gin --gin.NAME=VALUE.
+Memories are full, as they are for most of a run; programs run in turn, each on a state of its own. Any run will do:
+--gin_file=runs/NAME.gin --gin.NAME=VALUE.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from memorizing.models.memory.external_memory import Memory
 from memorizing.runtime import tables
 from memorizing.training.experiment import Experiment
 from memorizing.training.program import Program
+from memorizing.training.state import TrainState
 
 DEFAULT_RUN = "runs/benchmark.gin"
 
@@ -43,18 +45,18 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Measures, prints a table, and returns the figures."""
     experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings, base="CACHE = None")
     experiment_flags.use_devices(experiment.batch.num_rows)
-    steps = {
-        size: step_of(with_memory(experiment, size)) for size in measure.sizes("--memory_sizes", options.memory_sizes)
-    }
+    sizes = measure.sizes("--memory_sizes", options.memory_sizes)
+    experiments = {size: with_memory(experiment, size) for size in sizes}
+    steps = {size: step_of(variant) for size, variant in experiments.items()}
     seconds = measure.interleaved(steps, options.rounds)
     base = seconds[min(seconds)]
-    tokens, devices = experiment.batch.tokens_at(1), jax.devices()
+    tokens = experiment.batch.tokens_at(1)
+    devices = jax.devices()
     results = {}
     for size, of_size in seconds.items():
         median = statistics.median(of_size)
-        utilization = accelerators.Utilization(
-            with_memory(experiment, size).model, experiment.batch.segment_length, devices
-        )
+        model = experiments[size].model
+        utilization = accelerators.Utilization(model, experiment.batch.segment_length, devices)
         results[size] = {
             "milliseconds": 1e3 * median,
             "quartiles": [1e3 * value for value in measure.quartiles(of_size)],
@@ -73,27 +75,35 @@ def with_memory(experiment: Experiment, size: int) -> Experiment:
 
 
 def step_of(experiment: Experiment) -> Callable[[], None]:
-    """A function that makes one training step and waits for it, memories being full."""
+    """A function that makes one training step with full memories and waits for it."""
     mesh = experiment.make_mesh()
+    model = experiment.model
     batch = experiment.batch
+    # [B, U, T]
     shape = (batch.num_rows, batch.num_segments, batch.segment_length)
-    tokens = np.random.default_rng(0).integers(1, experiment.model.vocab_size, (2, *shape), np.int32)
+    tokens, targets = np.random.default_rng(0).integers(1, model.vocab_size, (2, *shape), np.int32)
+    host_batch = Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_weights=np.ones(shape, np.float32),
+        is_real=np.ones(shape, bool),
+        start_of_document=np.zeros(shape[:2], bool),
+    )
+
+    def fill(state: TrainState) -> TrainState:
+        return dataclasses.replace(state, context=full(model, state.context))
+
     with jax.set_mesh(mesh):
         program = Program(experiment, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
-        model = experiment.model
-        fill = jax.jit(lambda state: state.replace(context=full(model, state.context)), out_shardings=shardings)
-        state = fill(program.init())
-        arrays = Batch(
-            tokens[0], tokens[1], np.ones(shape, np.float32), np.ones(shape, bool), np.zeros(shape[:2], bool)
-        )
-        arrays = jax.device_put(arrays, program.rows)
-        compiled = program.step.lower(state, arrays).compile()
-    holder = [state]
+        state = jax.jit(fill, out_shardings=shardings)(program.init())
+        device_batch = jax.device_put(host_batch, program.rows)
+        compiled = program.step.lower(state, device_batch).compile()
 
     def step() -> None:
-        holder[0], metrics = compiled(holder[0], arrays)
-        jax.block_until_ready((holder[0].step, metrics))
+        nonlocal state
+        state, metrics = compiled(state, device_batch)
+        jax.block_until_ready((state.step, metrics))
 
     return step
 
@@ -105,17 +115,27 @@ def full(model: LMConfig, context: Any) -> Any:
         keys = jax.random.normal(jax.random.key(0), memory.keys.shape, memory.keys.dtype)
         # Those of a continuous cache are token ids.
         values = keys if memory.values.shape == keys.shape else memory.values
-        return memory.replace(keys=normalize(keys), values=values, valid=jnp.ones_like(memory.valid))
+        return dataclasses.replace(memory, keys=normalize(keys), values=values, valid=jnp.ones_like(memory.valid))
 
     return model.map_memories(context, fill)
 
 
 def _table(results: dict[int, dict[str, Any]]) -> str:
     has_mfu = any("mfu" in row for row in results.values())
-    rows = [["memory", "step", "quartiles", "ratio", "tokens/s", *(["MFU"] if has_mfu else [])]]
+    header = ["memory", "step", "quartiles", "ratio", "tokens/s"]
+    if has_mfu:
+        header.append("MFU")
+    rows = [header]
     for size, row in results.items():
         first, third = row["quartiles"]
-        cells = [f"{size:,}" if size else "none", f"{row['milliseconds']:,.1f} ms", f"{first:,.1f}-{third:,.1f}"]
-        cells += [f"{row['ratio']:.3f}", f"{row['tokens_per_second']:,.0f}"]
-        rows.append(cells + ([f"{row['mfu']:.1%}"] if has_mfu else []))
+        cells = [
+            f"{size:,}" if size else "none",
+            f"{row['milliseconds']:,.1f} ms",
+            f"{first:,.1f}-{third:,.1f}",
+            f"{row['ratio']:.3f}",
+            f"{row['tokens_per_second']:,.0f}",
+        ]
+        if has_mfu:
+            cells.append(f"{row['mfu']:.1%}")
+        rows.append(cells)
     return tables.align(rows)

@@ -1,7 +1,8 @@
 """One stream of 1,048,576 tokens: neither memory nor time per segment depends on how much has been read.
 
-A model that is not trained evaluates a document of that length. Every 128 segments it is interrupted, and a fresh document of as many segments is read from an empty context: times are
-compared with those, since what else the machine does falls on both alike.
+A model that is not trained evaluates a document of that length. Every 128 segments it is interrupted, and a fresh
+document of as many segments is read from an empty context: times are compared with those, since other work of the
+machine falls on both alike.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from memorizing.training.state import init_variables
 
 DEFAULT_RUN = "rmt_curriculum"
 BLOCK = 128
-# The first segments of a block are not counted: the device is still at what came before.
+# The first segments of a block are not counted: the device is still busy with the segments before.
 WARM_UP = 8
 
 
@@ -46,7 +47,8 @@ class InBlocks:
           source: what is read.
           between: called before each block.
         """
-        self._source, self._between = source, between
+        self._source = source
+        self._between = between
         self.document_bytes = None
         self.seconds: list[float] = []
 
@@ -73,7 +75,8 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings)
     if not hasattr(experiment.data, "eval_segments"):
         raise UserError(
-            f"bench stream needs data made of samples, such as that of {DEFAULT_RUN}; {type(experiment.data).__name__} is none"
+            f"bench stream needs data made of samples, such as that of {DEFAULT_RUN}; "
+            f"{type(experiment.data).__name__} is none"
         )
     length = experiment.batch.segment_length
     num_segments = options.tokens // length
@@ -85,7 +88,8 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
 
     def read(num_segments: int, between: Callable[[], None] = lambda: None) -> list[float]:
         source = InBlocks(stream(experiment.data, num_segments), between)
-        evaluator.run(*variables, source)
+        # The evaluator asks a source for nothing else than what this one has.
+        evaluator.run(*variables, source)  # pyright: ignore[reportArgumentType]
         return source.seconds
 
     read(8)
@@ -93,20 +97,20 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     fresh: list[float] = []
     seconds = read(num_segments, lambda: fresh.extend(read(BLOCK)))
     at_the_end = peak_mebibytes()
-    tenths = [
-        {
-            "milliseconds": 1e3 * statistics.median(long),
-            "fresh_milliseconds": 1e3 * statistics.median(short),
-            "ratio": statistics.median(long / short),
-        }
-        for long, short in zip(
-            *(np.array_split(blocks, 10) for blocks in (seconds, fresh[: len(seconds)])), strict=True
+    tenths = []
+    long_tenths = np.array_split(seconds, 10)
+    fresh_tenths = np.array_split(fresh[: len(seconds)], 10)
+    for long, short in zip(long_tenths, fresh_tenths, strict=True):
+        tenths.append(
+            {
+                "milliseconds": 1e3 * statistics.median(long),
+                "fresh_milliseconds": 1e3 * statistics.median(short),
+                "ratio": statistics.median(long / short),
+            }
         )
-    ]
+    growth = at_the_end / after_8 - 1
     print(f"{options.tokens:,} tokens in {num_segments:,} segments of {length}")
-    print(
-        f"peak memory after 8 segments {after_8:.0f} MiB, at the end {at_the_end:.0f} MiB ({at_the_end / after_8 - 1:+.1%})"
-    )
+    print(f"peak memory after 8 segments {after_8:.0f} MiB, at the end {at_the_end:.0f} MiB ({growth:+.1%})")
     rows = [["tenth of the stream", *map(str, range(1, 11))]]
     for name, key, digits in (
         ("ms a segment", "milliseconds", 2),

@@ -1,6 +1,7 @@
-"""The training step on slices of TPUs, with external memories of several sizes, as the TPU compiler estimates it: see `memorizing plan`. Nothing is measured.
+"""The training step on slices of TPUs, with external memories of several sizes, as the TPU compiler estimates it.
 
-Slices have 32 TensorCores. The run is the paper's: 200M parameters, 2^17 tokens a step in segments of 512, a Transformer-XL cache of 512. Every program takes a minute or two to compile.
+Nothing is measured: see `memorizing plan`. Slices have 32 TensorCores. The run is the paper's: 200M parameters, 2^17
+tokens a step in segments of 512, a Transformer-XL cache of 512. Every program takes a minute or two to compile.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     # Ratios are to the smallest.
     sizes = sorted(measure.sizes("--memory_sizes", options.memory_sizes))
     heading = ["slice", "memory", "step, estimated", "ratio", "HBM a device", "MFU", "compiled in"]
-    widths, rows, results = [len(name) for name in heading], [heading], {}
+    widths = [len(name) for name in heading]
+    rows = [heading]
+    results: dict[str, Any] = {}
     print("  ".join(heading))
     for topology in options.slices.split(","):
         base = None

@@ -40,6 +40,7 @@ class CorpusReader(Protocol):
         Raises:
           DataError: the source is missing or not what the reader expects.
         """
+        ...
 
     def documents(self, shard: str, skipped: Counter[str]) -> Iterator[Document]:
         """Yields the documents of a shard as they are read, in an order that depends on nothing but the corpus.
@@ -51,6 +52,7 @@ class CorpusReader(Protocol):
         Raises:
           DataError: what every document needs is missing or damaged.
         """
+        ...
 
 
 _DAMAGED = "damaged: "

@@ -1,4 +1,6 @@
-"""What remembering is worth on a text of yours: its second half, scored alone and after the first half has been read, and then written on.
+"""What memory is worth on a text of yours.
+
+Its second half is scored alone, and again after the first half has been read; then the model continues the text.
 
 python examples/read_and_write.py runs/demo SOME_FILE.py
 """
@@ -20,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("file", help="UTF-8 text, the longer the better")
     options = parser.parse_args(arguments)
     text = pathlib.Path(options.file).read_text()
-    first, second = text[: len(text) // 2], text[len(text) // 2 :]
+    middle = len(text) // 2
+    first = text[:middle]
+    second = text[middle:]
 
     model = memorizing.load(options.workdir)
     alone = model.score(second)
@@ -34,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("where it helped most, in nats:")
     gain = alone.nats - after.nats
     for place in np.argsort(-gain)[:8]:
-        before = "".join(after.pieces[max(place - 12, 0) : place])
+        start = max(place - 12, 0)
+        before = "".join(after.pieces[start:place])
         print(f"  {gain[place]:+6.2f}  {before!r} -> {after.pieces[place]!r}")
     print("and on it goes:")
     print(session.generate(num_tokens=100, seed=1)[0])

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from . import gke, local, supervisor, tpu_vm, verbs
 from .errors import LaunchError
@@ -163,7 +164,7 @@ def _add_local(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _job(options: argparse.Namespace, bindings: Sequence[str], python: str = PROGRAM[0], **fields: object) -> Job:
+def _job(options: argparse.Namespace, bindings: Sequence[str], python: str = PROGRAM[0], **fields: Any) -> Job:
     """The job of a command line. Flags behind `--` that are not the job's own stay as they are."""
     own = argparse.ArgumentParser("memorizing launch ... --", add_help=False, allow_abbrev=False)
     own.add_argument("--gin_file", action="append", default=[])
@@ -209,10 +210,11 @@ def _pod_job(options: argparse.Namespace, bindings: Sequence[str]) -> Job:
 
 
 def _check_workdir(job: Job) -> None:
-    """Hosts share a bucket, or a file system that is mounted on all; a folder of one of them is lost with it."""
+    """Raises LaunchError unless the workdir can be shared: a bucket, or a file system that is mounted on all hosts."""
     if job.workdir is None or not ("://" in job.workdir or job.workdir.startswith("/")):
         raise LaunchError(
-            f"--workdir={job.workdir or ''}: hosts have no folder in common; give a bucket behind `--`, such as --workdir=gs://BUCKET/runs/{job.name}"
+            f"--workdir={job.workdir or ''}: hosts have no folder in common; "
+            f"give a bucket behind `--`, such as --workdir=gs://BUCKET/runs/{job.name}"
         )
 
 
@@ -249,9 +251,9 @@ def _launch_tpu_vm(options: argparse.Namespace, bindings: Sequence[str]) -> int:
 
 
 def _launch_local(options: argparse.Namespace, bindings: Sequence[str]) -> int:
-    return local.run(
-        _job(options, bindings, python=sys.executable), Hosts(options.hosts, options.devices, options.grace)
-    )
+    job = _job(options, bindings, python=sys.executable)
+    hosts = Hosts(options.hosts, options.devices, options.grace)
+    return local.run(job, hosts)
 
 
 def _print_slices(*_: object) -> int:
@@ -268,26 +270,29 @@ def _print_slices(*_: object) -> int:
         "compiler",
         "runtime version",
     )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for entry in SLICES.values():
-        counts = (entry.chips, entry.cores, entry.devices, entry.hosts)
-        gke_names = (entry.gke_accelerator, entry.gke_topology, entry.gke_machine)
-        rows.append(
-            (
-                entry.name,
-                *map(str, counts),
-                f"{entry.hbm_gb} GB",
-                *gke_names,
-                entry.compiler_topology,
-                entry.runtime_version,
-            )
+        row = (
+            entry.name,
+            str(entry.chips),
+            str(entry.cores),
+            str(entry.devices),
+            str(entry.hosts),
+            f"{entry.hbm_gb} GB",
+            entry.gke_accelerator,
+            entry.gke_topology,
+            entry.gke_machine,
+            entry.compiler_topology,
+            entry.runtime_version,
         )
+        rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = (
-            cell.rjust(width) if 0 < i < 6 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        cells = []
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            # The columns of numbers are aligned to the right.
+            is_number = 0 < i < 6
+            cells.append(cell.rjust(width) if is_number else cell.ljust(width))
         print("  ".join(cells).rstrip())
     return DONE
 

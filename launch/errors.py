@@ -1,5 +1,8 @@
-"""The exception of the launcher that is the user's to mend."""
+"""The launcher's exception for a user's mistake."""
 
 
 class LaunchError(ValueError):
-    """A job cannot be launched as it was described. The command line prints the message without a traceback and exits with 2."""
+    """A job cannot be launched as it was described.
+
+    The command line prints the message without a traceback and exits with 2.
+    """

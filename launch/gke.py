@@ -1,7 +1,8 @@
-"""The backend `gke`: a job as a JobSet (jobset.x-k8s.io/v1alpha2). JobSet is the engine that starts it again; there is no loop of ours.
+"""The backend `gke`: a job as a JobSet (jobset.x-k8s.io/v1alpha2). JobSet starts it again; there is no loop of ours.
 
-How exit codes become restarts: a pod that ends with an error fails its Job, with a message that names the exit code if a rule of the pod failure policy matched; the rules of the
-JobSet look at that message. `onJobFailureMessagePatterns` is in JobSet since the autumn of 2025; an older one refuses the document.
+How exit codes become restarts: a pod that ends with an error fails its Job, with a message that names the exit code if
+a rule of the pod failure policy matched; the rules of the JobSet look at that message. JobSet has had
+`onJobFailureMessagePatterns` since the autumn of 2025; an older one refuses the document.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ def _pod(job: Job, cluster: Cluster) -> dict:
 
 
 def _container(job: Job) -> dict:
+    variables = [{"name": name, "value": _verbatim(value)} for name, value in job.tpu_environment().items()]
     secrets = [
         {"name": entry.variable, "valueFrom": {"secretKeyRef": {"name": entry.secret, "key": entry.variable}}}
         for entry in job.secrets
@@ -148,7 +150,7 @@ def _container(job: Job) -> dict:
         "image": job.image,
         # In list form: the program is process 1 and gets SIGTERM itself, and no shell reads its arguments.
         "command": [_verbatim(word) for word in job.command()],
-        "env": [{"name": name, "value": _verbatim(value)} for name, value in job.tpu_environment().items()] + secrets,
+        "env": [*variables, *secrets],
         "securityContext": {"privileged": True},
         "resources": {"limits": {"google.com/tpu": job.machine.chips_per_host}},
         "volumeMounts": [{"mountPath": "/dev/shm", "name": "dshm"}],
@@ -173,7 +175,10 @@ def kubectl(cluster: Cluster, *arguments: str) -> list[str]:
 
 
 def create_command(cluster: Cluster) -> list[str]:
-    """Hands the document on standard input to the cluster. `create`, and not `apply`: a job that exists already is an error, not silence."""
+    """Creates the JobSet from the document on standard input.
+
+    `create`, and not `apply`: a job that exists already is an error.
+    """
     return kubectl(cluster, "create", "--filename=-")
 
 
@@ -194,13 +199,14 @@ def logs_command(job: Job, cluster: Cluster, process: int, lines: int, follow: b
         "batch.kubernetes.io/job-completion-index": host,
     }
     chosen = ",".join(f"{key}={value}" for key, value in selector.items())
+    following = ["--follow"] if follow else []
     return kubectl(
         cluster,
         "logs",
         f"--selector={chosen}",
         f"--container={CONTAINER}",
         f"--tail={lines}",
-        *(["--follow"] if follow else []),
+        *following,
     )
 
 

@@ -11,7 +11,8 @@ from .slices import SLICES, Slice
 
 PROGRAM = ("python", "-m", "memorizing", "train")
 
-# A DNS label that begins with a letter. JobSet and GKE make names of pods from it, of at most 63 characters: '-slice-0-0-' and a suffix have to fit behind it.
+# A DNS label that begins with a letter. JobSet and GKE make names of pods from it, of at most 63 characters:
+# '-slice-0-0-' and a suffix have to fit behind it.
 MAX_NAME = 40
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _IMAGE = re.compile(r"[A-Za-z0-9][\w./:@-]*")
@@ -27,7 +28,9 @@ _OURS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class Secret:
-    """An environment variable whose value lies in a secret store and is fetched where the program runs: it is never printed or written here.
+    """An environment variable whose value lies in a secret store.
+
+    The value is fetched where the program runs, and is never printed or written here.
 
     Attributes:
       variable: name of the environment variable.
@@ -45,7 +48,8 @@ class Job:
     Attributes:
       name: a DNS label.
       program: what every host runs, before its flags.
-      gin_files, workdir, arguments, bindings: the flags, in the order of the command line of `memorizing train`; bindings without `--gin.`.
+      gin_files, workdir, arguments, bindings: the flags, in the order of the command line of `memorizing train`;
+        bindings without `--gin.`.
       slice, slices: kind and number of TPU slices; None where the backend has no TPU.
       image: container image that holds the program.
       spot: on machines that may be taken away.
@@ -76,7 +80,8 @@ class Job:
             raise LaunchError(f"--restarts={self.restarts}: expected 0 or more")
         if self.image is not None and not _IMAGE.fullmatch(self.image):
             raise LaunchError(
-                f"--image={self.image!r}: expected a reference such as us-docker.pkg.dev/PROJECT/REPOSITORY/memorizing:TAG"
+                f"--image={self.image!r}: expected a reference such as "
+                "us-docker.pkg.dev/PROJECT/REPOSITORY/memorizing:TAG"
             )
         if not self.program:
             raise LaunchError("--program is empty: name the program that every host runs")
@@ -88,22 +93,24 @@ class Job:
             _check_variable_name(secret.variable, "--secret")
             if not _SECRET_REFERENCE.fullmatch(secret.secret):
                 raise LaunchError(
-                    f"--secret={secret.variable}={secret.secret!r}: expected --secret=VARIABLE=NAME, the name of a secret and not its value"
+                    f"--secret={secret.variable}={secret.secret!r}: expected --secret=VARIABLE=NAME, the name of a "
+                    "secret and not its value"
                 )
 
     def command(self) -> list[str]:
         """The program and its flags, exactly as it shall receive them."""
-        return [
-            *self.program,
-            *(f"--gin_file={file}" for file in self.gin_files),
-            *([] if self.workdir is None else [f"--workdir={self.workdir}"]),
-            *self.arguments,
-            *(f"--gin.{binding}" for binding in self.bindings),
-        ]
+        words = list(self.program)
+        words += [f"--gin_file={file}" for file in self.gin_files]
+        if self.workdir is not None:
+            words.append(f"--workdir={self.workdir}")
+        words += self.arguments
+        words += [f"--gin.{binding}" for binding in self.bindings]
+        return words
 
     @property
     def machine(self) -> Slice:
-        """The row of the table of slices."""
+        """The row of the table of slices. For a job on TPUs only."""
+        assert self.slice is not None, "this job has no slice"
         return SLICES[self.slice]
 
     @property
@@ -124,7 +131,8 @@ def check_name(name: str) -> str:
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")[:MAX_NAME].strip("-")
     hint = f"; {plain} would do" if plain else ""
     raise LaunchError(
-        f"name {name!r}: expected a DNS label: lower-case letters, digits and '-', a letter first, no '-' at the end, at most {MAX_NAME} characters{hint}"
+        f"name {name!r}: expected a DNS label: lower-case letters, digits and '-', a letter first, no '-' at the end, "
+        f"at most {MAX_NAME} characters{hint}"
     )
 
 
@@ -153,7 +161,8 @@ def _check_text(text: str, what: str) -> None:
         raise LaunchError(f"{what} holds a character that no program can receive: {text!r}")
     if _PASSWORD_IN_ADDRESS.search(text):
         raise LaunchError(
-            f"{what} holds an address with a password in it, which would be printed and stored: use --secret=VARIABLE=NAME"
+            f"{what} holds an address with a password in it, which would be printed and stored: "
+            "use --secret=VARIABLE=NAME"
         )
 
 
@@ -161,7 +170,8 @@ def _check_variable(variable: str, value: str) -> None:
     _check_variable_name(variable, "--env")
     if _SOUNDS_SECRET.search(variable):
         raise LaunchError(
-            f"--env={variable}: it looks like a secret, which would be printed and stored; give --secret={variable}=NAME, the name of a secret that holds it"
+            f"--env={variable}: it looks like a secret, which would be printed and stored; "
+            f"give --secret={variable}=NAME, the name of a secret that holds it"
         )
     _check_text(value, f"--env={variable}")
 

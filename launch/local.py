@@ -1,4 +1,7 @@
-"""The backend `local`: N processes on this machine, each with its own CPU devices, under the same contract of environment and exit codes as on a pod."""
+"""The backend `local`: N processes on this machine, each with its own CPU devices.
+
+Environment and exit codes mean the same as on a pod.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ class Hosts:
     def __post_init__(self) -> None:
         if self.hosts < 1 or self.devices < 1 or self.grace_s < 0:
             raise LaunchError(
-                f"--hosts={self.hosts} --devices={self.devices} --grace={self.grace_s}: expected 1 or more hosts and devices, and a grace of 0 or more seconds"
+                f"--hosts={self.hosts} --devices={self.devices} --grace={self.grace_s}: expected 1 or more hosts and "
+                "devices, and a grace of 0 or more seconds"
             )
 
 
@@ -53,7 +57,7 @@ class Stopped(Exception):
 
 
 def environment(job: Job, hosts: Hosts, process: int, port: int) -> dict[str, str]:
-    """What a process is told, besides what it inherits. One that is alone has nobody to find."""
+    """Environment variables of a process, besides those that it inherits. A single process has no coordinator."""
     others = {
         "MEMORIZING_COORDINATOR": f"127.0.0.1:{port}",
         "MEMORIZING_NUM_PROCESSES": str(hosts.hosts),
@@ -64,7 +68,11 @@ def environment(job: Job, hosts: Hosts, process: int, port: int) -> dict[str, st
 
 
 def run(job: Job, hosts: Hosts) -> int:
-    """Runs the job here until it ends, and returns its exit code. Raises LaunchError if a job of this name is running."""
+    """Runs the job here until it ends, and returns its exit code.
+
+    Raises:
+      LaunchError: a job of this name is running.
+    """
     record = Record(job.name)
     with record.held():
         record.save("local", hosts, job)
@@ -90,7 +98,7 @@ class StopRequest:
         self.times += 1
 
     def restore(self) -> None:
-        """Gives the signals back to whom they belonged."""
+        """Restores the signal handlers from before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -141,10 +149,14 @@ def _die_with_launcher() -> None:
 def _wait(
     processes: list[subprocess.Popen], grace_s: float, stop: StopRequest, follow: Callable[[bool], None]
 ) -> list[int]:
-    """Waits until all have ended. The first that ends with an error gives the others a little time, and then they are killed."""
+    """Waits until all processes have ended, and returns their exit codes.
+
+    When one ends with an error, the others get a little time, and then they are killed.
+    """
     deadline = None
     asked = 0
-    while None in (codes := [process.poll() for process in processes]):
+    codes = [process.poll() for process in processes]
+    while None in codes:
         follow(False)
         if stop.times > asked:
             asked = stop.times
@@ -152,12 +164,14 @@ def _wait(
             deadline = time.monotonic() + grace_s
         errors = [code for code in codes if code]
         if errors and deadline is None:
-            deadline = time.monotonic() + (grace_s if set(errors) == {START_AGAIN} else min(grace_s, _CRASH_GRACE_S))
+            all_saved = set(errors) == {START_AGAIN}
+            deadline = time.monotonic() + (grace_s if all_saved else min(grace_s, _CRASH_GRACE_S))
         if deadline is not None and time.monotonic() > deadline:
             _kill(processes)
         time.sleep(_POLL_S)
+        codes = [process.poll() for process in processes]
     follow(True)
-    return codes
+    return [process.wait() for process in processes]
 
 
 def _signal(processes: list[subprocess.Popen], number: int) -> None:
@@ -173,7 +187,10 @@ def _kill(processes: list[subprocess.Popen]) -> None:
 
 
 def _follow(log: Path) -> Callable[[bool], None]:
-    """A function that prints what was added to the log since it was last called: whole lines, or everything if this is the end."""
+    """A function that prints what was added to the log since its last call.
+
+    It prints whole lines, or everything when it is told that this is the end.
+    """
     position = 0
 
     def follow(is_end: bool) -> None:
@@ -191,9 +208,9 @@ def _follow(log: Path) -> Callable[[bool], None]:
 
 def _tell(codes: list[int], logs: list[Path]) -> None:
     """Prints the last lines of the process that failed, unless its output was shown all along."""
-    failed = next(
-        (process for process, code in enumerate(codes) if code not in (DONE, START_AGAIN, -signal.SIGKILL)), 0
-    )
+    expected = (DONE, START_AGAIN, -signal.SIGKILL)
+    failed = next((process for process, code in enumerate(codes) if code not in expected), 0)
+    # The output of process 0 was printed as it came.
     if failed:
         print(f"the last lines of process {failed} ({logs[failed]}):", file=sys.stderr)
         for line in logs[failed].read_text(errors="replace").splitlines()[-_TOLD_LINES:]:

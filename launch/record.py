@@ -1,4 +1,7 @@
-"""What is remembered of a job on the machine it was launched from: a folder with its specification, its history and its logs. No value of a secret gets here."""
+"""The folder of a job on the machine that launched it: its specification, its history and its logs.
+
+No value of a secret is written here.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class Record:
         self.name = check_name(name)
         self.folder = jobs_folder() / name
 
-    def save(self, backend: str, place: object, job: Job) -> None:
+    def save(self, backend: str, place: Any, job: Job) -> None:
         """Writes what was launched and where; `place` is a dataclass."""
         self.folder.mkdir(parents=True, exist_ok=True)
         launched = {"backend": backend, "place": dataclasses.asdict(place), "job": dataclasses.asdict(job)}
@@ -50,9 +53,13 @@ class Record:
         except FileNotFoundError:
             known = known_jobs()
             raise LaunchError(
-                f"no job {self.name!r} was launched from here{nearest(self.name, known)} (known: {', '.join(known) or 'none'})"
+                f"no job {self.name!r} was launched from here{nearest(self.name, known)} "
+                f"(known: {', '.join(known) or 'none'})"
             ) from None
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in launched["job"].items()}
+        # JSON has lists where a job has tuples.
+        fields: dict[str, Any] = {}
+        for key, value in launched["job"].items():
+            fields[key] = tuple(value) if isinstance(value, list) else value
         fields["environment"] = tuple(map(tuple, fields["environment"]))
         fields["secrets"] = tuple(Secret(**secret) for secret in fields["secrets"])
         return launched["backend"], launched["place"], Job(**fields)
@@ -60,11 +67,11 @@ class Record:
     def report(self, event: str, **facts: object) -> None:
         """Prints what happened, with the time, and adds it to the history."""
         now = time.time()
-        told = ", ".join(f"{key} {value}" for key, value in facts.items())
-        print(
-            f"[{time.strftime('%H:%M:%S', time.localtime(now))}] {self.name}: {event}{': ' if told else ''}{told}",
-            flush=True,
-        )
+        clock = time.strftime("%H:%M:%S", time.localtime(now))
+        text = f"[{clock}] {self.name}: {event}"
+        if facts:
+            text += ": " + ", ".join(f"{key} {value}" for key, value in facts.items())
+        print(text, flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "history.jsonl", "a") as history:
             history.write(json.dumps({"time": now, "event": event, **facts}) + "\n")
@@ -72,17 +79,21 @@ class Record:
     def history(self) -> list[dict[str, Any]]:
         """What was reported, oldest first."""
         path = self.folder / "history.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines()]
 
     def logs(self, process: str) -> list[Path]:
         """Files of a process of all attempts, oldest first."""
         attempts = sorted(self.folder.glob("attempt-*"), key=lambda path: path.stat().st_mtime_ns)
-        return [path for attempt in attempts if (path := attempt / f"{process}.log").exists()]
+        paths = [attempt / f"{process}.log" for attempt in attempts]
+        return [path for path in paths if path.exists()]
 
     def attempt_folder(self) -> Path:
         """A new folder for the logs of one attempt."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(path.name.removeprefix("attempt-")) for path in self.folder.glob("attempt-*")), default=0)
+        numbers = [int(path.name.removeprefix("attempt-")) for path in self.folder.glob("attempt-*")]
+        number = 1 + max(numbers, default=0)
         folder = self.folder / f"attempt-{number}"
         folder.mkdir()
         return folder
@@ -96,7 +107,8 @@ class Record:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise LaunchError(
-                    f"job {self.name!r} is already running here (process {self.holder()}): memorizing launch stop {self.name}, or another --name"
+                    f"job {self.name!r} is already running here (process {self.holder()}): "
+                    f"memorizing launch stop {self.name}, or another --name"
                 ) from None
             lock.seek(0)
             lock.truncate()
@@ -105,7 +117,7 @@ class Record:
             yield
 
     def holder(self) -> int | None:
-        """The process that runs the job here, if one does. The lock falls when it dies, however it dies."""
+        """The process that runs the job here, or None. The lock is released when the process dies, however it dies."""
         try:
             with open(self.folder / "lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -17,7 +17,8 @@ class Outcome(enum.Enum):
     """How one attempt to run a job ended."""
 
     DONE = "done"
-    # Saved because it was asked to stop; or its machines were taken away. Neither is a failure: it is started again however often.
+    # It saved because it was asked to stop, or its machines were taken away. Neither is a failure: it is started again
+    # however often.
     START_AGAIN = "saved, starts again"
     MACHINES_LOST = "machines lost"
     # A bug, a loss that is no number, a killed process, a broken machine: started again as often as the job allows.
@@ -29,7 +30,8 @@ class Outcome(enum.Enum):
 def outcome(codes: Sequence[int]) -> Outcome:
     """The outcome of an attempt from the exit codes of its processes; a signal is a negative code, or 128 and more.
 
-    A mistake is one wherever it is found. A failure outweighs a save: when one process crashes, its peers only see a lost neighbour and save what they have.
+    One process that reports a mistake is enough. A failure outweighs a save: when one process crashes, the others only
+    see that it is lost, and save what they have.
     """
     if MISTAKE in codes:
         return Outcome.MISTAKE

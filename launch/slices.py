@@ -1,7 +1,7 @@
 """The TPU slices that exist, in one table. Data only: nothing here runs anything.
 
-Sources: Google Cloud's pages on TPU versions and on TPUs in GKE, and the table of machine types in the Google Cloud SDK. The number in a name counts TensorCores up to v4 and for v5p, chips
-for v5e and v6e; what a program sees is `devices`.
+Sources: Google Cloud's pages on TPU versions and on TPUs in GKE, and the table of machine types in the Google Cloud
+SDK. The number in a name counts TensorCores up to v4 and for v5p, chips for v5e and v6e; a program sees `devices`.
 """
 
 from __future__ import annotations

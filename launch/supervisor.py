@@ -1,6 +1,8 @@
-"""Keeps a job running on queued resources: asks for machines, starts the program on all hosts, and does both again when the machines are taken away.
+"""Keeps a job running on queued resources: asks for machines, and starts the program on all hosts.
 
-A request goes WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, and when its machines are taken SUSPENDING, SUSPENDED, where it stays for ever: it is deleted and asked for again.
+It does both again when the machines are taken away. A request goes through WAITING_FOR_RESOURCES, PROVISIONING and
+ACTIVE, and when its machines are taken away through SUSPENDING to SUSPENDED, where it stays for ever: it is deleted and
+asked for again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from .record import Record
 from .restarts import FAILED, START_AGAIN, Outcome, outcome, run_with_restarts
 from .tpu_vm import STATE_MARK, Zone
 
-# Hosts that cannot be reached so often in a row, on a request that is said to be ACTIVE, are broken.
+# Hosts of an ACTIVE request that cannot be reached so often in a row are taken to be broken.
 _PATIENCE = 20
 _GONE = ("SUSPENDED", "FAILED")
 _STATE_LINE = re.compile(rf"^{STATE_MARK} (\w+) (\d+)\s*$", re.MULTILINE)
@@ -131,7 +133,7 @@ class Supervisor:
         return True
 
     def _watch(self) -> Outcome:
-        """Looks at every host until the program has ended on all, or until there is no point in waiting for the rest."""
+        """Looks at every host until the program has ended on all, or until waiting for the rest has no point."""
         unreachable = 0
         deadline = None
         while True:
@@ -175,7 +177,10 @@ class Supervisor:
         raise CannotGoOn(f"the request cannot be looked at: {_last_line(described.stderr)}")
 
     def _programs(self) -> list[tuple[str, int]] | None:
-        """Status and exit code of the program on every host; None if a host cannot be reached. A container that is missing has failed."""
+        """Status and exit code of the program on every host; None if a host cannot be reached.
+
+        A container that is missing counts as failed.
+        """
         found = []
         for node in tpu_vm.nodes(self._job):
             asked = _call(tpu_vm.on_hosts(node, self._zone, tpu_vm.state_script(self._job)))

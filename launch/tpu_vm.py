@@ -1,7 +1,8 @@
-"""Command lines of the backend `tpu-vm`: queued resources of the Cloud TPU API, and a container on every host. Nothing here runs anything; `supervisor` does.
+"""Command lines of the backend `tpu-vm`: queued resources of the Cloud TPU API, and a container on every host.
 
-The program runs in a container that the host's Docker keeps, so that it outlives the connection that started it, gets SIGTERM itself when the host goes down, and leaves its exit code
-and its output behind.
+Nothing here runs anything; `supervisor` does. The program runs in a container of the host's Docker, so that it outlives
+the connection that started it, gets SIGTERM itself when the host goes down, and leaves its exit code and its output
+behind.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .restarts import START_AGAIN
 
 # Seconds that a container gets to save when it is stopped.
 GRACE_S = 120
-# What the line of a host begins with that tells how its container fares.
+# The beginning of the line that tells the state of a host's container.
 STATE_MARK = "memorizing-state"
 # The port of the coordinator: JAX's default, 8482, is closed in the firewall of some TPU machines.
 COORDINATOR_PORT = 8476
@@ -41,23 +42,30 @@ class Zone:
     @property
     def flags(self) -> list[str]:
         """Flags of gcloud."""
-        return [f"--zone={self.zone}", *([f"--project={self.project}"] if self.project else [])]
+        project = [f"--project={self.project}"] if self.project else []
+        return [f"--zone={self.zone}", *project]
 
 
 def nodes(job: Job) -> list[str]:
     """Names of the TPUs of a request, one a slice."""
-    return [job.name] if job.slices == 1 else [f"{job.name}-{index}" for index in range(job.slices)]
+    if job.slices == 1:
+        return [job.name]
+    return [f"{job.name}-{index}" for index in range(job.slices)]
 
 
 def create_command(job: Job, zone: Zone) -> list[str]:
     """Asks for the machines."""
-    several = [f"--node-count={job.slices}", f"--node-prefix={job.name}"]
+    if job.slices == 1:
+        names = [f"--node-id={job.name}"]
+    else:
+        names = [f"--node-count={job.slices}", f"--node-prefix={job.name}"]
+    spot = ["--spot"] if job.spot else []
     return [
         *_queued("create", job, zone),
-        *([f"--node-id={job.name}"] if job.slices == 1 else several),
+        *names,
         f"--accelerator-type={job.machine.name}",
         f"--runtime-version={job.machine.runtime_version}",
-        *(["--spot"] if job.spot else []),
+        *spot,
         "--quiet",
     ]
 
@@ -68,7 +76,7 @@ def describe_command(job: Job, zone: Zone) -> list[str]:
 
 
 def delete_command(job: Job, zone: Zone) -> list[str]:
-    """Gives the machines back, and forgets the request: one that was suspended is never queued again and holds quota."""
+    """Gives the machines back, and deletes the request: a suspended one is never queued again and holds quota."""
     return [*_queued("delete", job, zone), "--force", "--quiet"]
 
 
@@ -85,28 +93,30 @@ def on_hosts(node: str, zone: Zone, script: str, worker: str = "all") -> list[st
 
 def pull_script(job: Job) -> str:
     """Fetches the image, so that all hosts start at the same time afterwards."""
-    image = shlex.quote(job.image)
-    registry = _GOOGLE_REGISTRY.match(job.image)
+    image = _image(job)
+    registry = _GOOGLE_REGISTRY.match(image)
     login = f"sudo gcloud auth configure-docker {registry.group(1)} --quiet && " if registry else ""
-    return f"{login}sudo docker pull --quiet {image}"
+    return f"{login}sudo docker pull --quiet {shlex.quote(image)}"
 
 
 def start_script(job: Job) -> str:
     """Starts the program on a host, in place of an earlier attempt."""
     name = shlex.quote(job.name)
     variables = [entry.variable for entry in job.secrets]
-    fetch = "".join(
-        f'{entry.variable}="$(gcloud secrets versions access latest --secret={shlex.quote(entry.secret)})" && export {entry.variable} && '
-        for entry in job.secrets
-    )
-    sudo = ["sudo", *([f"--preserve-env={','.join(variables)}"] if variables else [])]
+    fetch = ""
+    for entry in job.secrets:
+        value = f'"$(gcloud secrets versions access latest --secret={shlex.quote(entry.secret)})"'
+        fetch += f"{entry.variable}={value} && export {entry.variable} && "
+    sudo = ["sudo"]
+    if variables:
+        sudo.append(f"--preserve-env={','.join(variables)}")
     environment = {"JAX_COORDINATOR_PORT": str(COORDINATOR_PORT)} | job.tpu_environment()
     run = [
         *(*sudo, "docker", "run", "--detach", f"--name={job.name}", "--net=host", "--privileged"),
         *("--shm-size=16g", f"--stop-timeout={GRACE_S}"),
         *(f"--env={name}={value}" for name, value in environment.items()),
         *(f"--env={variable}" for variable in variables),
-        *("--entrypoint=", job.image),
+        *("--entrypoint=", _image(job)),
         *job.command(),
     ]
     return f"sudo docker rm --force {name} >/dev/null 2>&1; {fetch}{shlex.join(run)}"
@@ -121,8 +131,13 @@ def state_script(job: Job) -> str:
 
 def logs_script(job: Job, lines: int | None, follow: bool = False) -> str:
     """Prints the output of the program."""
-    flags = [f"--tail={lines}"] if lines is not None else []
-    return f"{shlex.join(['sudo', 'docker', 'logs', *flags, *(['--follow'] if follow else []), job.name])} 2>&1"
+    command = ["sudo", "docker", "logs"]
+    if lines is not None:
+        command.append(f"--tail={lines}")
+    if follow:
+        command.append("--follow")
+    command.append(job.name)
+    return f"{shlex.join(command)} 2>&1"
 
 
 def collect_script(job: Job) -> str:
@@ -137,26 +152,35 @@ def stop_script(job: Job) -> str:
 
 def plan(job: Job, zone: Zone, poll_s: float, keep: bool) -> str:
     """What the supervisor would run, as text for a shell, with what it looks for."""
-    every = [
-        (f"on {node}", on_hosts(node, zone, script))
-        for script in (pull_script(job), start_script(job))
-        for node in nodes(job)
-    ]
-    watch = [on_hosts(node, zone, state_script(job)) for node in nodes(job)]
-    again = f"one that is SUSPENDED or FAILED is deleted and asked for again; exit code {START_AGAIN} starts again, 1 up to {job.restarts} times, 2 never"
+
+    def on_all(script: str) -> list[str]:
+        return [shlex.join(on_hosts(node, zone, script)) for node in nodes(job)]
+
+    again = (
+        "one that is SUSPENDED or FAILED is deleted and asked for again; "
+        f"exit code {START_AGAIN} starts again, 1 up to {job.restarts} times, 2 never"
+    )
     lines = [
         "# ask for the machines",
         shlex.join(create_command(job, zone)),
         f"# every {poll_s:g} s until it says ACTIVE; {again}",
         shlex.join(describe_command(job, zone)),
         f"# fetch the image, then start on all {job.hosts} hosts",
-        *(shlex.join(command) for _, command in every),
+        *on_all(pull_script(job)),
+        *on_all(start_script(job)),
         f"# every {poll_s:g} s: how the program fares on every host",
-        *map(shlex.join, watch),
-        "# at the end" + (": nothing, the machines stay (--keep)" if keep else ""),
-        *([] if keep else [shlex.join(delete_command(job, zone))]),
+        *on_all(state_script(job)),
     ]
+    if keep:
+        lines.append("# at the end: nothing, the machines stay (--keep)")
+    else:
+        lines += ["# at the end", shlex.join(delete_command(job, zone))]
     return "\n".join(lines)
+
+
+def _image(job: Job) -> str:
+    assert job.image is not None, "a job on TPU machines has an image"
+    return job.image
 
 
 def _queued(verb: str, job: Job, zone: Zone) -> list[str]:

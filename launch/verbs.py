@@ -23,7 +23,7 @@ _HISTORY = 10
 
 
 def status(name: str | None) -> int:
-    """Prints how a job fares, or of all jobs which ones there are."""
+    """Prints the state of a job; without a name, a line for each job."""
     if name is None:
         for known in known_jobs():
             record = Record(known)
@@ -60,10 +60,11 @@ def _logs(name: str, process: int, lines: int, follow: bool) -> int:
     node, worker = divmod(process, job.machine.hosts)
     if node >= job.slices:
         raise LaunchError(f"--process={process}: the job has {job.hosts} hosts, 0 to {job.hosts - 1}")
-    shown = _show(
-        tpu_vm.on_hosts(tpu_vm.nodes(job)[node], Zone(**place), tpu_vm.logs_script(job, lines, follow), str(worker))
-    )
-    return shown if shown == DONE else _print_log(record, f"slice-{node}", lines, follow=False)
+    script = tpu_vm.logs_script(job, lines, follow)
+    command = tpu_vm.on_hosts(tpu_vm.nodes(job)[node], Zone(**place), script, str(worker))
+    if _show(command) == DONE:
+        return DONE
+    return _print_log(record, f"slice-{node}", lines, follow=False)
 
 
 def stop(name: str) -> int:
@@ -77,7 +78,8 @@ def stop(name: str) -> int:
     # First the supervisor, which would start the program again.
     _stop_here(record)
     zone = Zone(**place)
-    _show_all([tpu_vm.on_hosts(node, zone, tpu_vm.stop_script(job)) for node in tpu_vm.nodes(job)])
+    script = tpu_vm.stop_script(job)
+    _show_all([tpu_vm.on_hosts(node, zone, script) for node in tpu_vm.nodes(job)])
     return _show(tpu_vm.delete_command(job, zone))
 
 
@@ -97,12 +99,15 @@ def _print_log(record: Record, process: str, lines: int, follow: bool) -> int:
     files = record.logs(process)
     if not files:
         raise LaunchError(f"job {record.name!r} has no log of {process} in {record.folder}")
-    position = _print_tail(files[-1], lines)
+    log = files[-1]
+    position = _print_tail(log, lines)
     while follow and record.holder():
         latest = record.logs(process)[-1]
-        if latest != files[-1]:
-            files, position = [latest], 0
-        with open(files[-1], "rb") as file:
+        if latest != log:
+            # The next attempt has begun.
+            log = latest
+            position = 0
+        with open(log, "rb") as file:
             file.seek(position)
             text = file.read()
         position += len(text)
@@ -129,8 +134,11 @@ def _last(record: Record) -> str:
 
 def _line(entry: dict) -> str:
     when = time.strftime("%d %b %H:%M:%S", time.localtime(entry["time"]))
-    facts = ", ".join(f"{key} {value}" for key, value in entry.items() if key not in ("time", "event"))
-    return f"{when} {entry['event']}{': ' if facts else ''}{facts}"
+    line = f"{when} {entry['event']}"
+    facts = [f"{key} {value}" for key, value in entry.items() if key not in ("time", "event")]
+    if facts:
+        line += ": " + ", ".join(facts)
+    return line
 
 
 def _show_all(commands: list[list[str]]) -> int:
@@ -138,9 +146,10 @@ def _show_all(commands: list[list[str]]) -> int:
 
 
 def _show(command: list[str]) -> int:
-    """Runs a command in the open. Its failure is ours: 1."""
+    """Prints a command and runs it. Returns 0, or 1 if it fails."""
     print(f"$ {shlex.join(command)}", flush=True)
     try:
-        return DONE if subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 0 else FAILED
+        finished = subprocess.run(command, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
         raise LaunchError(f"{command[0]} is not installed here") from None
+    return DONE if finished.returncode == 0 else FAILED

@@ -2,9 +2,13 @@
 
 The letters stand in type aliases, einsums (`'BTNH,BSNH->BNTS'`) and shape comments, always with the same meaning:
 
-  B rows          T query positions   S key positions     N heads         H head width
-  D model width   F MLP width         V vocabulary        M memory slots  K neighbours
-  W window        L layers            U segments of a row in one step
+  B rows              T query positions   S key positions   U segments of a row in one step
+  N query heads       K key/value heads   H head width      L layers
+  D model width       F MLP width         V vocabulary      W window of cached keys
+  M memory slots      k neighbours        C compressed slots
+  R memory tokens
+
+So far every query head has a key and a value head of its own: K = N, and their arrays say N.
 """
 
 from __future__ import annotations
@@ -29,8 +33,8 @@ PerToken = Float[Array, "B T"]
 MemoryKeys = Float[Array, "B N M H"]
 MemoryValues = Float[Array, "B N M H"]
 MemoryValidity = Bool[Array, "B M"]
-NeighbourScores = Float[Array, "B N T K"]
-NeighbourIndices = Int[Array, "B N T K"]
+NeighbourScores = Float[Array, "B N T k"]
+NeighbourIndices = Int[Array, "B N T k"]
 
 Scalar = Float[Array, ""]
 Clock = Int[Array, ""]

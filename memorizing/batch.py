@@ -1,12 +1,15 @@
 """What the data side hands to the training side: the only types both know.
 
-A *segment* is one T-long slice of a document, one forward pass of the model. A row stays on its document until the document ends, then takes the next one; a segment
-never holds tokens of two documents. A batch carries U consecutive segments of each of its B rows.
+A *segment* is one T-long slice of a document, one forward pass of the model. A row reads one document until the
+document ends, and then the next one; a segment never holds tokens of two documents. A batch has U consecutive segments
+of each of its B rows.
 
-The model predicts `targets` from `tokens`, which are the same tokens one position earlier: `tokens[t]` is the token before `targets[t]`. The first input of a segment is
-therefore the last target of the row's previous segment (`start_id` at the start of a document), so that the first token of every segment is scored too.
+The model predicts `targets` from `tokens`, which are the same tokens one position earlier: `tokens[t]` is the token
+before `targets[t]`. The first input of a segment is therefore the last target of the row's previous segment (`start_id`
+at the start of a document), so that the first token of every segment is scored too.
 
-No token id means "nothing": which positions hold a token of a document is said by `Batch.is_real`, and what stands in the other positions has no effect.
+No token id means "nothing": `Batch.is_real` says which positions hold a token of a document, and the ids in the other
+positions have no effect.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ class Batch(NamedTuple):
       tokens: int32 [B, U, T], the model's input.
       targets: int32 [B, U, T], what it has to predict.
       loss_weights: float32 [B, U, T], weight of each prediction in the loss; 0 where a position is not real.
-      is_real: bool [B, U, T], whether there is a token to predict; false after the end of a document, where tokens and targets may be any ids.
-      start_of_document: bool [B, U], true where a segment begins a new document: whatever the row carried from before is forgotten first.
+      is_real: bool [B, U, T], whether there is a token to predict; false after the end of a document, where tokens and
+        targets may be any ids.
+      start_of_document: bool [B, U], true where a segment begins a new document: the row's context is reset before it.
     """
 
     tokens: Any
@@ -56,65 +60,93 @@ class BatchIterator(Protocol):
 
     def get_state(self) -> dict[str, Any]:
         """Position of every row (of all hosts) as a JSON-able dict: the next batch is a function of it."""
+        ...
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Moves to a position that `get_state` returned. Raises ValueError if it belongs to another stream."""
+        ...
 
 
 class Vocabulary(Protocol):
-    """What ids mean.
+    """Turns text into token ids and back.
 
     Attributes:
       name: "bytes", or "spm" and the number of ids.
       size: number of ids, special ones included.
       digest: equal digests mean equal ids.
-      start_id: the id that stands before a document's first token, as the model's input; it may be a word, or one of `unused_ids`.
+      start_id: the id that stands before a document's first token, as the model's input; it may be a word, or one of
+        `unused_ids`.
       end_id: the id that ends a document.
-      unused_ids: ids that no text has, which are never written.
+      unused_ids: ids that no text has, which are never generated.
     """
 
-    name: str
-    size: int
-    digest: str
-    start_id: int
-    end_id: int
-    unused_ids: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def start_id(self) -> int: ...
+
+    @property
+    def end_id(self) -> int: ...
+
+    @property
+    def unused_ids(self) -> tuple[int, ...]: ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [length], without an end."""
+        """Ids of a text, int32 [length], without `end_id`."""
+        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; ids that stand for no text are left out, bytes that are no UTF-8 become U+FFFD."""
+        ...
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
-        """What each id adds to the text, in UTF-8: joined they are its bytes. Empty for ids that stand for no text, and where a character waits for the next id."""
+        """What each id adds to the text, in UTF-8: joined they are its bytes.
+
+        Empty for ids that stand for no text, and where a character is not complete before the next id.
+        """
+        ...
 
 
 class TextSource(Protocol):
-    """What a data source whose tokens are text tells about it.
+    """The texts behind a data source whose tokens are text.
 
     Attributes:
       vocabulary: turns text into tokens and back.
-      document_words: int64 [number of held-out documents], words of each between white space, or None where texts are not made of words.
+      document_words: int64 [number of held-out documents], words of each between white space, or None where texts are
+        not made of words.
     """
 
-    vocabulary: Vocabulary
-    document_words: np.ndarray | None
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def document_words(self) -> np.ndarray | None: ...
 
     def document_keys(self) -> Sequence[str]:
         """Names of the held-out documents in their corpus."""
+        ...
 
     def document_tokens(self, index: int) -> np.ndarray:
         """All tokens of a held-out document, int32 [length]."""
+        ...
 
 
 def text_of(source: DataSource) -> TextSource | None:
-    """The texts behind a data source, or None where its tokens are no text: what it has as `text`, if it has that."""
+    """The property `text` of a data source, or None if it has none because its tokens are not text."""
     return getattr(source, "text", None)
 
 
 class DataSource(Protocol):
-    """A corpus ready for training: a frozen dataclass that gin builds. One whose tokens are text also has a property `text`, see `text_of`.
+    """A corpus ready for training: a frozen dataclass that gin builds.
+
+    A source whose tokens are text also has a property `text`, see `text_of`.
 
     Attributes:
       vocab_size: number of token ids.
@@ -124,21 +156,36 @@ class DataSource(Protocol):
       document_bytes: int64 [number of held-out documents], UTF-8 bytes of each, or None where text has no bytes.
     """
 
-    vocab_size: int
-    start_id: int
-    identity: str
-    num_eval_documents: int
-    document_bytes: np.ndarray | None
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def start_id(self) -> int: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def num_eval_documents(self) -> int: ...
+
+    @property
+    def document_bytes(self) -> np.ndarray | None: ...
 
     def train_batches(
         self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int
     ) -> BatchIterator:
-        """The training stream. Only `rows` (this host's share of `range(num_rows)`) are filled, the state covers all of them."""
+        """The training stream.
+
+        A batch holds only `rows` (this host's share of `range(num_rows)`); the state covers all rows.
+        """
+        ...
 
     def evaluation_batches(
         self, num_rows: int, segment_length: int, rows: range | None = None
     ) -> Iterator[EvaluationBatch]:
         """Every held-out document once, whole, from its start; longest first.
 
-        A batch holds only `rows` (this host's share of `range(num_rows)`; None for all), in their order. Every host gets the same number of batches.
+        A batch holds only `rows` (this host's share of `range(num_rows)`; None for all), in their order. Every host
+        gets the same number of batches.
         """
+        ...

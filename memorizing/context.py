@@ -1,12 +1,12 @@
 """Context: everything a model carries from one segment to the next, as plain pytrees of arrays.
 
-The context of a model is a dict with one entry for each stack of layers (and `clock`, the number of segments seen, which
-all rows share). What holds for every mechanism, and is all that the functions below rely on:
+The context of a model is a dict with one entry for each group of layers (and `clock`, the number of segments seen,
+which all rows share). Two rules hold for every mechanism, and the functions below rely on nothing else:
 
 * every leaf has the row axis first; a scalar leaf is shared by all rows;
-* a mechanism says what a fresh row looks like by a tree of the same structure whose leaves broadcast against the state's,
-  or are None where a mask hides the old content. A reset is then one `where` over small leaves: it never touches stored
-  keys and values, and whatever they hold, NaN included, cannot come back.
+* a mechanism describes a fresh row by a tree of the same structure whose leaves broadcast against the state's, or are
+  None where a mask hides the old content. A reset is then one `where` over small leaves: it never touches stored keys
+  and values, and their old content, NaN included, cannot come back.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Int
 
 from memorizing.array_typing import Clock, RealPositions, RowFlags, Tokens, Tree
 
-# A model's context: {"clock": int32 scalar, name of a stack of layers: state of that stack's mechanism}.
+# A model's context: {"clock": int32 scalar, name of a group of layers: state of the group's mechanism}.
 Context = dict[str, Any]
 
 
@@ -53,11 +53,13 @@ class Layout:
 
     def own(self, x: jax.Array) -> jax.Array:
         """The segment's own positions of an array [B, T, ...]."""
-        return x[:, self.num_read : self.num_read + self.length]
+        end = self.num_read + self.length
+        return x[:, self.num_read : end]
 
     def widen(self, is_real: RealPositions) -> RealPositions:
         """The own positions' flags [B, length] as flags of all positions; memory tokens are real."""
-        return jnp.pad(is_real, ((0, 0), (self.num_read, self.num_write)), constant_values=True)
+        padding = ((0, 0), (self.num_read, self.num_write))
+        return jnp.pad(is_real, padding, constant_values=True)
 
 
 @struct.dataclass
@@ -65,9 +67,9 @@ class Inputs:
     """What a model reads in one segment.
 
     Attributes:
-      tokens: int32 [B, T]; of a decode step only its own, [B, 1].
+      tokens: int32 [B, T]; in a decode step only the one token of the step, [B, 1].
       is_real: bool [B, T], false after the end of a document.
-      start_of_document: bool [B], rows whose context is forgotten before the segment.
+      start_of_document: bool [B], rows whose context is reset before the segment.
     """
 
     tokens: Tokens
@@ -91,27 +93,29 @@ class Rngs:
 
     def of_layer(self, index: int | jax.Array) -> Rngs:
         """The numbers of one layer, counted from 0."""
-        return self.replace(key=jax.random.fold_in(self.key, index))
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
 
     def stream(self, name: str) -> jax.Array:
         """A key that is the same for all rows, for example of the random projections of a hash."""
-        return jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+        number = zlib.crc32(name.encode())
+        return jax.random.fold_in(self.key, number)
 
     def row_streams(self, name: str) -> jax.Array:
         """A key for each row [B], for example of dropout."""
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self.stream(name), self.rows)
+        fold_in_rows = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        return fold_in_rows(self.stream(name), self.rows)
 
 
 @struct.dataclass
 class Decoding:
-    """Where a segment stands whose later tokens are not known yet, because they are being generated.
+    """The state of a segment that is being generated, so that its later tokens are not known yet.
 
-    The prefill passes all positions of the segment but its write tokens; those whose tokens are not known yet are
-    arbitrary, since no earlier position sees them. Each decode step after it replaces one of them.
+    The prefill reads all positions of the segment but its write tokens; positions whose tokens are not known yet hold
+    arbitrary ones, since no earlier position sees them. Each decode step after it replaces one of them.
 
     Attributes:
-      position: int32 scalar, the first position that is passed, read tokens counted.
-      kv_cache: what the layer reported of the positions before (`Report.kv_cache`); None for the prefill.
+      position: int32 scalar, the first position that is read now, counted from the first read token.
+      kv_cache: what the layer reported for the earlier positions (`Report.kv_cache`); None for the prefill.
     """
 
     position: Clock
@@ -120,13 +124,13 @@ class Decoding:
 
 @struct.dataclass
 class Segment:
-    """What a layer knows of the segment besides its activations.
+    """What a layer knows about the segment besides its activations.
 
     Attributes:
       is_real: bool [B, T], false after the end of a document.
       layout: what the T positions are.
-      decoding: while the segment is generated, where it stands; None for a whole segment. A layer carries nothing on
-        from a segment that is not whole: its new state is None.
+      decoding: how far the segment has been generated; None for a whole segment. A layer carries nothing on from a
+        segment that is not whole: its new state is None.
       rngs: random numbers of this layer; None where nothing is random, as in evaluation.
     """
 
@@ -137,34 +141,37 @@ class Segment:
 
     @property
     def is_decode_step(self) -> bool:
-        """Whether the layer finds what it needs of its state and of earlier positions in the KV cache."""
+        """Whether the layer reads its state and the earlier positions from the KV cache."""
         return self.decoding is not None and self.decoding.kv_cache is not None
 
     def select(self, table: jax.Array, size: int, axis: int = 0) -> jax.Array:
-        """The entries of a table that belong to the activations' positions.
+        """The entries of a table that belong to the positions of the activations.
 
         Args:
-          table: with an axis in which the entries of each position begin one after those of the position before it.
-          size: number of entries.
-          axis: this axis.
+          table: has an axis along which the entries of position i begin at index i.
+          size: number of entries to take.
+          axis: that axis.
         """
         if self.decoding is None:
             return table
         return jax.lax.dynamic_slice_in_dim(table, self.decoding.position, size, axis)
 
     def with_kv_cache(self, name: str, new: jax.Array) -> jax.Array:
-        """Keys, or anything else that there is one of for each key, of all that is seen: [carried; segment], [B, S, ...].
+        """Keys, or other entries of which each key has one, of all that is seen: [carried; segment], [B, S, ...].
 
-        What belongs to tokens that are not known yet is arbitrary.
+        Entries of tokens that are not known yet are arbitrary.
 
         Args:
           name: of the entry in the KV cache.
-          new: [carried; activations' positions]; in a decode step only the latter.
+          new: [carried; positions of the activations]; in a decode step only the latter.
         """
         if self.decoding is None:
             return new
         if self.decoding.kv_cache is None:
-            return jnp.pad(new, [(0, 0), (0, self.layout.num_write)] + [(0, 0)] * (new.ndim - 2))
+            # The prefill leaves the write tokens out: here is room for them, as in a whole segment.
+            padding = [(0, 0)] * new.ndim
+            padding[1] = (0, self.layout.num_write)
+            return jnp.pad(new, padding)
         cache = self.decoding.kv_cache[name]
         first = cache.shape[1] - self.layout.size + self.decoding.position
         return jax.lax.dynamic_update_slice_in_dim(cache, new, first, axis=1)
@@ -176,15 +183,16 @@ class Segment:
 
 @struct.dataclass
 class Report:
-    """What a layer tells besides its output, by name.
+    """What a layer returns besides its output, by name.
 
-    What nobody asks for costs nothing: the compiler leaves it out.
+    Entries that are not used cost nothing: the compiler leaves them out.
 
     Attributes:
       losses: auxiliary losses, scalars that are added to the training loss.
       metrics: float arrays of any shape for the log; no gradient flows through them.
       kv_cache: of a segment that is not whole, what its next decode step needs of this and the earlier positions.
-      retrieved: what the layer's queries found in an external memory, for an inspector: see `external_memory.Retrieved`.
+      retrieved: what the layer's queries found in an external memory, for an inspector: see
+        `external_memory.Retrieved`.
     """
 
     losses: Mapping[str, jax.Array] = struct.field(default_factory=dict)
@@ -198,13 +206,14 @@ def reset_rows(state: Tree, fresh: Tree, start_of_document: RowFlags) -> Tree:
 
     Args:
       state: leaves with the row axis first.
-      fresh: the same structure; each leaf is None (left as it is) or broadcasts against the state's leaf, rows included.
+      fresh: the same structure; each leaf is None (the state's leaf stays) or broadcasts against the state's leaf.
       start_of_document: bool [B].
     """
 
     def reset(value: Any, leaf: jax.Array) -> jax.Array:
         if value is None:
             return leaf
+        # [B, 1, ..., 1]
         rows = start_of_document.reshape((-1,) + (1,) * (leaf.ndim - 1))
         # Not a product with 0 or 1: NaN times 0 is NaN.
         return jnp.where(rows, jnp.asarray(value, leaf.dtype), leaf)
@@ -222,7 +231,10 @@ def split_rows(tree: Tree, num_parts: int) -> Tree:
     def split(leaf: jax.Array) -> jax.Array:
         if leaf.ndim == 0:
             return jnp.broadcast_to(leaf, (num_parts,))
-        return leaf.reshape((leaf.shape[0] // num_parts, num_parts, *leaf.shape[1:])).swapaxes(0, 1)
+        num_rows, *rest = leaf.shape
+        # [B / num_parts, num_parts, ...]
+        strided = leaf.reshape((num_rows // num_parts, num_parts, *rest))
+        return strided.swapaxes(0, 1)
 
     return jax.tree.map(split, tree)
 
@@ -233,6 +245,9 @@ def join_rows(tree: Tree) -> Tree:
     def join(leaf: jax.Array) -> jax.Array:
         if leaf.ndim == 1:
             return leaf[0]
-        return leaf.swapaxes(0, 1).reshape((leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]))
+        num_parts, rows_of_part, *rest = leaf.shape
+        # [B / num_parts, num_parts, ...]
+        strided = leaf.swapaxes(0, 1)
+        return strided.reshape((num_parts * rows_of_part, *rest))
 
     return jax.tree.map(join, tree)

@@ -1,5 +1,8 @@
-"""The command line. A command is a module with `add_arguments(parser)` and `run(options, bindings)`, imported when it is the one that runs: `--help` is instant, and training never
-sees TensorFlow."""
+"""The command line.
+
+A command is a module with `add_arguments(parser)` and `run(options, bindings)`. It is imported only when it runs, so
+that `--help` is instant and training never imports TensorFlow.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ COMMANDS = {
     "inspect": ("memorizing.commands.inspect", "see what the memory of a run looks up"),
     "plan": ("memorizing.commands.plan", "what a run will cost"),
     "prepare": ("memorizing.data.prepare.command", "make a token cache from a corpus"),
-    "bench": ("memorizing.benchmarks.bench", "measure what the README claims"),
+    "bench": ("memorizing.benchmarks.bench", "measure what the documentation claims"),
     "launch": ("memorizing.launch.command", "start a run on a pod, or on several processes here"),
 }
 

@@ -1,4 +1,7 @@
-"""What all tests share: eight CPU devices, strict JAX, reproducible hypothesis, a compilation cache, programs that compile fast."""
+"""What all tests share.
+
+Eight CPU devices, strict JAX, reproducible hypothesis, a compilation cache, programs that compile fast.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ CACHE = tempfile.mkdtemp(prefix="memorizing-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-# Compiling is most of the suite's time, and the older way to emit fused loops takes half as long as the newer one. An XLA that does not know a flag would abort.
+# Compiling is most of the suite's time, and the older way to emit fused loops takes half as long as the newer one. An
+# XLA that does not know a flag would abort.
 if "XLA_FLAGS" not in os.environ:
     flags = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
     trial = [sys.executable, "-c", "import jax; jax.devices()"]

@@ -1,9 +1,12 @@
-"""Stands in for `gcloud`, `kubectl`, and the `sudo` and `docker` of a TPU host: records what it is given, and runs what it is told to run as processes of this machine.
+"""Stands in for `gcloud`, `kubectl`, and the `sudo` and `docker` of a TPU host.
+
+It records its arguments, and runs programs as processes of this machine.
 
     python fake_cloud.py gcloud ARGUMENTS...       state lies under $FAKE_CLOUD
 
-Behind the names stand the rules of the real things, as far as a launcher depends on them: gcloud hands a command to the hosts' shell once; a request that lost its machines stays SUSPENDED; Docker keeps exit
-codes; Kubernetes expands $(NAME) and applies the failure policies of Job and JobSet (with their messages).
+It follows the rules of the real programs, as far as a launcher depends on them: gcloud hands a command to the hosts'
+shell once; a request that lost its machines stays SUSPENDED; Docker keeps exit codes; Kubernetes expands $(NAME) and
+applies the failure policies of Job and JobSet (with their messages).
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def flag(arguments: list[str], name: str) -> str | None:
     return next((text.partition("=")[2] for text in arguments if text.startswith(f"--{name}=")), None)
 
 
-# ---- Google Cloud ------------------------------------------------------------------------------------------------------------------------------------------
+# ---- Google Cloud ----------------------------------------------------------------------------------------------------
 
 
 def gcloud(arguments: list[str]) -> int:
@@ -102,7 +105,7 @@ def kill_hosts() -> None:
         remove(host)
 
 
-# ---- A TPU host --------------------------------------------------------------------------------------------------------------------------------------------
+# ---- A TPU host ------------------------------------------------------------------------------------------------------
 
 
 def sudo(arguments: list[str]) -> int:
@@ -192,7 +195,7 @@ def write(path: pathlib.Path, text: str) -> None:
     temporary.replace(path)
 
 
-# ---- Kubernetes with JobSet --------------------------------------------------------------------------------------------------------------------------------
+# ---- Kubernetes with JobSet ------------------------------------------------------------------------------------------
 
 
 def kubectl(arguments: list[str]) -> int:

@@ -1,9 +1,12 @@
-"""A program with the manners of a training process, for tests of launchers: its state after N steps is a fixed function of N, saved after every step.
+"""A program that behaves like a training process, for tests of launchers.
+
+Its state after N steps is a fixed function of N, saved after every step.
 
     python fake_trainer.py --workdir=DIR --gin.steps=30 --gin.interrupt='1:0:10:SIGKILL 2:1:20:SIGTERM'
 
-`interrupt` is when it is struck, as attempt:process:step:what, where what is a signal, `LOST` (its machine vanishes) or an exit code. SIGTERM to one process makes all stop and exit
-with 42. No process gets more than a step ahead of another: the peers of one that died wait for ever.
+`interrupt` says when it is interrupted, as attempt:process:step:what, where what is a signal, `LOST` (its machine
+vanishes) or an exit code. SIGTERM to one process makes all stop and exit with 42. No process gets more than a step
+ahead of another: when one has died, the others wait for ever.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Goes on from a checkpoint for a few steps, without what else belongs to a run. A program of its own on several hosts, a function on one."""
+"""Goes on from a checkpoint for a few steps, without the other parts of a run.
+
+A program of its own on several hosts, a function on one.
+"""
 
 from __future__ import annotations
 

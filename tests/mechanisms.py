@@ -1,4 +1,7 @@
-"""The mechanisms that the contract tests run over, each as a tiny language model with what it promises, and the functions of that model, compiled once a session."""
+"""The mechanisms that the contract tests run over, each as a tiny language model with what it promises.
+
+The functions of each model are compiled once a session.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,10 @@ class TinyModel:
 
     @functools.cached_property
     def params(self) -> Any:
-        """Moved away from the start, so that no promise rests on a value that happens to be 0 or 1 there: the gate's bias, the norms' scales."""
+        """Moved away from the start, so that no promise rests on a value that happens to be 0 or 1 there.
+
+        The gate's bias, the norms' scales.
+        """
 
         @jax.jit
         def init() -> Any:
@@ -141,7 +147,10 @@ class TinyModel:
 
     @functools.cached_property
     def gradients(self):
-        """`(tokens, is_real, start, context) -> (gradient of the loss, gradient of what is carried on)`, each to the parameters and to the floats of the context."""
+        """`(tokens, is_real, start, context) -> (gradient of the loss, gradient of what is carried on)`.
+
+        Each to the parameters and to the floats of the context.
+        """
 
         def outputs(params: Any, floats: list, context: Context, tokens: Any, is_real: Any, start: Any) -> tuple:
             output = self._apply(params, tokens, is_real, start, _with_floats(context, floats))
@@ -158,7 +167,10 @@ class TinyModel:
 
     @functools.cached_property
     def influence(self):
-        """`(tokens, is_real, start, context) -> [B, T, B, S]`: how much the logits at (b, t) change with the embedded input at (c, s), by gradient."""
+        """`(tokens, is_real, start, context) -> [B, T, B, S]`.
+
+        How much the logits at (b, t) change with the embedded input at (c, s), by gradient.
+        """
 
         params = self.params
 

@@ -51,7 +51,10 @@ class Pod:
         ]
 
     def end(self, timeout: float = 300) -> tuple[list[int], list[str], list[str]]:
-        """Exit codes, and what each process wrote to stdout and stderr. Kills what is left after the timeout in seconds."""
+        """Exit codes, and what each process wrote to stdout and stderr.
+
+        Kills the processes that are left after the timeout in seconds.
+        """
         deadline = time.monotonic() + timeout
         try:
             texts = [process.communicate(timeout=deadline - time.monotonic()) for process in self.processes]

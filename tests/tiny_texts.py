@@ -125,7 +125,10 @@ BINDINGS = (
 def finished_run(
     workdir: pathlib.Path, *bindings: str, model_file: str = "models/memorizing_tiny.gin", seed: int = 0
 ) -> str:
-    """A workdir as `train` leaves it, with two checkpoints, of weights that are far from those of the start; `models/transformer_tiny.gin` has no memory."""
+    """A workdir as `train` leaves it, with two checkpoints, of weights that are far from those of the start.
+
+    `models/transformer_tiny.gin` has no memory.
+    """
     has_memory = "memorizing" in model_file
     chosen = [binding for binding in BINDINGS if has_memory or "KNNAttention" not in binding]
     experiment, text = load_experiment(["runs/base.gin", model_file], [*chosen, *bindings])

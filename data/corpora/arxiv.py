@@ -16,7 +16,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from memorizing.data.corpora.reader_settings import setting
 from memorizing.data.documents import Document, all_damage, damaged
@@ -67,7 +67,8 @@ class ArxivReader:
         else:
             names = archives.listing(self.source, _EXPECTED)
             inside = archives.listing(posixpath.join(self.source, "src"), _EXPECTED) if "src" in names else []
-            shards = [name for name in (*names, *(f"src/{name}" for name in inside)) if _is_archive(name)]
+            names += [f"src/{name}" for name in inside]
+            shards = [name for name in names if _is_archive(name)]
         if not shards:
             raise DataError(f"no archive arXiv_src_*.tar in {self.source!r}; give {_EXPECTED}")
         self._metadata_path()
@@ -107,7 +108,8 @@ class ArxivReader:
         """The text of a paper; None, counted, where it has none."""
         try:
             with member.open() as packed, gzip.GzipFile(fileobj=packed) as file:
-                sources, reason = self._sources(file, member.label)
+                # A GzipFile has all methods of an IO[bytes]; its type says less.
+                sources, reason = self._sources(cast(IO[bytes], file), member.label)
         except archives.READ_ERRORS as error:
             skipped[damaged(member.label, archives.why(error))] += 1
             return None
@@ -116,7 +118,7 @@ class ArxivReader:
             return None
         return tex_sources.join(sources)
 
-    def _sources(self, file: BinaryIO, label: str) -> tuple[dict[str, str], str | None]:
+    def _sources(self, file: IO[bytes], label: str) -> tuple[dict[str, str], str | None]:
         """The .tex files of a paper by their names, and None; or no files, and the reason.
 
         Args:
@@ -128,7 +130,8 @@ class ArxivReader:
         """
         contents: dict[str, bytes] = {}
         if _is_tar(file):
-            size, within = 0, Counter()
+            size = 0
+            within: Counter[str] = Counter()
             for source in archives.tar_members(file, label, within):
                 if source.name.lower().endswith(".tex"):
                     contents[source.name] = source.open().read(self.max_bytes + 1 - size)
@@ -159,7 +162,7 @@ def _is_archive(name: str) -> bool:
     return _ARCHIVE.fullmatch(posixpath.basename(name)) is not None
 
 
-def _is_tar(file: BinaryIO) -> bool:
+def _is_tar(file: IO[bytes]) -> bool:
     """Whether a file, which can seek, begins with the header of a tar. Old ones have no magic word."""
     header = file.read(_HEADER_BYTES)
     file.seek(0)
@@ -198,10 +201,17 @@ def _labels(path: str, subject: str, primary_only: bool) -> tuple[dict[str, _Lab
     damage: Counter[str] = Counter()
     labels: dict[str, _Label] = {}
     for _, paper in json_lines.read(path, posixpath.basename(path), damage, {"id": str, "categories": str}):
-        categories = [_ABSORBED.get(category, category) for category in paper["categories"].split()]
-        if any(category.partition(".")[0] == subject for category in categories[: 1 if primary_only else None]):
+        if _is_of_subject(paper["categories"].split(), subject, primary_only):
             labels[paper["id"]] = _Label(paper["categories"], paper.get("license") or "")
     if not labels:
         why = "; ".join(all_damage(damage)[:1]) or "its categories name others"
         raise DataError(f"{path!r} has no paper of the subject {subject!r}: {why}")
     return labels, damage
+
+
+def _is_of_subject(categories: list[str], subject: str, primary_only: bool) -> bool:
+    """Whether one of a paper's categories, or its first one, is of a subject: math.AG of math."""
+    # Categories of before 1998 are part of newer ones.
+    current = [_ABSORBED.get(category, category) for category in categories]
+    considered = current[:1] if primary_only else current
+    return any(category.partition(".")[0] == subject for category in considered)

@@ -66,7 +66,10 @@ class BigQueryReader(Repositories):
         damage = skipped if part == 0 else Counter()
         licence_of = self._licences(part, damage, skipped)
         repositories = self._paths(licence_of, damage, skipped)
-        texts = self._texts({identifier for paths in repositories.values() for identifier in paths.values()}, damage)
+        wanted: set[str] = set()
+        for paths in repositories.values():
+            wanted.update(paths.values())
+        texts = self._texts(wanted, damage)
         for name, paths in sorted(repositories.items()):
 
             def read(path: str, paths: dict[str, str] = paths) -> tuple[str, str | None]:
@@ -78,12 +81,14 @@ class BigQueryReader(Repositories):
         """Licences of the repositories of a part that are read, by name."""
         found: dict[str, str | None] = {}
         for row in self._rows("licenses", damage):
-            name, licence = row["repo_name"], licences.named(str(row.get("license")))
-            if _part_of(name, self.parts) == part:
-                if self.is_allowed(licence):
-                    found[name] = licence
-                else:
-                    skipped[NO_LICENCE] += 1
+            name = row["repo_name"]
+            if _part_of(name, self.parts) != part:
+                continue
+            licence = licences.named(str(row.get("license")))
+            if self.is_allowed(licence):
+                found[name] = licence
+            else:
+                skipped[NO_LICENCE] += 1
         for row in self._rows("languages", damage):
             names = {str(entry.get("name", "")).lower() for entry in row["language"] if isinstance(entry, dict)}
             if row["repo_name"] in found and not names & set(self.languages):
@@ -97,7 +102,8 @@ class BigQueryReader(Repositories):
         found: dict[str, dict[str, str]] = {name: {} for name in wanted}
         branches: dict[str, str] = {}
         for row in self._rows("files", damage):
-            name, path = row["repo_name"], row["path"]
+            name = row["repo_name"]
+            path = row["path"]
             if name not in found or not source_files.is_source(path, suffixes):
                 continue
             if _mode(row) & 0o170000 == _SYMBOLIC_LINK:
@@ -119,7 +125,8 @@ class BigQueryReader(Repositories):
             if row["id"] not in wanted or row.get("binary") is True or not isinstance(text, str):
                 continue
             text = text.removeprefix("\ufeff")
-            reason = "too large" if len(text.encode()) > self.max_file_bytes else source_files.reason_against(text)
+            is_too_large = len(text.encode()) > self.max_file_bytes
+            reason = "too large" if is_too_large else source_files.reason_against(text)
             found[row["id"]] = ("", reason) if reason else (text, None)
         return found
 
@@ -142,12 +149,16 @@ def _files_of(root: str, table: str) -> list[str]:
         inside = posixpath.join(root, name)
         is_table = name in _TABLES and archives.is_folder(inside)
         names = [f"{name}/{file}" for file in archives.listing(inside, "")] if is_table else [name]
-        found += [name for name in names if (match := _FILE.fullmatch(name)) and match["table"] == table]
+        for file in names:
+            match = _FILE.fullmatch(file)
+            if match is not None and match["table"] == table:
+                found.append(file)
     return found
 
 
 def _part_of(name: str, parts: int) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % parts
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % parts
 
 
 def _mode(row: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from memorizing.data.corpora import bigquery, c4, github, reader_settings
 from memorizing.data.corpora.arxiv import ArxivReader
@@ -158,11 +159,12 @@ def reader(corpus: str, source: str, settings: Mapping[str, str] = types.Mapping
     known = reader_settings.meanings(type(made))
     if settings and not known:
         raise DataError(f"--reader.{next(iter(settings))}: the reader of {corpus} has no settings")
-    values = {}
+    values: dict[str, Any] = {}
     for name, text in settings.items():
         _check_known(name, known, "reader setting")
         values[name] = reader_settings.converted(type(made), name, text)
-    return dataclasses.replace(made, **values)
+    # All readers are dataclasses, which a protocol cannot say.
+    return dataclasses.replace(made, **values)  # pyright: ignore[reportArgumentType]
 
 
 def settings() -> dict[str, str]:

@@ -76,13 +76,15 @@ class IsabelleReader:
                 texts[key][member.name] = text
             remaining[key] -= 1
             theories = texts.pop(key) if not remaining[key] else {}
+            if not theories:
+                continue
             reason = self._reason_against(key, library)
-            if theories and reason is None:
-                order = import_order(theories, library.sessions[key])
-                text = SEPARATOR.join(theories[name] for name in order)
-                yield Document(key, text, {"num_files": len(order), **library.metadata.get(key, {})})
-            elif theories:
+            if reason is not None:
                 skipped[reason] += 1
+                continue
+            order = import_order(theories, library.sessions[key])
+            text = SEPARATOR.join(theories[name] for name in order)
+            yield Document(key, text, {"num_files": len(order), **library.metadata.get(key, {})})
 
     def _reason_against(self, key: str, library: _Library) -> str | None:
         if key == library.cut_off:
@@ -126,7 +128,11 @@ def _survey(path: str, skipped: Counter[str]) -> _Library:
         elif f"/{folder}".endswith("/metadata/entries") and name.endswith(".toml"):
             metadata |= _of_toml(member, skipped)
     names = _Owners(roots, posixpath.basename(path.rstrip("/")))
-    owners = {theory: key for theory in theories if (key := names.owner(posixpath.dirname(theory))) is not None}
+    owners: dict[str, str] = {}
+    for theory in theories:
+        key = names.owner(posixpath.dirname(theory))
+        if key is not None:
+            owners[theory] = key
     if len(owners) < len(set(theories)):
         skipped["theory of no session"] += len(set(theories)) - len(owners)
     skipped.update(of_archive)
@@ -150,13 +156,15 @@ class _Owners:
         # Outer directories first.
         for folder, root in sorted(roots.items()):
             entry = self._entry(folder)
-            if entry is None and (_AFP in root.chapters or posixpath.basename(posixpath.dirname(folder)) == "thys"):
-                entry = self._entries[folder] = posixpath.basename(folder) or library
+            if entry is None and _is_entry(folder, root):
+                entry = posixpath.basename(folder) or library
+                self._entries[folder] = entry
             for session in root.sessions:
                 key = entry or session.name
                 self.sessions[key] = self.sessions.get(key, frozenset()) | {session.name}
                 for directory in session.directories:
-                    self._directories.setdefault(posixpath.normpath(posixpath.join(folder, directory)), key)
+                    path = posixpath.normpath(posixpath.join(folder, directory))
+                    self._directories.setdefault(path, key)
 
     def owner(self, directory: str) -> str | None:
         """The entry that holds a directory, or else the session of the nearest directory above; None for neither."""
@@ -166,6 +174,12 @@ class _Owners:
     def _entry(self, directory: str) -> str | None:
         # No entry lies in another one.
         return next(filter(None, map(self._entries.get, _upwards(directory))), None)
+
+
+def _is_entry(folder: str, root: isabelle_syntax.Root) -> bool:
+    """Whether a ROOT file is that of an entry of the Archive of Formal Proofs."""
+    above = posixpath.basename(posixpath.dirname(folder))
+    return _AFP in root.chapters or above == "thys"
 
 
 def _upwards(directory: str) -> Iterator[str]:

@@ -60,10 +60,10 @@ class PG19Reader:
             path = self.source if shard == "." else posixpath.join(self.source, shard)
             books = archives.members(path, skipped, accept=_is_no_metadata)
         else:
-            path, split = self.source, match["split"]
-            books = archives.members(
-                posixpath.join(path, split), skipped, accept=lambda name: name.endswith(match["end"])
-            )
+            path = self.source
+            split = match["split"]
+            folder = posixpath.join(path, split)
+            books = archives.members(folder, skipped, accept=lambda name: name.endswith(match["end"]))
             books = (book._replace(name=f"{split}/{book.name}", label=f"{split}/{book.name}") for book in books)
         metadata, damage = _metadata(path)
         # All shards of a folder read the same file.

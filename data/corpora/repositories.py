@@ -71,7 +71,8 @@ class Repositories:
           metadata: what is known of it; goes into the document.
           skipped: counts what was left out, by reason.
         """
-        texts, num_bytes = [], 0
+        texts = []
+        num_bytes = 0
         for path in document_order(paths, f"{self.seed}\0{name}"):
             text, reason = read(path)
             size = len(text.encode()) + len(SEPARATOR)

@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from etils import epath
 
@@ -46,7 +46,7 @@ class Member(NamedTuple):
 
     name: str
     label: str
-    open: Callable[[], BinaryIO]
+    open: Callable[[], IO[bytes]]
 
 
 def is_archive(name: str) -> bool:
@@ -82,19 +82,24 @@ def listing(path: str, expected: str) -> list[str]:
         raise DataError(f"cannot read the folder {path!r}: {error.strerror}") from None
 
 
-def open_file(path: str) -> BinaryIO:
+def open_file(path: str) -> IO[bytes]:
     """Opens a file, and decompresses it if its first bytes are those of gzip, bzip2 or xz."""
-    return decompressed(epath.Path(path).open("rb"))
+    return decompressed(_open_as_it_is(epath.Path(path)))
 
 
-def decompressed(file: BinaryIO) -> BinaryIO:
+def decompressed(file: IO[bytes]) -> IO[bytes]:
     """Decompresses a file, which can seek, if it is compressed by gzip, bzip2 or xz; any other is returned as it is."""
     start = file.read(6)
     file.seek(0)
     for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)):
         if start.startswith(magic):
-            return opener(file, "rb")
+            # A GzipFile has all methods of an IO[bytes]; its type says less.
+            return cast(IO[bytes], opener(file, "rb"))
     return file
+
+
+def _open_as_it_is(path: epath.Path) -> IO[bytes]:
+    return cast(IO[bytes], path.open("rb"))
 
 
 def members(path: str, skipped: Counter[str], accept: Callable[[str], bool] = lambda name: True) -> Iterator[Member]:
@@ -113,7 +118,7 @@ def members(path: str, skipped: Counter[str], accept: Callable[[str], bool] = la
     label = posixpath.basename(path)
     found = _zip_members if path.lower().endswith(".zip") else tar_members
     try:
-        with epath.Path(path).open("rb") as file:
+        with _open_as_it_is(epath.Path(path)) as file:
             unpacked = decompressed(file)
             for member in found(unpacked, label, skipped):
                 if accept(member.name):
@@ -128,7 +133,7 @@ def files(folder: str, *names: str) -> Iterator[Member]:
     for name in names:
         path = epath.Path(folder) / name
         if path.is_file():
-            yield Member(name, name, functools.partial(path.open, "rb"))
+            yield Member(name, name, functools.partial(_open_as_it_is, path))
 
 
 def read_bytes(member: Member, skipped: Counter[str], max_bytes: int | None = None) -> bytes | None:
@@ -161,11 +166,12 @@ def why(error: BaseException) -> str:
     """One of `READ_ERRORS` in a line, for a message."""
     if isinstance(error, EOFError) or "unexpected end of data" in str(error):
         return "it ends early"
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    system_message = error.strerror if isinstance(error, OSError) else None
+    text = system_message or str(error) or type(error).__name__
     return " ".join(text.split())
 
 
-def drain(file: BinaryIO) -> None:
+def drain(file: IO[bytes]) -> None:
     """Reads the rest of a file, at whose end gzip and xz have a checksum.
 
     Raises:
@@ -175,7 +181,7 @@ def drain(file: BinaryIO) -> None:
         pass
 
 
-def tar_members(file: BinaryIO, label: str, skipped: Counter[str]) -> Iterator[Member]:
+def tar_members(file: IO[bytes], label: str, skipped: Counter[str]) -> Iterator[Member]:
     """Yields the regular files of a tar, without a list of all members in memory.
 
     Args:
@@ -189,13 +195,20 @@ def tar_members(file: BinaryIO, label: str, skipped: Counter[str]) -> Iterator[M
     with tarfile.TarFile(fileobj=file, tarinfo=_StrictTarInfo) as tar:
         while (info := tar.next()) is not None:
             # TarFile would remember every member.
-            tar.members.clear()
-            if _is_allowed(info.name, info.issym() or info.islnk(), label, skipped) and info.isreg():
-                yield Member(
-                    posixpath.normpath(info.name),
-                    f"{label}: {info.name}",
-                    functools.partial(tar.extractfile, info),
-                )
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  the stubs of tarfile lack it
+            is_link = info.issym() or info.islnk()
+            if not _is_allowed(info.name, is_link, label, skipped) or not info.isreg():
+                continue
+            yield Member(
+                posixpath.normpath(info.name),
+                f"{label}: {info.name}",
+                functools.partial(_open_regular, tar, info),
+            )
+
+
+def _open_regular(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    """Opens a member that is a regular file: only of others does tarfile return None."""
+    return cast(IO[bytes], tar.extractfile(info))
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -205,15 +218,19 @@ class _StrictTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+        # The stubs of tarfile lack these three errors.
+        except tarfile.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue]
             raise
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
+        except (
+            tarfile.EmptyHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
+            tarfile.TruncatedHeaderError,  # pyright: ignore[reportAttributeAccessIssue]
+        ):
             raise EOFError from None
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
 
 
-def _zip_members(file: BinaryIO, label: str, skipped: Counter[str]) -> Iterator[Member]:
+def _zip_members(file: IO[bytes], label: str, skipped: Counter[str]) -> Iterator[Member]:
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             is_link = (info.external_attr >> 16) & 0o170000 == 0o120000
@@ -253,4 +270,4 @@ def _folder_members(root: str, folder: str, skipped: Counter[str], accept: Calla
         elif entry.is_dir():
             yield from _folder_members(root, name, skipped, accept)
         elif accept(name) and entry.is_file():
-            yield Member(name, name, functools.partial(entry.open, "rb"))
+            yield Member(name, name, functools.partial(_open_as_it_is, entry))

@@ -49,7 +49,8 @@ class _Resolver:
     """Which file an import means."""
 
     def __init__(self, files: Collection[str], sessions: Collection[str]) -> None:
-        self._files, self._sessions = frozenset(files), frozenset(sessions)
+        self._files = frozenset(files)
+        self._sessions = frozenset(sessions)
         self._by_theory: dict[str, list[str]] = defaultdict(list)
         for file in sorted(files):
             self._by_theory[posixpath.basename(file).removesuffix(_SUFFIX)].append(file)

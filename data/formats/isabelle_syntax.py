@@ -108,19 +108,25 @@ class Root(NamedTuple):
 
 def root(text: str) -> Root:
     """Reads a ROOT file: `session NAME (GROUPS) in DIR = PARENT + ... directories ... theories ...`."""
-    chapters, sessions = set(), []
-    section, words = "", []
+    chapters: set[str] = set()
+    sessions: list[IsabelleSession] = []
+    section = ""
+    words: list[str] = []
 
     def end_section() -> None:
         if section == "chapter" and words:
             chapters.add(words[0])
         elif section == "session" and words:
-            sessions.append(IsabelleSession(words[0], (words[1] if len(words) > 1 else ".",)))
+            directory = words[1] if len(words) > 1 else "."
+            sessions.append(IsabelleSession(words[0], (directory,)))
         elif section == "directories" and sessions:
-            name, (own, *others) = sessions[-1]
-            sessions[-1] = IsabelleSession(name, (own, *others, *(posixpath.join(own, word) for word in words)))
+            name, directories = sessions[-1]
+            further = [posixpath.join(directories[0], word) for word in words]
+            sessions[-1] = IsabelleSession(name, (*directories, *further))
 
-    is_head, depth, after_in = False, 0, False
+    is_head = False
+    after_in = False
+    depth = 0
     for token in tokens(text):
         if token.is_sign:
             depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(token.text, 0)
@@ -130,7 +136,10 @@ def root(text: str) -> Root:
             continue
         elif not token.is_string and token.text in _SECTIONS:
             end_section()
-            section, words, is_head, after_in = token.text, [], token.text == "session", False
+            section = token.text
+            words = []
+            is_head = section == "session"
+            after_in = False
         elif section == "session":
             if is_head and not token.is_string and token.text == "in" and words:
                 after_in = True

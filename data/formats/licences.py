@@ -115,9 +115,10 @@ def named(name: str) -> str | None:
     choices = [name] if "(" in name else re.split(r"\s+or\s+", name.strip(), flags=re.IGNORECASE)
     found = []
     for choice in choices:
-        parts = [_single(part) for part in re.split(r"\s+(?:and|or)\s+", choice, flags=re.IGNORECASE)]
-        if None not in parts:
-            found.append(" and ".join(parts))
+        parts = re.split(r"\s+(?:and|or)\s+", choice, flags=re.IGNORECASE)
+        known = [licence for part in parts if (licence := _single(part)) is not None]
+        if len(known) == len(parts):
+            found.append(" and ".join(known))
     return " or ".join(found) or None
 
 
@@ -132,8 +133,13 @@ def of_text(text: str) -> str | None:
     """The licence whose text or SPDX identifier a file contains; None if it is not known."""
     if mark := _MARK.search(text):
         return named(mark["expression"])
-    match = _TEXT.search(" ".join(re.sub(r"[\s*#/;]+", " ", text).lower().split()))
-    return list(_TEXTS)[int(match.lastgroup[1:])] if match else None
+    # Line ends and marks of comments may stand anywhere in it.
+    words = re.sub(r"[\s*#/;]+", " ", text).lower().split()
+    match = _TEXT.search(" ".join(words))
+    if match is None or match.lastgroup is None:
+        return None
+    # The name of a group is `l` and the index of its pattern.
+    return list(_TEXTS)[int(match.lastgroup[1:])]
 
 
 def is_licence_file(name: str) -> bool:

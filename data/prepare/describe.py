@@ -47,19 +47,29 @@ def _summary(cache: TokenCache, opened: Mapping[str, Split]) -> list[str]:
     lines = [f"{metadata['task']}, vocabulary of {cache.vocab_size:,} ids, from {metadata.get('source', 'somewhere')}"]
     if metadata.get("licence"):
         lines.append(f"licence: {metadata['licence']}")
-    heads = ("split", "documents", "tokens", "bytes", "bytes/token", *(f">={_thousands(bound)}" for bound in LONG))
-    quantiles = ("shortest", "10%", "median", "90%", "longest")
-    rows = [(*heads, *quantiles)]
-    for name, split in opened.items():
-        lengths, num_bytes = split.num_tokens, int(split.num_bytes.sum())
-        total = int(lengths.sum())
-        shares = [f"{np.mean(lengths >= bound):.1%}" if len(lengths) else "-" for bound in LONG]
-        at = [f"{int(value):,}" for value in np.percentile(lengths, _QUANTILES)] if len(lengths) else ["-"] * 5
-        per_token = f"{num_bytes / total:.2f}" if total else "-"
-        rows.append((name, f"{len(split):,}", f"{total:,}", f"{num_bytes:,}", per_token, *shares, *at))
+    heads = ["split", "documents", "tokens", "bytes", "bytes/token"]
+    heads += [f">={_thousands(bound)}" for bound in LONG]
+    heads += ["shortest", "10%", "median", "90%", "longest"]
+    rows = [heads, *(_row(name, split) for name, split in opened.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells))
     return lines
+
+
+def _row(name: str, split: Split) -> list[str]:
+    """The figures of a split, in the order of the heads."""
+    lengths = split.num_tokens
+    num_tokens = int(lengths.sum())
+    num_bytes = int(split.num_bytes.sum())
+    row = [name, f"{len(split):,}", f"{num_tokens:,}", f"{num_bytes:,}"]
+    row.append(f"{num_bytes / num_tokens:.2f}" if num_tokens else "-")
+    if not len(lengths):
+        return row + ["-"] * (len(LONG) + len(_QUANTILES))
+    row += [f"{np.mean(lengths >= bound):.1%}" for bound in LONG]
+    row += [f"{int(length):,}" for length in np.percentile(lengths, _QUANTILES)]
+    return row
 
 
 def _histogram(opened: Mapping[str, Split]) -> list[str]:
@@ -71,26 +81,31 @@ def _histogram(opened: Mapping[str, Split]) -> list[str]:
     counts = np.bincount(powers)
     lines = ["documents by tokens:"]
     for power in range(int(powers.min()), len(counts)):
+        first = _thousands(1 << power)
+        end = _thousands(2 << power)
         bar = "#" * int(np.ceil(_BAR * counts[power] / counts.max()))
-        lines.append(
-            f"{_thousands(1 << power):>7} to {_thousands(2 << power):>5}  {counts[power]:>10,}  {bar}".rstrip()
-        )
+        lines.append(f"{first:>7} to {end:>5}  {counts[power]:>10,}  {bar}".rstrip())
     return lines
 
 
 def _sample(cache: TokenCache, opened: Mapping[str, Split]) -> list[str]:
     """The beginning of the document of median length of the first split that has any."""
-    name, split = next(((name, split) for name, split in opened.items() if len(split)), (None, None))
-    if split is None:
-        return []
-    index = int(np.argsort(split.num_tokens, kind="stable")[len(split) // 2])
-    text = cache.vocabulary.decode(split.tokens(index, 0, min(_SAMPLE_TOKENS, int(split.num_tokens[index]))))
-    lines = text.split("\n")[:_SAMPLE_LINES]
-    head = f"the beginning of {split.key(index)!r}, of {split.num_tokens[index]:,} tokens, in {name}:"
-    return [
-        head,
-        *(f"  | {_printable(textwrap.shorten(line, _WIDTH) if len(line) > _WIDTH else line)}" for line in lines),
-    ]
+    for name, split in opened.items():
+        if len(split):
+            return _beginning(cache, name, split)
+    return []
+
+
+def _beginning(cache: TokenCache, name: str, split: Split) -> list[str]:
+    by_length = np.argsort(split.num_tokens, kind="stable")
+    index = int(by_length[len(split) // 2])
+    num_tokens = int(split.num_tokens[index])
+    text = cache.vocabulary.decode(split.tokens(index, 0, min(_SAMPLE_TOKENS, num_tokens)))
+    lines = [f"the beginning of {split.key(index)!r}, of {num_tokens:,} tokens, in {name}:"]
+    for line in text.split("\n")[:_SAMPLE_LINES]:
+        shown = textwrap.shorten(line, _WIDTH) if len(line) > _WIDTH else line
+        lines.append(f"  | {_printable(shown)}")
+    return lines
 
 
 def _draw(task: str, opened: Mapping[str, Split], picture: str) -> None:
@@ -103,7 +118,8 @@ def _draw(task: str, opened: Mapping[str, Split], picture: str) -> None:
         highest = max(int(values.max()) for values in lengths.values())
         lowest = min(int(values.min()) for values in lengths.values())
         edges = np.geomspace(lowest, highest + 1, 40)
-        axes.hist(list(lengths.values()), edges, stacked=True, label=[f"{n} ({len(v):,})" for n, v in lengths.items()])
+        labels = [f"{name} ({len(values):,})" for name, values in lengths.items()]
+        axes.hist(list(lengths.values()), edges.tolist(), stacked=True, label=labels)
         axes.legend()
     for bound in LONG:
         axes.axvline(bound, color="grey", linestyle=":", linewidth=1)

@@ -12,9 +12,10 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from etils import epath
 
 from memorizing.data import documents
 from memorizing.data.corpora import catalogue
@@ -39,7 +40,17 @@ _MAX_PARTS = 1024
 _MIN_SAMPLE_BYTES = 4 << 20
 _SAMPLE_BYTES_PER_PIECE = 2 << 10
 
-_Part = TypeVar("_Part", survey.Part, tokenising.Part)
+_Part = TypeVar("_Part", survey.Part, tokenising.Part, contravariant=True)
+
+
+class _Work(Protocol[_Part]):
+    """`Surveying` or `Tokenising`: what one process does with one part at a time."""
+
+    def path(self, part: _Part) -> epath.Path:
+        """Where the file is that the work on a part leaves."""
+        ...
+
+    def __call__(self, part: _Part, advance: Callable[[], None]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +88,8 @@ class Settings:
     @property
     def provenance(self) -> dict[str, Any]:
         """What a cache records of these settings, to be compared with those of a later call; JSON-able."""
-        by_hash, by_file = self.split_rule == splits.HASH, self.split_rule not in (splits.HASH, splits.OFFICIAL)
+        by_hash = self.split_rule == splits.HASH
+        by_file = self.split_rule not in (splits.HASH, splits.OFFICIAL)
         return {
             "source": self.source,
             "reader_settings": dict(sorted(self.reader_settings.items())),
@@ -126,9 +138,8 @@ def make_cache(
         }
         names = [name for name, count in splits.count(split_numbers).items() if count]
         metadata = cache_writer.join(staged.path, index_paths, names, str(settings.task), used, described)
-        splits.check_none_empty(
-            {name: counts["documents"] for name, counts in metadata["splits"].items()}, metadata["skipped"]
-        )
+        num_documents = {name: counts["documents"] for name, counts in metadata["splits"].items()}
+        splits.check_none_empty(num_documents, metadata["skipped"])
     print_summary(output, metadata, progress)
 
 
@@ -147,6 +158,8 @@ def make_vocabulary(settings: Settings, output: str, workers: Workers, progress:
         surveyed = preparation.survey(staged)
         _, split_numbers = preparation.divide(surveyed)
         used = preparation.vocabulary(staged, surveyed, split_numbers)
+        # Only a Task of bytes, which was refused above, has a vocabulary without a model.
+        assert isinstance(used, vocabulary.SentencePieceVocabulary)
         staging.save(output, used.model)
     progress.print(f"vocabulary of {used.size} pieces: {output}")
 
@@ -157,7 +170,9 @@ class _Preparation:
     def __init__(self, settings: Settings, workers: Workers, progress: PreparationProgress) -> None:
         """Raises DataError where a setting or the source cannot be used."""
         splits.check_fraction(settings.validation_fraction)
-        self.settings, self._workers, self._progress = settings, workers, progress
+        self.settings = settings
+        self._workers = workers
+        self._progress = progress
         self.reader = catalogue.reader(settings.task.corpus, settings.source, settings.reader_settings)
         self._given = _given_vocabulary(settings)
         self._parts = survey.parts(self.reader.shards(), _MAX_PARTS)
@@ -211,9 +226,11 @@ class _Preparation:
             if isinstance(self._given, vocabulary.SentencePieceVocabulary):
                 staging.save(staged.path / vocabulary.MODEL_FILE, self._given.model)
             return self._given
+        num_pieces = self.settings.task.num_pieces
+        # For bytes the vocabulary is given.
+        assert num_pieces is not None
         path = staged.path / vocabulary.MODEL_FILE
         if not path.exists():
-            num_pieces = self.settings.task.num_pieces
             with self._progress.stage(f"training a vocabulary of {num_pieces} pieces"):
                 lines = surveyed.sample_lines(split_numbers, self._sample_bytes)
                 staging.save(path, vocabulary.train(lines, num_pieces).model)
@@ -241,7 +258,7 @@ class _Preparation:
     def _sample_bytes(self) -> int:
         return max(_MIN_SAMPLE_BYTES, _SAMPLE_BYTES_PER_PIECE * (self.settings.task.num_pieces or 0))
 
-    def _run(self, name: str, work: Surveying | Tokenising, parts: Sequence[_Part], total: int | None) -> None:
+    def _run(self, name: str, work: _Work[_Part], parts: Sequence[_Part], total: int | None) -> None:
         """Does the work on the parts whose files are missing."""
         missing = [part for part in parts if not work.path(part).exists()]
         if len(missing) < len(parts):
@@ -273,10 +290,12 @@ def _given_vocabulary(settings: Settings) -> Vocabulary | None:
 
 def _described(reader: CorpusReader) -> dict[str, Any]:
     """All settings of a reader, JSON-able."""
-    return {"class": type(reader).__name__} | {
-        field.name: list(value) if isinstance(value := getattr(reader, field.name), tuple) else value
-        for field in dataclasses.fields(reader)
-    }
+    described: dict[str, Any] = {"class": type(reader).__name__}
+    # All readers are dataclasses, which a protocol cannot say.
+    for field in dataclasses.fields(reader):  # pyright: ignore[reportArgumentType]
+        value = getattr(reader, field.name)
+        described[field.name] = list(value) if isinstance(value, tuple) else value
+    return described
 
 
 def print_summary(output: str, metadata: Mapping[str, Any], progress: PreparationProgress) -> None:

@@ -33,7 +33,8 @@ class PreparationProgress:
         Yields:
           A function to call with the number of documents that were done since the last call.
         """
-        start, count = time.monotonic(), 0
+        start = time.monotonic()
+        count = 0
         with self._live(name, total) as show:
 
             def advance(more: int) -> None:

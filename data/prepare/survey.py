@@ -69,12 +69,20 @@ class Surveying:
           part: to read.
           advance: called after each document.
         """
-        hashes, num_bytes, official, keys = [], [], [], []
+        # Of every document.
+        hashes = []
+        num_bytes = []
+        official = []
+        keys = []
+        # Of every shard.
+        digests = []
+        shard_bytes = []
+        shard_documents = []
         skipped: Counter[str] = Counter()
         sampler = TextSampler(self.sample_bytes)
-        digests, shard_bytes, shard_documents = [], [], []
         for shard in part.shards:
-            digest, first = ShardDigest(), len(hashes)
+            digest = ShardDigest()
+            first = len(hashes)
             for document in self.reader.documents(shard, skipped):
                 hashes.append(splits.key_hash(document.key))
                 official.append(splits.number(document.metadata.get("split"), document.key))
@@ -134,7 +142,8 @@ class Survey:
         Raises:
           DataError: there are no documents, or a key occurs twice.
         """
-        self._work, self.parts = work, parts
+        self._work = work
+        self.parts = parts
         self._by_part: list[dict[str, np.ndarray]] = []
         skipped: Counter[str] = Counter()
         digest = hashlib.sha256()

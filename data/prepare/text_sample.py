@@ -40,34 +40,40 @@ class TextSampler:
 
     def __init__(self, max_bytes: int) -> None:
         """Keeps at most `max_bytes` of text, and about half of that or more where the part has as much."""
-        self._max_bytes, self._limit, self._num_bytes = max_bytes, _NO_LIMIT, 0
-        self._kept: list[tuple[int, int, bytes]] = []
+        self._max_bytes = max_bytes
+        # Blocks with a lower hash are chosen: (hash, document, text).
+        self._limit = _NO_LIMIT
+        self._chosen: list[tuple[int, int, bytes]] = []
+        self._num_bytes = 0
 
     def add(self, document: int, key_hash: int, text: str) -> None:
         """Adds those blocks of a document, the `document`-th of its part, whose hashes are low enough."""
         blocks = np.arange(-(-len(text) // _BLOCK), dtype=np.uint64)
         priorities = mix(mix(blocks * _GOLDEN) ^ np.uint64(key_hash))
-        chosen = np.flatnonzero(priorities < np.uint64(min(self._limit, _NO_LIMIT - 1)))
-        for block, priority in zip(chosen.tolist(), priorities[chosen].tolist(), strict=True):
-            if priority < self._limit:
-                content = text[block * _BLOCK : (block + 1) * _BLOCK].encode()
-                self._kept.append((priority, document, content))
-                self._num_bytes += len(content)
-                while self._num_bytes > self._max_bytes:
-                    self._lower()
+        candidates = np.flatnonzero(priorities < np.uint64(min(self._limit, _NO_LIMIT - 1)))
+        for block, priority in zip(candidates.tolist(), priorities[candidates].tolist(), strict=True):
+            # The limit may have been lowered for a block before.
+            if priority >= self._limit:
+                continue
+            content = text[block * _BLOCK : (block + 1) * _BLOCK].encode()
+            self._chosen.append((priority, document, content))
+            self._num_bytes += len(content)
+            while self._num_bytes > self._max_bytes:
+                self._lower_limit()
 
     def result(self) -> TextSample:
-        self._kept.sort()
+        self._chosen.sort()
+        contents = [content for _, _, content in self._chosen]
         return TextSample(
-            np.asarray([document for _, document, _ in self._kept], np.int64),
-            np.asarray([len(content) for *_, content in self._kept], np.int64),
-            np.frombuffer(b"".join(content for *_, content in self._kept), np.uint8),
+            document=np.asarray([document for _, document, _ in self._chosen], np.int64),
+            lengths=np.asarray([len(content) for content in contents], np.int64),
+            text=np.frombuffer(b"".join(contents), np.uint8),
         )
 
-    def _lower(self) -> None:
+    def _lower_limit(self) -> None:
         self._limit //= 2
-        self._kept = [block for block in self._kept if block[0] < self._limit]
-        self._num_bytes = sum(len(content) for *_, content in self._kept)
+        self._chosen = [block for block in self._chosen if block[0] < self._limit]
+        self._num_bytes = sum(len(content) for _, _, content in self._chosen)
 
 
 def lines(samples: Iterator[tuple[TextSample, np.ndarray, int]]) -> Iterator[str]:
@@ -78,11 +84,12 @@ def lines(samples: Iterator[tuple[TextSample, np.ndarray, int]]) -> Iterator[str
     """
     for sample, may_take, max_bytes in samples:
         ends = np.cumsum(sample.lengths)
-        taken = np.flatnonzero(may_take[sample.document])
+        starts = ends - sample.lengths
+        allowed = np.flatnonzero(may_take[sample.document])
         # The first block is always taken, so that every part is represented.
-        before = np.cumsum(sample.lengths[taken]) - sample.lengths[taken]
-        for block in taken[before < max_bytes]:
-            text = sample.text[ends[block] - sample.lengths[block] : ends[block]].tobytes().decode()
+        bytes_before = np.cumsum(sample.lengths[allowed]) - sample.lengths[allowed]
+        for block in allowed[bytes_before < max_bytes]:
+            text = sample.text[starts[block] : ends[block]].tobytes().decode()
             yield from filter(None, text.split("\n"))
 
 
@@ -93,5 +100,7 @@ def max_bytes_of_part(max_bytes: int, num_parts: int) -> int:
 
 def shares(sizes: Sequence[int], max_bytes: int) -> list[int]:
     """Bytes to take of each part, in proportion to the bytes of its training documents."""
-    total = max(sum(sizes), 1)
-    return [-(-size * max_bytes // total) if total > max_bytes else size for size in sizes]
+    total = sum(sizes)
+    if total <= max_bytes:
+        return list(sizes)
+    return [-(-size * max_bytes // total) for size in sizes]

@@ -67,15 +67,18 @@ def parts(survey: Survey, split_numbers: Sequence[np.ndarray]) -> list[Part]:
     num_bytes = 0
     for part, numbers in zip(survey.parts, split_numbers, strict=True):
         ends = np.cumsum(survey.shard_documents(part.number))
-        for name, digest, ours in zip(
-            part.shards, survey.shard_digests(part.number), np.split(numbers, ends[:-1]), strict=True
-        ):
+        digests = survey.shard_digests(part.number)
+        by_shard = np.split(numbers, ends[:-1])
+        for name, digest, ours in zip(part.shards, digests, by_shard, strict=True):
             shards.append(Shard(name, digest, ours.astype(np.int8).tobytes()))
         num_bytes += survey.part_bytes(part.number)
         if num_bytes >= enough:
             made.append(Part(len(made), tuple(shards)))
-            shards, num_bytes = [], 0
-    return [*made, Part(len(made), tuple(shards))] if shards else made
+            shards = []
+            num_bytes = 0
+    if shards:
+        made.append(Part(len(made), tuple(shards)))
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +132,15 @@ class Tokenising:
             if len(example["targets"]) - 1 < self.min_tokens:
                 skipped[f"fewer than {self.min_tokens} tokens"] += 1
             else:
-                key, num_bytes = example["doc_id"].decode(), int(example["num_bytes"])
+                key = example["doc_id"].decode()
+                num_bytes = int(example["num_bytes"])
                 yield split, TokenisedDocument(key, num_bytes, example["targets"])
             advance()
 
     def _examples(self, part: Part, split_numbers: deque[int]) -> Iterator[dict[str, Any]]:
         for shard in part.shards:
-            digest, numbers = ShardDigest(), np.frombuffer(shard.splits, np.int8)
+            digest = ShardDigest()
+            numbers = np.frombuffer(shard.splits, np.int8)
             # What is left out was counted in the first reading.
             for index, document in enumerate(self.reader.documents(shard.name, Counter())):
                 num_bytes = digest.add(document)

@@ -54,16 +54,24 @@ def permuted(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray
     a = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
     b = (size + a - 1) // a
     result = index.astype(np.uint64)
+    # Places of the values that are not inside their range yet.
     pending = np.arange(len(index))
     while len(pending):
-        a_here, b_here, key_here = a[pending], b[pending], key[pending]
-        left, right = np.divmod(result[pending], b_here)
-        for turn in range(0, _ROUNDS, 2):
-            left = (left + mix(mix(key_here + np.uint64(turn)) ^ right) % a_here) % a_here
-            right = (right + mix(mix(key_here + np.uint64(turn + 1)) ^ left) % b_here) % b_here
-        result[pending] = left * b_here + right
-        pending = pending[result[pending] >= size[pending]]
+        result[pending] = _permuted_once(result[pending], a[pending], b[pending], key[pending])
+        is_outside = result[pending] >= size[pending]
+        pending = pending[is_outside]
     return result.astype(np.int64)
+
+
+def _permuted_once(values: np.ndarray, a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The Feistel network, a permutation of 0 to below a * b; all uint64 [n]."""
+    left, right = np.divmod(values, b)
+    for turn in range(0, _ROUNDS, 2):
+        left_key = mix(key + np.uint64(turn))
+        left = (left + mix(left_key ^ right) % a) % a
+        right_key = mix(key + np.uint64(turn + 1))
+        right = (right + mix(right_key ^ left) % b) % b
+    return left * b + right
 
 
 class Line:
@@ -95,15 +103,19 @@ class Line:
 
     def documents_at(self, positions: np.ndarray) -> np.ndarray:
         """The documents at some positions, int64 [n] -> int64 [n]."""
-        size = int(self._place_ends[-1])
-        block, slot = np.divmod(positions, size)
-        if size > 1:
-            slot = permuted(slot, np.full_like(slot, size), _keyed(self._block_key, block))
+        block_size = int(self._place_ends[-1])
+        block, slot = np.divmod(positions, block_size)
+        if block_size > 1:
+            slot = permuted(slot, np.full_like(slot, block_size), _keyed(self._block_key, block))
         corpus = np.searchsorted(self._place_ends, slot, side="right")
-        before = self._place_ends[corpus] - self._places[corpus]
-        place = block * self._places[corpus] + slot - before
-        epoch, index = np.divmod(place, self._sizes[corpus])
-        return self._first[corpus] + permuted(index, self._sizes[corpus], _keyed(self._corpus_keys[corpus], epoch))
+        places = self._places[corpus]
+        first_slot = self._place_ends[corpus] - places
+        # Where in the line of its own corpus.
+        place = block * places + slot - first_slot
+        num_documents = self._sizes[corpus]
+        epoch, index = np.divmod(place, num_documents)
+        key = _keyed(self._corpus_keys[corpus], epoch)
+        return self._first[corpus] + permuted(index, num_documents, key)
 
 
 def _apportioned(weights: np.ndarray) -> np.ndarray:
@@ -113,12 +125,15 @@ def _apportioned(weights: np.ndarray) -> np.ndarray:
     missing = _BLOCK - int(places.sum())
     if missing < 0:
         places[np.argmax(places)] += missing
-    places[np.argsort(places - exact, kind="stable")[: max(missing, 0)]] += 1
+    else:
+        by_remainder = np.argsort(places - exact, kind="stable")
+        places[by_remainder[:missing]] += 1
     return places // math.gcd(*places.tolist())
 
 
 def _key(seed: int, use: str) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.sha256(f"{seed}/{use}".encode()).digest()[:8], "little"))
+    digest = hashlib.sha256(f"{seed}/{use}".encode()).digest()
+    return np.uint64(int.from_bytes(digest[:8], "little"))
 
 
 def _keyed(key: np.ndarray | np.uint64, number: np.ndarray) -> np.ndarray:

@@ -24,7 +24,8 @@ class ReadAhead:
           batches: to read; it belongs to this object from now on.
           depth: how many batches may wait.
         """
-        self._batches, self._depth = batches, depth
+        self._batches = batches
+        self._depth = depth
         self._state = batches.get_state()
         self._reading: _Reading | None = None
 

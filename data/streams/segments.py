@@ -1,8 +1,8 @@
 """Documents as segments: the training stream, whose position is saved exactly, and the pass over held-out documents.
 
 Training documents stand in an endless line (`order`). Of R rows, row r takes the documents at the positions r, r + R,
-r + 2R, ... of that line and cuts each into segments. So the position of a row is two integers, rows do not wait for each
-other, and no number of hosts is part of it.
+r + 2R, ... of that line and cuts each into segments. So the position of a row is two integers, rows do not wait for
+each other, and no number of hosts is part of it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Documents(Protocol):
 
     def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens of a document from `start` to below `stop`, or to its end, integers [length]."""
+        ...
 
 
 class Joined:
@@ -94,30 +95,28 @@ class DocumentStream:
             raise DataError(
                 f"cannot stream {rows} of {num_rows} rows in {num_segments} segments of {segment_length} tokens"
             )
-        self._documents, self._line = documents, line
+        self._documents = documents
+        self._line = line
         self._identity = {"cache": fingerprint, **line.identity, "num_rows": num_rows}
         self._rows = np.asarray(rows, np.int64)
-        self._readers = [_Reader(documents) for _ in rows]
-        self._num_segments, self._segment_length = num_segments, segment_length
+        self._windows = [_Window(documents) for _ in rows]
+        self._num_segments = num_segments
+        self._segment_length = segment_length
         self._move_to(np.arange(num_rows, dtype=np.int64), np.zeros(num_rows, np.int64))
 
     def __iter__(self) -> DocumentStream:
         return self
 
     def __next__(self) -> Batch:
-        shape = (len(self._rows), self._num_segments, self._segment_length)
-        targets, previous = np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32)
-        num_real = np.zeros(shape[:2], np.int64)
-        start_of_document = np.zeros(shape[:2], bool)
-        for segment in range(self._num_segments):
-            start_of_document[:, segment] = self._offset[self._rows] == 0
-            num_real[:, segment] = (self._length - self._offset)[self._rows]
-            for index, row in enumerate(self._rows.tolist()):
-                previous[index, segment] = self._readers[index].segment(
-                    int(self._document[row]), int(self._offset[row]), targets[index, segment]
-                )
+        segments = []
+        for _ in range(self._num_segments):
+            document = self._document[self._rows]
+            offset = self._offset[self._rows]
+            length = self._length[self._rows]
+            segments.append(_read_segment(self._windows, document, offset, length, self._segment_length))
             self._advance()
-        return _make_batch(targets, previous, num_real, start_of_document)
+        # [B, T] of each segment -> [B, U, T]
+        return Batch(*(np.stack(field, axis=1) for field in zip(*segments, strict=True)))
 
     def get_state(self) -> dict[str, Any]:
         """See `BatchIterator`: for each row, where its document stands in the line, and its next token in that."""
@@ -135,7 +134,8 @@ class DocumentStream:
                     f"this position belongs to another stream: its {name} is {state.get(name)!r}, here it is {value!r}"
                 )
         num_rows = self._identity["num_rows"]
-        position, offset = (np.asarray(state.get(name, ()), np.int64) for name in ("position", "offset"))
+        position = np.asarray(state.get("position", ()), np.int64)
+        offset = np.asarray(state.get("offset", ()), np.int64)
         if position.shape != (num_rows,) or offset.shape != (num_rows,):
             raise DataError(
                 f"this is no position of {num_rows} rows: it has {position.shape} positions and {offset.shape} offsets"
@@ -147,8 +147,10 @@ class DocumentStream:
         self._move_to(position, offset)
 
     def _move_to(self, position: np.ndarray, offset: np.ndarray) -> None:
-        # int64 [R]: of all hosts' rows, the place of its document in the line, its next token; the document, its length.
-        self._position, self._offset = position.copy(), offset.copy()
+        # int64 [R], for the rows of all hosts: the place of the row's document in the line, its next token in that
+        # document, the document, and how many tokens it has.
+        self._position = position.copy()
+        self._offset = offset.copy()
         self._document = self._line.documents_at(position)
         self._length = self._documents.num_tokens[self._document]
 
@@ -180,74 +182,102 @@ def evaluation_batches(
       One segment of each of this host's rows; in rows that have run out no position is real.
     """
     own_rows = np.asarray(range(num_rows) if rows is None else rows, np.int64)
-    readers = [_Reader(documents) for _ in own_rows]
+    windows = [_Window(documents) for _ in own_rows]
     waiting = iter(np.argsort(-documents.num_tokens, kind="stable"))
+    # [B], for the rows of all hosts: the document, the next token in it, and how many tokens it has.
     document = np.full(num_rows, -1, np.int32)
-    offset, length = np.zeros((2, num_rows), np.int64)
+    offset = np.zeros(num_rows, np.int64)
+    length = np.zeros(num_rows, np.int64)
     while True:
-        for row in np.nonzero(offset >= length)[0]:
-            document[row], offset[row] = next(waiting, -1), 0
+        for row in np.flatnonzero(offset >= length):
+            document[row] = next(waiting, -1)
+            offset[row] = 0
             length[row] = documents.num_tokens[document[row]] if document[row] >= 0 else 0
         if np.all(document < 0):
             return
-        targets, previous = (
-            np.zeros((len(own_rows), 1, segment_length), np.int32),
-            np.zeros((len(own_rows), 1), np.int32),
-        )
-        for index, row in enumerate(own_rows):
-            if document[row] >= 0:
-                previous[index] = readers[index].segment(int(document[row]), int(offset[row]), targets[index, 0])
-        start_of_document = ((offset == 0) & (document >= 0))[own_rows, None]
-        num_real = (length - offset)[own_rows, None]
-        batch = _make_batch(targets, previous, num_real, start_of_document)
+        segment = _read_segment(windows, document[own_rows], offset[own_rows], length[own_rows], segment_length)
+        # [B, T] -> [B, 1, T]
+        batch = Batch(*(field[:, None] for field in segment))
         yield EvaluationBatch(batch, document[own_rows], offset[own_rows])
         offset += segment_length
 
 
-class _Reader:
-    """Reads the documents of one row, a window at a time: no document is held whole, and none is read twice."""
-
-    def __init__(self, documents: Documents) -> None:
-        self._documents = documents
-        # The tokens of a document from one of them on.
-        self._window, self._document, self._start = np.zeros(0, np.uint16), -1, 0
-
-    def segment(self, document: int, offset: int, targets: np.ndarray) -> int:
-        """Puts the segment of a document that begins at `offset` into `targets`, int32 [T]. Returns the token before it,
-        `start_id` at the start.
-        """
-        num_tokens = int(self._documents.num_tokens[document])
-        before, stop = max(offset - 1, 0), min(offset + len(targets), num_tokens)
-        if not self._holds(document, before, stop):
-            kept = self._window[before - self._start : offset - self._start]
-            if offset and not self._holds(document, before, offset):
-                kept = self._documents.tokens(document, before, offset)
-            # To the end of a piece of the cache, so that the next window begins with one.
-            window = self._documents.tokens(document, offset, min(-(-stop // WINDOW) * WINDOW, num_tokens))
-            self._window, self._document, self._start = np.concatenate([kept, window]), document, before
-        targets[: stop - offset] = self._window[offset - self._start : stop - self._start]
-        return int(self._window[before - self._start]) if offset else self._documents.start_id
-
-    def _holds(self, document: int, start: int, stop: int) -> bool:
-        return document == self._document and self._start <= start and stop <= self._start + len(self._window)
-
-
-def _make_batch(
-    targets: np.ndarray, previous: np.ndarray, num_real: np.ndarray, start_of_document: np.ndarray
+def _read_segment(
+    windows: Sequence[_Window], document: np.ndarray, offset: np.ndarray, length: np.ndarray, segment_length: int
 ) -> Batch:
-    """The batch that predicts `targets`.
+    """The next segment of every row: a batch whose fields are [B, T], or [B].
 
     Args:
-      targets: int32 [B, U, T].
-      previous: int32 [B, U], the token before each segment.
-      num_real: int [B, U], tokens of the document from each segment's start on; at most 0 where there is no document.
-      start_of_document: bool [B, U].
+      windows: one for each row.
+      document: int [B], the document that the row is on; -1 for none.
+      offset: int [B], where the segment begins in it.
+      length: int [B], tokens of the whole document.
+      segment_length: T.
     """
-    is_real = np.arange(targets.shape[-1]) < num_real[..., None]
+    targets = np.zeros((len(windows), segment_length), np.int32)  # [B, T]
+    # The token before each segment.
+    previous = np.zeros(len(windows), np.int32)  # [B]
+    for row, window in enumerate(windows):
+        if document[row] >= 0:
+            previous[row] = window.read(int(document[row]), int(offset[row]), targets[row])
+    # In a row without a document nothing is real: its length is 0.
+    num_real = length - offset  # [B]
+    is_real = np.arange(segment_length) < num_real[:, None]  # [B, T]
     return Batch(
-        tokens=np.concatenate([previous[..., None], targets[..., :-1]], axis=-1),
+        tokens=np.concatenate([previous[:, None], targets[:, :-1]], axis=1),
         targets=targets,
         loss_weights=is_real.astype(np.float32),
         is_real=is_real,
-        start_of_document=start_of_document,
+        start_of_document=(offset == 0) & (document >= 0),
     )
+
+
+class _Window:
+    """The part of a row's document that is in memory: no document is held whole, and no part of it is read twice."""
+
+    def __init__(self, documents: Documents) -> None:
+        self._documents = documents
+        self._document = -1
+        # The tokens of that document from `_start` on.
+        self._start = 0
+        self._tokens = np.zeros(0, np.uint16)
+
+    def read(self, document: int, offset: int, targets: np.ndarray) -> int:
+        """Copies a segment of a document, and moves the window where it does not hold the segment yet.
+
+        Args:
+          document: which.
+          offset: where the segment begins in it.
+          targets: int32 [T], receives the segment; what is behind the end of the document stays as it is.
+
+        Returns:
+          The token before the segment; at the start of the document its `start_id`.
+        """
+        num_tokens = int(self._documents.num_tokens[document])
+        before = max(offset - 1, 0)
+        stop = min(offset + len(targets), num_tokens)
+        if not self._holds(document, before, stop):
+            self._move_to(document, before, offset, stop)
+        targets[: stop - offset] = self._tokens[offset - self._start : stop - self._start]
+        if offset == 0:
+            return self._documents.start_id
+        return int(self._tokens[before - self._start])
+
+    def _move_to(self, document: int, before: int, offset: int, stop: int) -> None:
+        """Makes the window begin at `before`, the token ahead of `offset` or that itself, and hold all below `stop`."""
+        if offset == 0:
+            first = self._tokens[:0]
+        elif self._holds(document, before, offset):
+            first = self._tokens[before - self._start : offset - self._start]
+        else:
+            first = self._documents.tokens(document, before, offset)
+        # To the end of a piece of the cache, so that the next window begins with one.
+        end_of_piece = -(-stop // WINDOW) * WINDOW
+        rest = self._documents.tokens(document, offset, min(end_of_piece, int(self._documents.num_tokens[document])))
+        self._tokens = np.concatenate([first, rest])
+        self._document = document
+        self._start = before
+
+    def _holds(self, document: int, start: int, stop: int) -> bool:
+        end = self._start + len(self._tokens)
+        return document == self._document and self._start <= start and stop <= end

@@ -235,8 +235,13 @@ class Mixture:
     @property
     def document_words(self) -> np.ndarray | None:
         """Words of each held-out document, int64; None unless all corpora are prose."""
-        words = [corpus.document_words for corpus in self.corpora]
-        return None if any(counts is None for counts in words) else np.concatenate(words)
+        words = []
+        for corpus in self.corpora:
+            counts = corpus.document_words
+            if counts is None:
+                return None
+            words.append(counts)
+        return np.concatenate(words)
 
     def document_keys(self) -> list[str]:
         """Names of the held-out documents, with their corpus."""

@@ -65,7 +65,8 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _divide(self, reader: CorpusReader) -> tuple[SplitRule, set[int]]:
         """The rule of the splits, and the numbers of those that have documents."""
-        hashes, official = [], []
+        hashes = []
+        official = []
         for shard in reader.shards():
             for document in reader.documents(shard, Counter()):
                 hashes.append(splits.key_hash(document.key))
@@ -89,8 +90,10 @@ class CorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def _number(rule: SplitRule, key: str, official: str | None) -> int:
-    hashes, given = np.asarray([splits.key_hash(key)], np.uint64), np.asarray([splits.number(official, key)], np.int8)
-    return int(rule.numbers([key], hashes, given)[0])
+    hashes = np.asarray([splits.key_hash(key)], np.uint64)
+    given = np.asarray([splits.number(official, key)], np.int8)
+    (number,) = rule.numbers([key], hashes, given)
+    return int(number)
 
 
 def _builder(corpus: catalogue.Corpus) -> type[CorpusBuilder]:

@@ -58,7 +58,12 @@ def register(
         seqio.TaskRegistry.remove(str(name))
     builder = builders.BUILDERS[name.corpus]
     source = seqio.TfdsDataSource(tfds_name=f"{builder.name}:{builder.VERSION}", tfds_data_dir=data_dir)
-    return seqio.TaskRegistry.add(str(name), source=source, **_definition(model_path))
+    # seqio's own sources lack members that its annotation of `source` asks for.
+    return seqio.TaskRegistry.add(
+        str(name),
+        source=source,  # pyright: ignore[reportArgumentType]
+        **_definition(model_path),
+    )
 
 
 def register_all(

@@ -41,9 +41,11 @@ class SplitRule(Protocol):
         Raises:
           DataError: a document has no split.
         """
+        ...
 
     def described(self) -> dict[str, Any]:
         """The rule as a cache records it, JSON-able."""
+        ...
 
 
 def key_hash(key: str) -> int:

@@ -55,7 +55,8 @@ class _Columns:
         self.num_bytes.append(document.num_bytes)
         self.key_lengths.append(len(key))
         self.keys += key
-        self.digest.update(hashlib.sha256(key).digest() + hashlib.sha256(tokens).digest())
+        self.digest.update(hashlib.sha256(key).digest())
+        self.digest.update(hashlib.sha256(tokens).digest())
 
     def arrays(self) -> dict[str, np.ndarray]:
         numbers = {name: np.asarray(getattr(self, name), np.int64) for name in _COLUMNS}
@@ -95,7 +96,8 @@ def write_part(
             if split not in writers:
                 # One record a group: reading a piece decompresses no other.
                 path = os.fspath(private / token_cache.shard_file(split, number))
-                writers[split], columns[split] = ArrayRecordWriter(path, "group_size:1"), _Columns()
+                writers[split] = ArrayRecordWriter(path, "group_size:1")
+                columns[split] = _Columns()
             tokens = document.tokens.astype(dtype)
             for start in range(0, len(tokens), token_cache.PIECE):
                 writers[split].write(tokens[start : start + token_cache.PIECE].tobytes())
@@ -104,9 +106,9 @@ def write_part(
             writer.close()
             name = token_cache.shard_file(split, number)
             staging.publish(private / name, epath.Path(directory) / name)
-        content = {
-            f"{split}/{name}": values for split, kept in columns.items() for name, values in kept.arrays().items()
-        }
+        content: dict[str, np.ndarray] = {}
+        for split, of_split in columns.items():
+            content |= {f"{split}/{name}": values for name, values in of_split.arrays().items()}
         content["notes"] = np.frombuffer(json.dumps(notes or {}).encode(), np.uint8)
         staging.save_arrays(index_path, content)
 
@@ -156,19 +158,23 @@ def notes(index_path: epath.PathLike) -> dict[str, Any]:
 def _join_split(directory: epath.Path, split: str, index_paths: Sequence[epath.PathLike]) -> dict[str, Any]:
     """Joins the indices of a split and returns its counts."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*_COLUMNS, "keys")}
-    shards, shard_starts, num_documents, digest = [], [], 0, hashlib.sha256()
+    shards: list[int] = []
+    shard_starts: list[int] = []
+    num_documents = 0
+    digest = hashlib.sha256()
     for number, path in enumerate(index_paths):
         part = staging.load_arrays(path, [f"{split}/{name}" for name in (*columns, "digest")])
         if not part:
             continue
-        for name, kept in columns.items():
-            kept.append(part[f"{split}/{name}"])
+        for name, of_parts in columns.items():
+            of_parts.append(part[f"{split}/{name}"])
         shards.append(number)
         shard_starts.append(num_documents)
         num_documents += len(columns["num_tokens"][-1])
         digest.update(part[f"{split}/digest"].tobytes())
     types = dict.fromkeys(_COLUMNS, np.int64) | {"keys": np.uint8}
-    joined = {name: np.concatenate([np.zeros(0, types[name]), *kept]) for name, kept in columns.items()}
+    # A split may be in no part at all.
+    joined = {name: np.concatenate([np.zeros(0, types[name]), *of_parts]) for name, of_parts in columns.items()}
     staging.save_arrays(
         directory / token_cache.index_file(split),
         {
@@ -180,8 +186,12 @@ def _join_split(directory: epath.Path, split: str, index_paths: Sequence[epath.P
             "shard_starts": np.asarray(shard_starts, np.int64),
         },
     )
-    totals = {name: int(joined[f"num_{name}"].sum()) for name in ("tokens", "bytes")}
-    return {"documents": num_documents, **totals, "digest": digest.hexdigest()}
+    return {
+        "documents": num_documents,
+        "tokens": int(joined["num_tokens"].sum()),
+        "bytes": int(joined["num_bytes"].sum()),
+        "digest": digest.hexdigest(),
+    }
 
 
 def _check(document: TokenisedDocument, vocab_size: int) -> None:

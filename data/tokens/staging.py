@@ -128,7 +128,8 @@ def publish(local: pathlib.Path, target: epath.PathLike) -> None:
 def save_arrays(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a .npz file in one step: it is never there in part."""
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    # The stubs of NumPy take the names for the option `allow_pickle`.
+    np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
     save(path, content.getvalue())
 
 

@@ -45,11 +45,15 @@ class Split:
     """
 
     def __init__(self, directory: str, name: str, dtype: np.dtype, start_id: int) -> None:
-        self._directory, self._name, self._dtype = directory, name, dtype
+        self._directory = directory
+        self._name = name
+        self._dtype = dtype
         self.start_id = start_id
         with self._index() as index:
             self.num_tokens: np.ndarray = index["num_tokens"]
-            self._shards, self._shard_starts = index["shards"], index["shard_starts"]
+            # Numbers of the shards, and the first document of each.
+            self._shards = index["shards"]
+            self._shard_starts = index["shard_starts"]
         # Of each document, the records before it, in all shards.
         num_pieces = -(-self.num_tokens // PIECE)
         self._pieces_before = np.cumsum(num_pieces) - num_pieces
@@ -68,7 +72,8 @@ class Split:
     def key(self, index: int) -> str:
         """The key of a document in its corpus."""
         keys, ends = self._keys
-        return keys[ends[index - 1] if index else 0 : ends[index]].tobytes().decode()
+        start = ends[index - 1] if index else 0
+        return keys[start : ends[index]].tobytes().decode()
 
     def tokens(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens of a document from `start` to below `stop`, or to its end: uint16 or uint32 [length].
@@ -77,17 +82,21 @@ class Split:
           DataError: the shard is damaged.
         """
         stop = int(self.num_tokens[index]) if stop is None else stop
-        first, last = start // PIECE, -(-stop // PIECE)
-        tokens = np.concatenate(
-            [self._piece(index, piece) for piece in range(first, last)] or [np.zeros(0, self._dtype)]
-        )
+        first = start // PIECE
+        end = -(-stop // PIECE)
+        if first >= end:
+            return np.zeros(0, self._dtype)
+        tokens = np.concatenate([self._piece(index, piece) for piece in range(first, end)])
         return tokens[start - first * PIECE : stop - first * PIECE]
 
     def _piece(self, index: int, piece: int) -> np.ndarray:
+        """The `piece`-th record of a document."""
         place = int(np.searchsorted(self._shard_starts, index, side="right")) - 1
-        shard, before = int(self._shards[place]), self._pieces_before[self._shard_starts[place]]
+        shard = int(self._shards[place])
+        first_of_shard = self._pieces_before[self._shard_starts[place]]
+        number = int(self._pieces_before[index] - first_of_shard) + piece
         try:
-            (record,) = self._reader(shard).read([int(self._pieces_before[index] - before) + piece])
+            (record,) = self._reader(shard).read([number])
         except (RuntimeError, IndexError) as error:
             raise self._damaged(shard, str(error)) from None
         tokens = np.frombuffer(record, self._dtype)
@@ -107,13 +116,14 @@ class Split:
 
     def _open(self, shard: int) -> ArrayRecordReader:
         # Documents are read in random order: reading ahead would only read too much.
-        return ArrayRecordReader(
-            os.path.join(self._directory, shard_file(self._name, shard)), "readahead_buffer_size:0"
-        )
+        return ArrayRecordReader(self._shard_path(shard), "readahead_buffer_size:0")
 
     def _damaged(self, shard: int, reason: str) -> DataError:
-        path = os.path.join(self._directory, shard_file(self._name, shard))
+        path = self._shard_path(shard)
         return DataError(f"the token cache is damaged: {path}: {reason}; delete the folder and prepare it again")
+
+    def _shard_path(self, shard: int) -> str:
+        return os.path.join(self._directory, shard_file(self._name, shard))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
 """Vocabularies: text to token ids and back, exactly, without TensorFlow or seqio.
 
-The ids are those of seqio's vocabularies, which the Tasks tokenise with: 0 is padding and in no text, 1 ends a document,
-2 is unknown and never occurs. Padding has no meaning here: its id only stands before a document's first token.
+The ids are those of seqio's vocabularies, which the Tasks tokenise with: 0 is padding and in no text, 1 ends a
+document, 2 is unknown and never occurs. Padding has no meaning here: its id only stands before a document's first
+token.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable
-from typing import ClassVar
 
 import numpy as np
 import sentencepiece
@@ -31,35 +31,49 @@ _NUM_SPECIAL = 3
 MODEL_FILE = "vocabulary.model"
 
 
+class _SpecialIds:
+    """The ids that both vocabularies have in common; see `memorizing.batch.Vocabulary`."""
+
+    @property
+    def start_id(self) -> int:
+        return PAD_ID
+
+    @property
+    def end_id(self) -> int:
+        return EOS_ID
+
+    @property
+    def unused_ids(self) -> tuple[int, ...]:
+        return (PAD_ID, UNK_ID)
+
+
 @dataclasses.dataclass(frozen=True)
-class ByteVocabulary:
+class ByteVocabulary(_SpecialIds):
     """UTF-8 bytes after the three special ids, as ByT5."""
 
     name: str = "bytes"
     size: int = _NUM_SPECIAL + 256
     digest: str = "bytes"
-    start_id: ClassVar[int] = PAD_ID
-    end_id: ClassVar[int] = EOS_ID
-    unused_ids: ClassVar[tuple[int, ...]] = (PAD_ID, UNK_ID)
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _NUM_SPECIAL
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = np.asarray(ids, np.int64)
-        return (
-            (ids[(ids >= _NUM_SPECIAL) & (ids < self.size)] - _NUM_SPECIAL)
-            .astype(np.uint8)
-            .tobytes()
-            .decode("utf-8", "replace")
-        )
+        is_byte = (ids >= _NUM_SPECIAL) & (ids < self.size)
+        values = (ids[is_byte] - _NUM_SPECIAL).astype(np.uint8)
+        return values.tobytes().decode("utf-8", "replace")
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
-        return [bytes([i - _NUM_SPECIAL]) if _NUM_SPECIAL <= i < self.size else b"" for i in map(int, ids)]
+        return [self._piece(int(index)) for index in ids]
+
+    def _piece(self, index: int) -> bytes:
+        is_byte = _NUM_SPECIAL <= index < self.size
+        return bytes([index - _NUM_SPECIAL]) if is_byte else b""
 
 
 @dataclasses.dataclass(frozen=True)
-class SentencePieceVocabulary:
+class SentencePieceVocabulary(_SpecialIds):
     """A SentencePiece model that loses nothing.
 
     Attributes:
@@ -67,15 +81,12 @@ class SentencePieceVocabulary:
     """
 
     model: bytes = dataclasses.field(repr=False)
-    start_id: ClassVar[int] = PAD_ID
-    end_id: ClassVar[int] = EOS_ID
-    unused_ids: ClassVar[tuple[int, ...]] = (PAD_ID, UNK_ID)
 
     @functools.cached_property
     def _processor(self) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
 
-    @functools.cached_property
+    @property
     def size(self) -> int:
         return self._processor.vocab_size()
 
@@ -87,8 +98,12 @@ class SentencePieceVocabulary:
     def name(self) -> str:
         return f"spm{self.size}"
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         return hashlib.sha256(self.model).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -98,12 +113,14 @@ class SentencePieceVocabulary:
         return unescape(self._processor.decode(np.asarray(ids, np.int64).tolist()))
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
-        pieces, is_escaped = [], False
+        pieces = []
+        is_escaped = False
         for index in map(int, ids):
             piece = b""
             for character in self._raw_pieces[index]:
                 if is_escaped:
-                    piece, is_escaped = piece + _UNESCAPED.get(character, bytes([ord(_ESCAPE), character])), False
+                    piece += _UNESCAPED.get(character, bytes([ord(_ESCAPE), character]))
+                    is_escaped = False
                 elif character == ord(_ESCAPE):
                     is_escaped = True
                 else:
@@ -120,9 +137,10 @@ class SentencePieceVocabulary:
             if index < _NUM_SPECIAL:
                 return b""
             piece = processor.id_to_piece(index)
-            return (
-                bytes([int(piece[3:5], 16)]) if processor.is_byte(index) else piece.replace(_SPACE_MARK, " ").encode()
-            )
+            if processor.is_byte(index):
+                # Such as "<0x0A>".
+                return bytes([int(piece[3:5], 16)])
+            return piece.replace(_SPACE_MARK, " ").encode()
 
         return list(map(raw, range(self.size)))
 
@@ -169,8 +187,10 @@ def load(path: str) -> SentencePieceVocabulary:
         processor = sentencepiece.SentencePieceProcessor(model_proto=epath.Path(path).read_bytes())
         processor.override_normalizer_spec(add_dummy_prefix=False)
         loaded = SentencePieceVocabulary(processor.serialized_model_proto())
-        special, ids = loaded.piece_ids("<pad>", "</s>", "<unk>"), loaded.encode(_HARD_TEXT).tolist()
-        by_line = [id for line in _HARD_TEXT.splitlines(keepends=True) for id in loaded.encode(line).tolist()]
+        special = loaded.piece_ids("<pad>", "</s>", "<unk>")
+        ids = loaded.encode(_HARD_TEXT).tolist()
+        lines = _HARD_TEXT.splitlines(keepends=True)
+        by_line = np.concatenate([loaded.encode(line) for line in lines]).tolist()
     except (OSError, RuntimeError) as error:
         raise DataError(f"--vocabulary={path}: cannot be read as a SentencePiece model ({error})") from None
     if special != (PAD_ID, EOS_ID, UNK_ID) or loaded.decode(ids) != _HARD_TEXT or ids != by_line:
@@ -182,8 +202,9 @@ def load(path: str) -> SentencePieceVocabulary:
 
 
 def train(lines: Iterable[str], size: int, num_threads: int = 2) -> SentencePieceVocabulary:
-    """Trains a byte-pair vocabulary that keeps every text as it is: no normalisation, all spaces, rare characters as
-    bytes.
+    """Trains a byte-pair vocabulary that keeps every text as it is.
+
+    Nothing is normalised, every space counts, and rare characters become bytes.
 
     Args:
       lines: the training text without its line ends, which are a token of their own, as tabs are.

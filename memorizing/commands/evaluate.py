@@ -1,4 +1,7 @@
-"""The command `evaluate`: a finished run on whole held-out documents, with its own memory and with others, or two runs document by document."""
+"""The command `evaluate`: a finished run on whole held-out documents, with its own memory and with others.
+
+Or two runs, document by document.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,7 @@ from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
 from memorizing.config.runs import open_run
 from memorizing.errors import UserError
-from memorizing.evaluation import plots
-from memorizing.evaluation import report as evaluation_report
+from memorizing.evaluation import plots, report
 from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator, num_rows_side_by_side
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.models.language_model import LMConfig
@@ -80,10 +82,7 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
             "--compare names the two runs itself and compares them as trained: leave out --workdir and --memory_sizes"
         )
     experiment_flags.use_devices(os.cpu_count() or 1)
-    if options.compare:
-        print(_compare(options, bindings))
-    else:
-        print(_evaluate(options, bindings))
+    print(_compare(options, bindings) if options.compare else _evaluate(options, bindings))
     return 0
 
 
@@ -91,47 +90,56 @@ def _evaluate(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     finished = open_run(options.workdir or experiment_flags.DEFAULT_WORKDIR, options.step, bindings)
     reference, settings = _settings(finished, options.memory_sizes)
     evaluations = _run_all(finished, settings, options.rows)
-    text = text_of(finished.experiment.data)
-    summary = _origin(finished) | evaluation_report.summarize(
-        evaluations, reference, text.document_keys() if text else None, options.seed
-    )
-    sizes = {setting.name: setting.memory_size for setting in settings if setting.memory_size is not None}
-    folder = finished.workdir / FOLDER
+    summary = _origin(finished)
+    summary |= report.summarize(evaluations, reference, _document_keys(finished), options.seed)
     pictures = {"loss_by_position.png": plots.loss_by_position(evaluations, reference, options.seed)}
+    sizes = {setting.name: setting.memory_size for setting in settings if setting.memory_size is not None}
     if len(sizes) > 1:
-        losses = {size: summary["evaluations"][name]["against_reference"] for name, size in sizes.items()}
-        pictures["loss_by_memory.png"] = plots.loss_by_memory(losses, sizes[reference], evaluations[reference].loss)
+        differences = {size: summary["evaluations"][name]["against_reference"] for name, size in sizes.items()}
+        loss = evaluations[reference].loss
+        pictures["loss_by_memory.png"] = plots.loss_by_memory(differences, sizes[reference], loss)
+    folder = finished.workdir / FOLDER
     names = _write(folder, "evaluation.json", summary, pictures)
-    return f"\n{evaluation_report.tables(summary)}\n\nwritten to {folder}: {names}"
+    return f"\n{report.tables(summary)}\n\nwritten to {folder}: {names}"
 
 
 def _compare(options: argparse.Namespace, bindings: Sequence[str]) -> str:
-    runs = [open_run(path, options.step, bindings) for path in options.compare]
-    identities = [finished.experiment.data.identity for finished in runs]
-    if identities[0] != identities[1]:
+    path_a, path_b = options.compare
+    run_a = open_run(path_a, options.step, bindings)
+    run_b = open_run(path_b, options.step, bindings)
+    data_a = run_a.experiment.data.identity
+    data_b = run_b.experiment.data.identity
+    if data_a != data_b:
         raise UserError(
-            f"--compare {' '.join(options.compare)}: documents are compared one by one, but the first run has the data "
-            f"{identities[0]}, the second {identities[1]}"
+            f"--compare {path_a} {path_b}: documents are compared one by one, but the first run has the data "
+            f"{data_a}, the second {data_b}"
         )
-    evaluations = []
-    for finished, path in zip(runs, options.compare, strict=True):
-        as_trained = Setting(path, None, finished.experiment.model)
-        evaluations += _run_all(finished, [as_trained], options.rows).values()
-    text = text_of(runs[0].experiment.data)
-    keys = text.document_keys() if text else None
-    parts = [evaluation_report.summarize({"": each}, "", keys, options.seed) for each in evaluations]
-    figures = [part["evaluations"][""] for part in parts]
+    evaluation_a = _run_as_trained(run_a, path_a, options.rows)
+    evaluation_b = _run_as_trained(run_b, path_b, options.rows)
+    keys = _document_keys(run_a)
+    summary_a = report.summarize({"": evaluation_a}, "", keys, options.seed)
+    summary_b = report.summarize({"": evaluation_b}, "", keys, options.seed)
+    figures_a = summary_a["evaluations"][""]
+    figures_b = summary_b["evaluations"][""]
     comparison = {
-        "bootstrap": parts[0]["bootstrap"],
-        "documents": parts[0]["documents"],
-        "runs": {name: _origin(finished) | each for name, finished, each in zip("AB", runs, figures, strict=True)},
-        "difference": evaluation_report.difference(*evaluations, options.seed),
+        "bootstrap": summary_a["bootstrap"],
+        "documents": summary_a["documents"],
+        "runs": {"A": _origin(run_a) | figures_a, "B": _origin(run_b) | figures_b},
+        "difference": report.difference(evaluation_a, evaluation_b, options.seed),
     }
-    name = f"compare_with_{runs[1].workdir.name}"
-    picture = plots.documents_of_two_runs(*figures, comparison["documents"]["tokens"], tuple(options.compare))
-    names = _write(runs[0].workdir / FOLDER, f"{name}.json", comparison, {f"{name}.png": picture})
-    table = evaluation_report.comparison_table(tuple(options.compare), comparison)
-    return f"\n{table}\n\nwritten to {runs[0].workdir / FOLDER}: {names}"
+    tokens = summary_a["documents"]["tokens"]
+    picture = plots.documents_of_two_runs(figures_a, figures_b, tokens, (path_a, path_b))
+    folder = run_a.workdir / FOLDER
+    name = f"compare_with_{run_b.workdir.name}"
+    names = _write(folder, f"{name}.json", comparison, {f"{name}.png": picture})
+    table = report.comparison_table((path_a, path_b), comparison)
+    return f"\n{table}\n\nwritten to {folder}: {names}"
+
+
+def _document_keys(finished: FinishedRun) -> Sequence[str] | None:
+    """Names of the held-out documents, or None where the data is no text."""
+    text = text_of(finished.experiment.data)
+    return text.document_keys() if text else None
 
 
 def _settings(finished: FinishedRun, memory_sizes: str | None) -> tuple[str, list[Setting]]:
@@ -145,23 +153,24 @@ def _settings(finished: FinishedRun, memory_sizes: str | None) -> tuple[str, lis
     own = model.memory_size
     sizes = _parsed(memory_sizes) if memory_sizes else [0, *_larger(finished, own)]
     segment_length = finished.experiment.batch.segment_length
-    others = [_with_memory(model, size, segment_length) for size in {*sizes} - {own}]
     reference = Setting(f"memory {own}", own, model)
-    by_size = sorted([*others, reference], key=lambda setting: setting.memory_size)
+    settings = []
+    for size in sorted({*sizes, own}):
+        settings.append(reference if size == own else _with_memory(model, size, segment_length))
     if memory_sizes:
-        return reference.name, by_size
+        return reference.name, settings
     if finished.experiment.data.num_eval_documents > 1:
-        by_size.append(Setting("memory of another document", None, model, "memory_of_another_document"))
-    return reference.name, [*by_size, *_continuous_cache(finished)]
+        settings.append(Setting("memory of another document", None, model, "memory_of_another_document"))
+    return reference.name, [*settings, *_continuous_cache(finished)]
 
 
 def _continuous_cache(finished: FinishedRun) -> list[Setting]:
     """What a memory has to beat: the same weights with a cache that was not trained, in the place of their memory."""
-    model, mesh = finished.experiment.model, finished.experiment.mesh
+    model = finished.experiment.model
     if text_of(finished.experiment.data) is None or model.continuous_cache:
         return []
     # A whole number of segments on every device.
-    unit = finished.experiment.batch.segment_length * mesh.memory
+    unit = finished.experiment.batch.segment_length * finished.experiment.mesh.memory
     baseline = ContinuousCache()
     size = max((model.memory_size or baseline.memory_size) // unit, 1) * unit
     cache = dataclasses.replace(baseline, memory_size=size)
@@ -184,8 +193,9 @@ def _with_memory(model: LMConfig, size: int, segment_length: int) -> Setting:
 
 def _larger(finished: FinishedRun, own: int) -> list[int]:
     """Four times the run's own memory, unless that would take more than a gigabyte: who wants that asks for it."""
-    model, batch = finished.experiment.model, finished.experiment.batch
-    num_bytes = model.with_memory_size(4 * own).state_bytes(batch.segment_length) * batch.num_rows
+    batch = finished.experiment.batch
+    larger = finished.experiment.model.with_memory_size(4 * own)
+    num_bytes = larger.state_bytes(batch.segment_length) * batch.num_rows
     return [4 * own] if num_bytes <= 1 << 30 else []
 
 
@@ -193,7 +203,12 @@ def _parsed(memory_sizes: str) -> list[int]:
     sizes = [size.strip() for size in memory_sizes.split(",")]
     if not all(size.isdecimal() for size in sizes):
         raise UserError(f"--memory_sizes={memory_sizes}: numbers of tokens with commas between, such as 0,1536,8192")
-    return list(map(int, sizes))
+    return [int(size) for size in sizes]
+
+
+def _run_as_trained(finished: FinishedRun, path: str, rows: int | None) -> Evaluation:
+    as_trained = Setting(path, None, finished.experiment.model)
+    return _run_all(finished, [as_trained], rows)[path]
 
 
 def _run_all(finished: FinishedRun, settings: Sequence[Setting], rows: int | None) -> dict[str, Evaluation]:
@@ -201,14 +216,15 @@ def _run_all(finished: FinishedRun, settings: Sequence[Setting], rows: int | Non
     finished.check_data()
     mesh = experiment.mesh.make_mesh()
     sharding.check_divides("LMConfig.num_heads", experiment.model.num_heads, mesh, "model")
-    data, length = experiment.data, experiment.batch.segment_length
+    data = experiment.data
     num_rows = num_rows_side_by_side(data, rows or experiment.batch.num_rows, mesh)
     evaluations = {}
     with jax.set_mesh(mesh):
         params, buffers = finished.variables_on(mesh)
         for setting in settings:
             started = time.monotonic()
-            evaluation = Evaluator(setting.model, num_rows, length, mesh).run(params, buffers, data, setting.ablation)
+            evaluator = Evaluator(setting.model, num_rows, experiment.batch.segment_length, mesh)
+            evaluation = evaluator.run(params, buffers, data, setting.ablation)
             evaluations[setting.name] = evaluation
             seconds = time.monotonic() - started
             print(f"{setting.name}: perplexity {evaluation.values()['perplexity']:.3f}  ({seconds:.1f} s)", flush=True)

@@ -22,7 +22,10 @@ DEFAULT_WORKDIR = "runs/demo"
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Adds `--workdir` and `--step`, which name a checkpoint of a finished run; without `--workdir` it is that of the demo (`DEFAULT_WORKDIR`)."""
+    """Adds `--workdir` and `--step`, which name a checkpoint of a finished run.
+
+    Without `--workdir` it is one of the demo's run (`DEFAULT_WORKDIR`).
+    """
     parser.add_argument("--workdir", metavar="DIR", help=f"folder of the run (default: {DEFAULT_WORKDIR})")
     parser.add_argument("--step", type=int, metavar="STEP", help="checkpoint to use (default: the newest)")
 
@@ -37,6 +40,9 @@ def use_devices(rows: int) -> None:
 
 
 def _unless_loop_is_closed(unraisable: sys.UnraisableHookArgs) -> None:
-    """Leaves out what threads of the checkpoint library say after a read that failed: the user is told of the failure itself."""
+    """Leaves out what threads of the checkpoint library say after a read that failed.
+
+    The user is told of the failure itself.
+    """
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

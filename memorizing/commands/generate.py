@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
+from memorizing.commands.documents import longest_document, read_text
 from memorizing.config.runs import open_run
 from memorizing.errors import UserError
 from memorizing.generation.sampling import Sampling
@@ -17,7 +18,8 @@ from memorizing.generation.text_model import Session, TextModel, check_amounts
 from memorizing.runtime.workdir import resolve
 
 # Without a prompt: so much of a held-out document is read, and so much of that is shown.
-DEFAULT_SEGMENTS, SHOWN_CHARACTERS = 16, 400
+DEFAULT_SEGMENTS = 16
+SHOWN_CHARACTERS = 400
 
 DESCRIPTION = """\
 Reads a prompt, of any length, into the memory of a trained model, and writes on. The text goes to the standard output, what is told about it to the standard error.
@@ -107,35 +109,35 @@ def _given_prompt(options: argparse.Namespace) -> str | None:
         if options.prompt == "":
             raise UserError("--prompt is empty: give at least one character, or no --prompt for a default")
         return options.prompt
-    try:
-        content = resolve(options.prompt_file).read_bytes()
-    except OSError as error:
-        raise UserError(f"--prompt_file={options.prompt_file}: cannot be read ({error.strerror or error})") from error
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--prompt_file={options.prompt_file} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}"
-        ) from error
-    if "\0" in text:
-        raise UserError(f"--prompt_file={options.prompt_file} is not text: byte {content.index(0)} is 0")
+    named = f"--prompt_file={options.prompt_file}"
+    text = read_text(
+        resolve(options.prompt_file),
+        named,
+        not_utf8="is not UTF-8 text: byte {place} is 0x{byte:02x}",
+        not_text="is not text: byte {place} is 0",
+    )
     if not text:
-        raise UserError(f"--prompt_file={options.prompt_file} is empty: give at least one character")
+        raise UserError(f"{named} is empty: give at least one character")
     return text
 
 
 def _held_out_text(model: TextModel) -> str:
     """The beginning of the longest held-out document."""
-    data, length = model.run.experiment.data, model.run.experiment.batch.segment_length
-    index = int(data.document_bytes.argmax())
-    tokens = text_of(data).document_tokens(index)[: DEFAULT_SEGMENTS * length]
-    _say(f"no --prompt is given: the beginning of the held-out document {text_of(data).document_keys()[index]!r}")
+    experiment = model.run.experiment
+    text = text_of(experiment.data)
+    # A run of other data is no text model.
+    assert text is not None
+    index = longest_document(experiment.data)
+    num_tokens = DEFAULT_SEGMENTS * experiment.batch.segment_length
+    tokens = text.document_tokens(index)[:num_tokens]
+    _say(f"no --prompt is given: the beginning of the held-out document {text.document_keys()[index]!r}")
     return model.vocabulary.decode(tokens)
 
 
 def _read(session: Session, prompt: str) -> None:
     """Reads the prompt, and tells how far it is."""
-    start, is_live = time.monotonic(), sys.stderr.isatty()
+    start = time.monotonic()
+    is_live = sys.stderr.isatty()
 
     def show(num_tokens: int) -> None:
         if is_live:
@@ -164,7 +166,9 @@ def _show_end(prompt: str) -> None:
 
 def _print_samples(parts: Iterator[list[str]], num_samples: int) -> None:
     """Prints the first sample as it comes, and then the others."""
-    start, samples, num_tokens = time.monotonic(), [""] * num_samples, 0
+    start = time.monotonic()
+    samples = [""] * num_samples
+    num_tokens = 0
     if num_samples > 1:
         print(f"=== sample 1 of {num_samples} ===")
     for texts in parts:
@@ -179,7 +183,8 @@ def _print_samples(parts: Iterator[list[str]], num_samples: int) -> None:
     print(flush=True)
     seconds = max(time.monotonic() - start, 1e-3)
     _say("-" * 40)
-    _say(f"{max(num_tokens - 2, 0) * num_samples / seconds:,.0f} tokens/s")
+    num_timed = max(num_tokens - 2, 0) * num_samples
+    _say(f"{num_timed / seconds:,.0f} tokens/s")
 
 
 def _say(line: str) -> None:

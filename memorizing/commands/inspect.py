@@ -13,15 +13,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from memorizing.batch import DataSource, text_of
+from memorizing.batch import DataSource, Vocabulary, text_of
 from memorizing.commands import experiment_flags
+from memorizing.commands.documents import longest_document, read_text
 from memorizing.config.runs import open_run
 from memorizing.errors import UserError
 from memorizing.evaluation import plots
 from memorizing.evaluation.finished_run import FinishedRun
-from memorizing.evaluation.inspection import lookups as inspection_lib
-from memorizing.evaluation.inspection import page as inspection_page
-from memorizing.evaluation.inspection.lookups import Inspection, inspect
+from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, inspect
+from memorizing.evaluation.inspection.page import make_page
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE
 
 FOLDER = "inspection"
@@ -41,7 +41,7 @@ WORKDIR/inspection.
 """
 
 
-class Document(NamedTuple):
+class NamedDocument(NamedTuple):
     """What is inspected.
 
     Attributes:
@@ -76,32 +76,44 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     finished = open_run(options.workdir or experiment_flags.DEFAULT_WORKDIR, options.step, bindings)
     sizes = _memory_sizes(finished, options.memory_sizes)
     finished.check_data()
-    document = _document(finished, options.document)
-    whole = len(document.tokens)
-    document = Document(document.name, document.tokens[: options.max_tokens], document.pieces[: options.max_tokens])
+    whole = _document(finished, options.document)
+    document = NamedDocument(whole.name, whole.tokens[: options.max_tokens], whole.pieces[: options.max_tokens])
+    smaller, larger = sizes
+    num_tokens = len(document.tokens)
     print(
-        f"{document.name}: {len(document.tokens):,} of {whole:,} tokens, with memories of {sizes[0]:,} and {sizes[1]:,}",
+        f"{document.name}: {num_tokens:,} of {len(whole.tokens):,} tokens, with memories of {smaller:,} and {larger:,}",
         flush=True,
     )
-    progress = _Progress(2 * len(document.tokens))
+    progress = _Progress(2 * num_tokens)
     params, buffers = jax.device_put((finished.params, finished.buffers))
     inspection = inspect(
         finished.experiment.model,
         params,
         buffers,
-        inspection_lib.Document(document.tokens, finished.experiment.data.start_id),
+        DocumentTokens(document.tokens, finished.experiment.data.start_id),
         sizes,
         finished.experiment.batch.segment_length,
         progress.advance,
     )
     progress.end()
-    print(_write(finished, document, inspection, whole))
+    print(_write(finished, document, inspection, len(whole.tokens)))
     return 0
 
 
-def _write(finished: FinishedRun, document: Document, inspection: Inspection, whole: int) -> str:
-    gain, (smaller, larger) = inspection.gain, inspection.memory_sizes
-    mean, best = f"{gain.mean():+.4f}", f"{gain.max():+.2f}"
+def _write(finished: FinishedRun, document: NamedDocument, inspection: Inspection, num_tokens: int) -> str:
+    """Writes the page and its pictures.
+
+    Args:
+      finished: the run.
+      document: what was read of the document.
+      inspection: of that.
+      num_tokens: of the whole document.
+
+    Returns:
+      What to print.
+    """
+    gain = inspection.gain
+    mean = f"{gain.mean():+.4f}"
     pictures = {
         "delta_by_position.png": (
             plots.gain_by_position(inspection),
@@ -116,25 +128,21 @@ def _write(finished: FinishedRun, document: Document, inspection: Inspection, wh
             "Share of each head's attention by the age of the memory.",
         ),
     }
-    read = (
-        f"the first {len(document.tokens):,} of its {whole:,} tokens"
-        if len(document.tokens) < whole
-        else f"all {whole:,} tokens"
-    )
+    num_read = len(document.tokens)
+    if num_read < num_tokens:
+        read = f"the first {num_read:,} of its {num_tokens:,} tokens"
+    else:
+        read = f"all {num_tokens:,} tokens"
     facts = {
         "read": read,
         "run": f"{finished.workdir}, step {finished.step}",
         "data": finished.experiment.data.identity,
         "segments": f"of {inspection.segment_length:,} tokens; a token looks up what stands in earlier segments only",
     }
-    page = inspection_page.make(
-        document.name,
-        inspection,
-        document.pieces,
-        facts,
-        {caption: (png, f"Plot: {caption}") for png, caption in pictures.values()},
-    )
-    folder = finished.workdir / FOLDER / (re.sub(r"[^\w.-]+", "-", document.name)[-80:] or "document")
+    figures = {caption: (png, f"Plot: {caption}") for png, caption in pictures.values()}
+    page = make_page(document.name, inspection, document.pieces, facts, figures)
+    folder_name = re.sub(r"[^\w.-]+", "-", document.name)[-80:]
+    folder = finished.workdir / FOLDER / (folder_name or "document")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, (png, _) in pictures.items():
@@ -142,15 +150,19 @@ def _write(finished: FinishedRun, document: Document, inspection: Inspection, wh
         (folder / "index.html").write_text(page)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
+    smaller, larger = inspection.memory_sizes
+    with_smaller = inspection.nats[0].mean()
+    with_larger = inspection.nats[1].mean()
+    megabytes = len(page.encode()) / 1e6
     return (
-        f"mean loss {inspection.nats[0].mean():.4f} with memory {smaller:,}, {inspection.nats[1].mean():.4f} with {larger:,} "
-        f"(difference {mean}, the most for one token {best})\n"
-        f"written to {folder}: index.html ({len(page.encode()) / 1e6:.1f} MB), {', '.join(pictures)}"
+        f"mean loss {with_smaller:.4f} with memory {smaller:,}, {with_larger:.4f} with {larger:,} "
+        f"(difference {mean}, the most for one token {gain.max():+.2f})\n"
+        f"written to {folder}: index.html ({megabytes:.1f} MB), {', '.join(pictures)}"
     )
 
 
 def _memory_sizes(finished: FinishedRun, given: str | None) -> tuple[int, int]:
-    model, length = finished.experiment.model, finished.experiment.batch.segment_length
+    model = finished.experiment.model
     if not model.has_memory:
         raise UserError(f"the model of {finished.workdir} has no external memory: there is nothing to look into")
     if not model.memory_sizes.keys() - {CONTINUOUS_CACHE}:
@@ -161,58 +173,61 @@ def _memory_sizes(finished: FinishedRun, given: str | None) -> tuple[int, int]:
     if given is None:
         return 0, model.memory_size
     sizes = [size.strip() for size in given.split(",")]
-    if len(sizes) != 2 or not all(size.isdecimal() for size in sizes) or not int(sizes[0]) < int(sizes[1]):
+    are_two_numbers = len(sizes) == 2 and all(size.isdecimal() for size in sizes)
+    if not are_two_numbers or int(sizes[0]) >= int(sizes[1]):
         raise UserError(f"--memory_sizes={given}: a smaller and a larger number of tokens, such as 0,2048")
-    for size in filter(None, map(int, sizes)):
-        try:
-            model.with_memory_size(size).check(length)
-        except UserError as error:
-            raise UserError(f"--memory_sizes={given}: {error}") from None
-    return int(sizes[0]), int(sizes[1])
+    smaller, larger = map(int, sizes)
+    try:
+        # 0 stands for no memory: nothing to check.
+        if smaller:
+            model.with_memory_size(smaller).check(finished.experiment.batch.segment_length)
+        model.with_memory_size(larger).check(finished.experiment.batch.segment_length)
+    except UserError as error:
+        raise UserError(f"--memory_sizes={given}: {error}") from None
+    return smaller, larger
 
 
-def _document(finished: FinishedRun, given: str | None) -> Document:
+def _document(finished: FinishedRun, given: str | None) -> NamedDocument:
     data = finished.experiment.data
     text = text_of(data)
     if text is None:
         return _tokens_only(data, given, finished.experiment.batch.segment_length)
     keys = list(text.document_keys())
     if given is None:
-        index = int(np.argmax(data.document_bytes))
+        index = longest_document(data)
     elif given in keys:
         index = keys.index(given)
     else:
         matches = [index for index, key in enumerate(keys) if given in key]
         if len(matches) != 1 or epath.Path(given).expanduser().exists():
-            return _file(given, keys, finished)
+            return _file(given, keys, text.vocabulary)
         (index,) = matches
     tokens = text.document_tokens(index)
-    return Document(keys[index], tokens, text.vocabulary.pieces(tokens))
+    return NamedDocument(keys[index], tokens, text.vocabulary.pieces(tokens))
 
 
-def _file(path: str, keys: Sequence[str], finished: FinishedRun) -> Document:
+def _file(path: str, keys: Sequence[str], vocabulary: Vocabulary) -> NamedDocument:
     file = epath.Path(path).expanduser()
+    named = f"--document={path}"
     if not file.is_file():
         nearest = difflib.get_close_matches(path, keys, n=3, cutoff=0) or keys[:3]
         raise UserError(
-            f"--document={path}: there is no such file, and no one held-out document of that name; there are {len(keys)}, such as {', '.join(nearest)}"
+            f"{named}: there is no such file, and no one held-out document of that name; "
+            f"there are {len(keys)}, such as {', '.join(nearest)}"
         )
-    try:
-        content = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--document={path} is no UTF-8 text (byte {error.start}): give a text file") from None
-    except OSError as error:
-        raise UserError(f"--document={path}: cannot be read ({error.strerror or error})") from None
-    if "\0" in content:
-        raise UserError(f"--document={path} is no text (it has zero bytes): give a text file")
+    content = read_text(
+        file,
+        named,
+        not_utf8="is no UTF-8 text (byte {place}): give a text file",
+        not_text="is no text (it has zero bytes): give a text file",
+    )
     if not content.strip():
-        raise UserError(f"--document={path} is empty: there is nothing to read")
-    vocabulary = finished.vocabulary
+        raise UserError(f"{named} is empty: there is nothing to read")
     tokens = vocabulary.encode(content)
-    return Document(file.name, tokens, vocabulary.pieces(tokens))
+    return NamedDocument(file.name, tokens, vocabulary.pieces(tokens))
 
 
-def _tokens_only(data: DataSource, given: str | None, segment_length: int) -> Document:
+def _tokens_only(data: DataSource, given: str | None, segment_length: int) -> NamedDocument:
     """A held-out document of data that is no text, by its number; ids stand for text."""
     number = int(given) if given and given.isdecimal() else 0
     if given and not (given.isdecimal() and number < data.num_eval_documents):
@@ -221,22 +236,27 @@ def _tokens_only(data: DataSource, given: str | None, segment_length: int) -> Do
         )
     parts = []
     for batch, document, _ in data.evaluation_batches(data.num_eval_documents, segment_length):
-        parts += [batch.targets[row, 0][batch.is_real[row, 0]] for row in np.flatnonzero(document == number)]
+        for row in np.flatnonzero(document == number):
+            is_real = batch.is_real[row, 0]  # [T]
+            parts.append(batch.targets[row, 0][is_real])
     tokens = np.concatenate(parts)
-    return Document(f"document {number}", tokens, [f"{token} ".encode() for token in tokens.tolist()])
+    pieces = [f"{token} ".encode() for token in tokens.tolist()]
+    return NamedDocument(f"document {number}", tokens, pieces)
 
 
 class _Progress:
     """A live line on a terminal, and nothing in a log."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._done, self._live = total, 0, sys.stdout.isatty()
+        self._total = total
+        self._done = 0
+        self._is_live = sys.stdout.isatty()
 
     def advance(self, tokens: int) -> None:
         self._done += tokens
-        if self._live:
+        if self._is_live:
             print(f"\r\x1b[Kread {self._done / self._total:.0%}", end="", flush=True)
 
     def end(self) -> None:
-        if self._live:
+        if self._is_live:
             print("\r\x1b[K", end="", flush=True)

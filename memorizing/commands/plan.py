@@ -1,4 +1,7 @@
-"""The command `plan`: what a run will cost, before it runs. `--topology` compiles it for TPUs, `--flops` counts on paper."""
+"""The command `plan`: what a run will cost, before it runs.
+
+`--topology` compiles it for TPUs, `--flops` counts on paper.
+"""
 
 from __future__ import annotations
 
@@ -74,13 +77,10 @@ def _plan_flops(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     if options.flops == "opt":
         if options.gin_file or bindings:
             raise UserError("--flops=opt is about the shapes of OPT: it takes no --gin_file and no --gin.NAME=VALUE")
-        counts, text = flops_report.opt_flops(), flops_report.opt_text
-    else:
-        if not options.gin_file:
-            raise UserError(
-                "--gin_file is not given: name the run whose FLOPs to count, such as --gin_file=runs/smoke.gin"
-            )
-        experiment, _ = load_experiment(options.gin_file, bindings)
-        counts = flops_report.run_flops(experiment.model, experiment.batch.segment_length)
-        text = flops_report.run_text
-    return json.dumps(counts, indent=2) if options.json else text(counts)
+        of_opt = flops_report.opt_flops()
+        return json.dumps(of_opt, indent=2) if options.json else flops_report.opt_text(of_opt)
+    if not options.gin_file:
+        raise UserError("--gin_file is not given: name the run whose FLOPs to count, such as --gin_file=runs/smoke.gin")
+    experiment, _ = load_experiment(options.gin_file, bindings)
+    of_run = flops_report.run_flops(experiment.model, experiment.batch.segment_length)
+    return json.dumps(of_run, indent=2) if options.json else flops_report.run_text(of_run)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
-import gin
+import gin.config
 from gin import resource_reader
 
 from memorizing.errors import UserError
 
 _PACKAGE = Path(__file__).parents[1]
-# In a wheel the gin files lie inside the package, in a checkout beside it.
-GIN_FOLDER = next(
-    (folder for folder in (_PACKAGE / "gin", _PACKAGE.parent / "gin") if folder.is_dir()), _PACKAGE / "gin"
-)
+_IN_A_WHEEL = _PACKAGE / "gin"
+_IN_A_CHECKOUT = _PACKAGE.parent / "gin"
+GIN_FOLDER = _IN_A_CHECKOUT if _IN_A_CHECKOUT.is_dir() and not _IN_A_WHEEL.is_dir() else _IN_A_WHEEL
 gin.add_config_file_search_path(str(GIN_FOLDER))
 
 
@@ -27,9 +27,10 @@ def _is_in_a_package(path: str) -> bool:
 
 
 # gin's own check fails at a folder of that name that Python could import; it comes first on a path that gin includes.
-gin.config._FILE_READERS[:] = [
+_readers: list[Any] = gin.config._FILE_READERS
+_readers[:] = [
     (reader, _is_in_a_package if exists is resource_reader.system_path_file_exists else exists)
-    for reader, exists in gin.config._FILE_READERS
+    for reader, exists in _readers
 ]
 
 
@@ -50,7 +51,8 @@ def find_file(name: str) -> Path:
         by_name = [file for file in shipped if Path(file).name == candidate]
         if len(by_name) == 1:
             return GIN_FOLDER / by_name[0]
-    nearest = difflib.get_close_matches(name, shipped + [Path(file).stem for file in shipped], n=1, cutoff=0.4)
+    stems = [Path(file).stem for file in shipped]
+    nearest = difflib.get_close_matches(name, shipped + stems, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise UserError(f"--gin_file={name}: there is no such file, here or among the shipped ones in {GIN_FOLDER}{hint}")
 

@@ -62,21 +62,26 @@ def fail_on_unused(names: Iterable[str], config_text: str) -> None:
 
 def names_bound(text: str) -> list[str]:
     """The names that gin text gives a value: `Class.parameter`, `scope/Class.parameter`, or that of a macro."""
-    statements = config_parser.ConfigParser(text, _ReferencesAsText())
-    return [_bound_name(one) for one in statements if isinstance(one, config_parser.BindingStatement)]
+    names = []
+    for statement in config_parser.ConfigParser(text, _ReferencesAsText()):
+        if isinstance(statement, config_parser.BindingStatement):
+            names.append(_bound_name(statement))
+    return names
 
 
 def names_used(config_text: str) -> set[str]:
     """Every name by which a value in a resolved configuration could have been given."""
     used = set()
-    for name in map(_without_module, names_bound(config_text)):
+    for full_name in names_bound(config_text):
+        name = _without_module(full_name)
         *scopes, parameter = name.split("/")
         if "." not in parameter:
             used.add(name)
             continue
         # An object in the scope a/b takes what is bound in a/b, in a and without a scope; what is built through a macro
         # is in the macro's scope.
-        used |= {"/".join([*scopes[:depth], parameter]) for depth in range(len(scopes) + 1)}
+        for depth in range(len(scopes) + 1):
+            used.add("/".join([*scopes[:depth], parameter]))
     return used
 
 
@@ -96,21 +101,27 @@ class _ReferencesAsText(config_parser.ParserDelegate):
 
 
 def _bound_name(statement: config_parser.BindingStatement) -> str:
-    name = f"{statement.selector}.{statement.arg_name}" if statement.arg_name else statement.selector
-    return f"{statement.scope}/{name}" if statement.scope else name
+    name = statement.selector
+    if statement.arg_name:
+        name = f"{name}.{statement.arg_name}"
+    if statement.scope:
+        name = f"{statement.scope}/{name}"
+    return name
 
 
 def _without_module(name: str) -> str:
     """`scope/Class.parameter` for `scope/module.Class.parameter`."""
     scope, slash, parameter = name.rpartition("/")
-    return scope + slash + ".".join(parameter.split(".")[-2:])
+    without_module = ".".join(parameter.split(".")[-2:])
+    return f"{scope}{slash}{without_module}"
 
 
 def _parameters(owner: str) -> list[str]:
     """What can be bound of a class of ours; nothing for another library's."""
     if owner not in REGISTERED:
         return []
-    return [f"{owner}.{field.name}" for field in dataclasses.fields(REGISTERED[owner]) if field.init]
+    fields = dataclasses.fields(REGISTERED[owner])
+    return [f"{owner}.{field.name}" for field in fields if field.init]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

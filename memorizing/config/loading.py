@@ -54,8 +54,11 @@ def load_experiment(gin_files: Sequence[str], bindings: Sequence[str], base: str
 
 def _names_given(bindings: Sequence[str], files: Sequence[Path]) -> list[str]:
     """What the user has bound, on the command line and in files that do not come with the package."""
-    texts = [*bindings, *(file.read_text() for file in files if not is_shipped(file))]
-    return [name for text in texts for name in names_bound(text)]
+    own_files = [file.read_text() for file in files if not is_shipped(file)]
+    names = []
+    for text in [*bindings, *own_files]:
+        names += names_bound(text)
+    return names
 
 
 def _quote_bare_word(binding: str) -> str:
@@ -83,4 +86,6 @@ def _parse_binding(binding: str) -> None:
         gin.parse_config(binding)
     except Exception as error:
         explanation = explain(error)
-        raise UserError(explanation if binding in explanation else f"{explanation} (in: {binding})") from error
+        if binding not in explanation:
+            explanation = f"{explanation} (in: {binding})"
+        raise UserError(explanation) from error

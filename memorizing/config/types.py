@@ -46,9 +46,10 @@ def matches(value: Any, hint: Any) -> bool:
     Types are classes, protocols, unions, literals and tuples of them. An int is a float, a bool is neither. A protocol
     matches what has its methods.
     """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin is typing.Literal:
         # 1 and True are equal, and are not the same to a user.
         return any(type(value) is type(arg) and value == arg for arg in args)
@@ -65,7 +66,8 @@ def matches(value: Any, hint: Any) -> bool:
 
 def describe(hint: Any) -> str:
     """A type as a user would say it."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin is typing.Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
@@ -78,7 +80,8 @@ def describe(hint: Any) -> str:
         return _WORDS[hint]
     if isinstance(hint, type) and hint.__module__ != "builtins":
         known = [name for name, cls in REGISTERED.items() if _is_subclass(cls, hint)]
-        return f"a configured object ({', '.join(f'@{name}()' for name in known or [hint.__name__])})"
+        examples = [f"@{name}()" for name in known or [hint.__name__]]
+        return f"a configured object ({', '.join(examples)})"
     return str(hint)
 
 
@@ -87,23 +90,25 @@ def _check(name: str, value: Any, hint: Any) -> None:
     if matches(value, hint):
         return
     if typing.get_origin(hint) is tuple and isinstance(value, tuple):
-        items = _item_hints(hint, len(value))
-        if len(items) == len(value):
-            for index, (item, item_hint) in enumerate(zip(value, items, strict=True)):
-                _check(f"{name}[{index}]", item, item_hint)
+        item_hints = _item_hints(hint, len(value))
+        if len(item_hints) == len(value):
+            for index, item in enumerate(value):
+                _check(f"{name}[{index}]", item, item_hints[index])
     raise UserError(f"{name} = {_as_gin(value)}: expected {describe(hint)}, got {_kind(value)}")
 
 
 def _item_hints(hint: Any, length: int) -> tuple[Any, ...]:
-    """The types of a tuple's items; of a tuple that may have any length, those of so many."""
+    """The types of a tuple's items; of a tuple of any length, as many as it has."""
     args = typing.get_args(hint)
-    return args[:1] * length if args[-1:] == (Ellipsis,) else args
+    if args[-1:] == (Ellipsis,):
+        return args[:1] * length
+    return args
 
 
 def _is_subclass(cls: type, wanted: type) -> bool:
     if typing.Protocol in wanted.__bases__:
-        methods = [name for name, member in vars(wanted).items() if inspect.isfunction(member) and name[0] != "_"]
-        return all(hasattr(cls, name) for name in methods)
+        functions = [name for name, member in vars(wanted).items() if inspect.isfunction(member)]
+        return all(hasattr(cls, name) for name in functions if not name.startswith("_"))
     if wanted is float:
         return issubclass(cls, int | float) and cls is not bool
     if wanted is int:
@@ -115,15 +120,20 @@ def _kind(value: Any) -> str:
     """What was given, for an error."""
     if inspect.isfunction(value):
         return "a class that is not built: add ()"
-    return f"{len(value)} items" if isinstance(value, tuple) else type(value).__name__
+    if isinstance(value, tuple):
+        return f"{len(value)} items"
+    return type(value).__name__
 
 
 def _as_gin(value: Any) -> str:
     """A value as it stands in a gin file, with objects in short."""
-    if isinstance(value, tuple | list):
-        opening, closing = "()" if isinstance(value, tuple) else "[]"
+    if isinstance(value, tuple):
         items = ", ".join(map(_as_gin, value))
-        return f"{opening}{items},{closing}" if len(value) == 1 and opening == "(" else f"{opening}{items}{closing}"
+        # As in Python: one item needs a comma.
+        return f"({items},)" if len(value) == 1 else f"({items})"
+    if isinstance(value, list):
+        items = ", ".join(map(_as_gin, value))
+        return f"[{items}]"
     if inspect.isfunction(value):
         return f"@{value.__name__}"
     if dataclasses.is_dataclass(value):

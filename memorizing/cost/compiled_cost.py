@@ -1,12 +1,13 @@
 """Reads the cost of a program out of the text that a compiler for TPUs gives of it.
 
-The compiler notes on each instruction how many cycles it expects it to take. `cost_analysis` of JAX counts the body of a loop once; here every loop counts as often as it runs,
-by the bound that its condition compares with.
+The compiler notes on each instruction how many cycles it expects it to take. `cost_analysis` of JAX counts the body of
+a loop once; here it counts as often as the loop runs, by the bound that the loop's condition compares with.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,10 @@ _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CONSTANT = re.compile(r"\b[su]32\[\][^=]* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_NAME = re.compile(r"[\w.\-]+")
+_DIGITS = re.compile(r"\d+")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _MOVES = ("gather", "scatter", "scatter-add", "sort")
@@ -27,10 +32,10 @@ class Instruction:
     """One instruction of a program, as often as it runs.
 
     Attributes:
-      opcode: of HLO.
+      opcode: the operation, as HLO names it.
       op_name: the scopes that it comes from.
       cycles: of one run, as the compiler expects.
-      num_bytes: of its result.
+      num_bytes: size of its result.
       count: how often it runs in one run of the program.
     """
 
@@ -47,14 +52,16 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All instructions of a kind: how many run, and the bytes of their results on one device."""
+    """All instructions of one kind: how often they run, and the bytes of their results on one device."""
 
     count: int
     num_bytes: int
 
 
 def instructions(text: str) -> list[Instruction]:
-    """All instructions that the entry computation runs, those in loops with the number of their runs, and those of every branch.
+    """All instructions that the entry computation runs, those of every branch among them.
+
+    Instructions in a loop have the number of their runs.
 
     Args:
       text: `as_text()` of a compiled program.
@@ -79,12 +86,17 @@ def collectives(program: list[Instruction]) -> dict[str, Traffic]:
 
 
 def moves(program: list[Instruction]) -> dict[str, Traffic]:
-    """Gathers, scatters and sorts that the compiler names no cycles for, alone or as what a fusion is made for, by kind."""
+    """Gathers, scatters and sorts for which the compiler names no cycles, by kind.
+
+    A fusion has the kind of the operation that it is named after.
+    """
 
     def kind(instruction: Instruction) -> str:
-        is_fusion = instruction.opcode == "fusion"
-        name = instruction.op_name.rpartition("/")[2] if is_fusion else instruction.opcode
-        return name if not instruction.cycles else ""
+        if instruction.cycles:
+            return ""
+        if instruction.opcode == "fusion":
+            return instruction.op_name.rpartition("/")[2]
+        return instruction.opcode
 
     return _traffic(program, kind, _MOVES)
 
@@ -92,7 +104,8 @@ def moves(program: list[Instruction]) -> dict[str, Traffic]:
 def _traffic(
     program: list[Instruction], kind_of: Callable[[Instruction], str], kinds: tuple[str, ...]
 ) -> dict[str, Traffic]:
-    counts, num_bytes = Counter(), Counter()
+    counts = Counter()
+    num_bytes = Counter()
     for instruction in program:
         kind = kind_of(instruction)
         if kind in kinds:
@@ -104,63 +117,82 @@ def _traffic(
 def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     """Lines of each computation by its name, and the name of the entry."""
     computations: dict[str, list[str]] = {}
-    entry, lines = None, []
+    entry = None
+    # Lines before the first computation belong to none.
+    lines: list[str] = []
     for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            lines = computations[found["name"]] = []
-            if line.startswith("ENTRY"):
-                entry = found["name"]
-        else:
+        found = _COMPUTATION.match(line)
+        if found is None:
             lines.append(line)
+            continue
+        name = found["name"]
+        lines = []
+        computations[name] = lines
+        if line.startswith("ENTRY"):
+            entry = name
     return computations, entry
 
 
 def _run(name: str, count: int, computations: dict[str, list[str]]) -> Iterator[Instruction]:
+    """Instructions of a computation that runs `count` times, and of those that it calls."""
     for line in computations[name]:
         found = _INSTRUCTION.match(line)
         if not found:
             continue
         opcode = found["opcode"]
         if opcode == "while":
-            condition = re.search(r"condition=%?([\w.\-]+)", line)[1]
-            trips = _trip_count(condition, computations)
-            yield from _run(re.search(r"body=%?([\w.\-]+)", line)[1], count * trips, computations)
+            trips = _trip_count(_group(_CONDITION, line), computations)
+            yield from _run(_group(_BODY, line), count * trips, computations)
             continue
         if opcode in ("call", "conditional", "async-start"):
             for group, single in _CALLED.findall(line):
-                for called in re.findall(r"[\w.\-]+", group or single):
+                for called in _NAME.findall(group or single):
                     yield from _run(called, count, computations)
-        cost, scope = _CYCLES.search(line), _OP_NAME.search(line)
         yield Instruction(
             opcode=opcode,
-            op_name=scope[1] if scope else "",
-            cycles=int(cost[1]) if cost else 0,
+            op_name=_group(_OP_NAME, line, default=""),
+            cycles=int(_group(_CYCLES, line, default="0")),
             num_bytes=_num_bytes(found["type"], opcode),
             count=count,
         )
 
 
+def _group(pattern: re.Pattern[str], line: str, default: str | None = None) -> str:
+    """What the group of a pattern holds in a line. Raises ValueError where it is not there and has no default."""
+    found = pattern.search(line)
+    if found:
+        return found[1]
+    if default is None:
+        raise ValueError(f"cannot read the instruction {line.strip()[:200]}")
+    return default
+
+
 def _trip_count(condition: str, computations: dict[str, list[str]]) -> int:
-    """The bound that the counter of a loop is compared with: the only integer in its condition, or in what that calls."""
-    waiting, bounds = [condition], set()
+    """How often a loop runs: the bound that its counter is compared with.
+
+    This is the only integer in the loop's condition, or in a computation that the condition calls.
+    """
+    bounds: set[int] = set()
+    waiting = [condition]
     while waiting:
         for line in computations[waiting.pop()]:
-            bounds |= {int(bound) for bound in _CONSTANT.findall(line)}
-            waiting += [called for group, called in _CALLED.findall(line) if called in computations]
+            bounds |= set(map(int, _CONSTANT.findall(line)))
+            waiting += [called for _, called in _CALLED.findall(line) if called in computations]
     if len(bounds) != 1:
         raise ValueError(f"cannot read how often the loop with the condition {condition} runs: {sorted(bounds)}")
     return bounds.pop()
 
 
 def _num_bytes(result: str, opcode: str) -> int:
+    """Bytes of an instruction's result, from its type."""
     arrays = _ARRAY.findall(result)
     if opcode in ("all-gather-start", "collective-permute-start"):
         # What is sent, what arrives, and for some of them counters.
         arrays = arrays[1:2]
     total = 0.0
     for dtype, shape in arrays:
-        size = 1 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) / 8
-        for length in filter(None, shape.split(",")):
-            size *= int(length)
-        total += size
+        # Such as pred, s32, bf16 and f8e4m3fn.
+        bits = 8 if dtype == "pred" else int(_DIGITS.findall(dtype)[0])
+        lengths = map(int, filter(None, shape.split(",")))
+        total += math.prod(lengths) * bits / 8
     return int(total)

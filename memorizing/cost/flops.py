@@ -1,8 +1,8 @@
 """Forward FLOPs of a model, counted on paper: 2 for each multiply-add, matrix products and softmax only.
 
 Counted per layer as in the Chinchilla report (Hoffmann et al. 2022, appendix F): queries, keys and values, query times
-key, softmax, weights times values, output projection, MLP; and once the vocabulary matrix. A mechanism of attention tells
-its own (`Attention.flops`).
+key, softmax, weights times values, output projection, MLP; and once the vocabulary matrix. A mechanism of attention
+counts its own (`Attention.flops`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ def forward_flops(config: LMConfig, length: int, segment_length: int) -> int:
       segment_length: T; the last segment counts as long as it is.
     """
     num_full, rest = divmod(length, segment_length)
-    return num_full * segment_flops(config, segment_length) + (segment_flops(config, rest) if rest else 0)
+    flops = num_full * segment_flops(config, segment_length)
+    if rest:
+        flops += segment_flops(config, rest)
+    return flops
 
 
 def full_attention_flops(config: LMConfig, length: int) -> int:
@@ -34,8 +37,11 @@ def segment_flops(config: LMConfig, segment_length: int) -> int:
     Raises:
       NotImplementedError: a mechanism does not tell its FLOPs.
     """
-    dims, layout = config.dims, config.layout(segment_length)
-    attention = sum(group.attention.flops(dims, layout) * len(group.layers) for group in config.groups)
+    dims = config.dims
+    layout = config.layout(segment_length)
+    attention = 0
+    for group in config.groups:
+        attention += group.attention.flops(dims, layout) * len(group.layers)
     # A gated MLP has a second projection up.
     num_matrices = 3 if config.mlp.startswith("gated") else 2
     mlp = matmul_flops(layout.size, config.embed_dim, num_matrices * config.mlp_dim)
@@ -55,9 +61,9 @@ def _opt(num_layers: int, embed_dim: int, num_heads: int) -> LMConfig:
     )
 
 
-# OPT (Zhang et al. 2022, table 1), each with full attention / RMT as read from figure 3 of the RMT report (Bulatov et al.
-# 2023), at these lengths. The report counts memory tokens among the positions of a segment, so its RMT costs as much as the
-# plain model on segments.
+# OPT (Zhang et al. 2022, table 1), each with the ratio of full attention to RMT as read from figure 3 of the RMT report
+# (Bulatov et al. 2023), at these lengths. The report counts memory tokens among the positions of a segment, so its RMT
+# costs as much as the plain model on segments.
 REPORTED_LENGTH = 2_048_000
 REPORTED_SEGMENT = 512
 OPT = {

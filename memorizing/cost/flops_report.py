@@ -1,4 +1,4 @@
-"""Forward FLOPs against the length of the input, with and without each mechanism: what `memorizing plan --flops` prints."""
+"""Forward FLOPs against the length of the input, with and without each mechanism: `memorizing plan --flops`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ LENGTHS = (512, 2048, 8192, 32768, 131072, 524288, 2048000)
 
 
 def opt_flops() -> list[dict[str, Any]]:
-    """The headline of the RMT report (Bulatov et al. 2023, figure 3): OPT with full attention, and with RMT in segments of 512 positions, memory tokens among them."""
+    """The main result of the RMT report (Bulatov et al. 2023, figure 3).
+
+    OPT with full attention, and with RMT in segments of 512 positions, memory tokens among them.
+    """
     counts = []
     for name, (config, reported) in flops.OPT.items():
         full = flops.full_attention_flops(config, flops.REPORTED_LENGTH)
-        segments = flops.forward_flops(config, flops.REPORTED_LENGTH, flops.REPORTED_SEGMENT)
-        counts.append(
-            {"model": name, "full_attention": full, "rmt": segments, "ratio": full / segments, "reported": reported}
-        )
+        rmt = flops.forward_flops(config, flops.REPORTED_LENGTH, flops.REPORTED_SEGMENT)
+        counts.append({"model": name, "full_attention": full, "rmt": rmt, "ratio": full / rmt, "reported": reported})
     return counts
 
 
@@ -30,10 +31,16 @@ def opt_text(counts: list[dict[str, Any]]) -> str:
     """`opt_flops` as text."""
     rows = [("model", "full attention", "RMT", "ratio", "reported", "difference")]
     for count in counts:
-        amounts = (with_unit(count[key]) for key in ("full_attention", "rmt"))
-        difference = f"{count['ratio'] / count['reported'] - 1:+.1%}"
-        rows.append((count["model"], *amounts, f"{count['ratio']:.1f}", str(count["reported"]), difference))
-    title = f"Forward FLOPs of OPT over {flops.REPORTED_LENGTH:,} tokens; RMT: segments of {flops.REPORTED_SEGMENT} positions, memory tokens included"
+        ratio = count["ratio"]
+        reported = count["reported"]
+        full = with_unit(count["full_attention"])
+        rmt = with_unit(count["rmt"])
+        difference = ratio / reported - 1
+        rows.append((count["model"], full, rmt, f"{ratio:.1f}", str(reported), f"{difference:+.1%}"))
+    title = (
+        f"Forward FLOPs of OPT over {flops.REPORTED_LENGTH:,} tokens; "
+        f"RMT: segments of {flops.REPORTED_SEGMENT} positions, memory tokens included"
+    )
     return f"{title}\n\n{align(rows)}"
 
 
@@ -62,26 +69,40 @@ def _variants(config: LMConfig, segment_length: int) -> list[tuple[str, str, LMC
         if example is None:
             continue
         if example.is_everywhere:
-            variant, meaning = dataclasses.replace(plain, attention=example.attention), example.meaning
+            meaning = example.meaning
+            variant = dataclasses.replace(plain, attention=example.attention)
         else:
-            variant = dataclasses.replace(plain, attention_at=((layer, example.attention),))
             meaning = f"{example.meaning} {layer}"
+            variant = dataclasses.replace(plain, attention_at=((layer, example.attention),))
         variants.append((example.name, meaning, variant))
     recurrent = RecurrentTokens()
     meaning = f"{recurrent.num_tokens} memory tokens before and after each segment"
-    return [*variants, ("RMT", meaning, dataclasses.replace(plain, recurrent_tokens=recurrent))]
+    variant = dataclasses.replace(plain, recurrent_tokens=recurrent)
+    variants.append(("RMT", meaning, variant))
+    return variants
 
 
 def run_text(counts: dict[str, Any]) -> str:
     """`run_flops` as text: the counts, and how many times cheaper than full attention they are."""
-    mechanisms, full = counts["mechanisms"], counts["mechanisms"][0]["flops"]
-    meanings = align([(f"  {m['name']}", m["meaning"]) for m in mechanisms], left=2)
-    header = ("tokens", *(m["name"] for m in mechanisms))
-    amounts, ratios = [header], [header]
+    mechanisms = counts["mechanisms"]
+    meanings = [(f"  {mechanism['name']}", mechanism["meaning"]) for mechanism in mechanisms]
+    header = ["tokens"]
+    for mechanism in mechanisms:
+        header.append(mechanism["name"])
+    amounts = [header]
+    ratios = [header]
     for i, length in enumerate(counts["lengths"]):
-        amounts.append((f"{length:,}", *(with_unit(m["flops"][i]) for m in mechanisms)))
-        ratios.append((f"{length:,}", *(f"{full[i] / m['flops'][i]:.2f}" for m in mechanisms)))
-    return (
-        f"Forward FLOPs of one document in segments of {counts['segment_length']} tokens (G 1e9, T 1e12, P 1e15, E 1e18)\n\n"
-        f"{meanings}\n\n{align(amounts)}\n\nFull attention / mechanism\n\n{align(ratios)}"
-    )
+        # The first mechanism is full attention.
+        at_length = [mechanism["flops"][i] for mechanism in mechanisms]
+        full = at_length[0]
+        amounts.append([f"{length:,}", *map(with_unit, at_length)])
+        ratios.append([f"{length:,}", *(f"{full / each:.2f}" for each in at_length)])
+    parts = [
+        f"Forward FLOPs of one document in segments of {counts['segment_length']} tokens "
+        "(G 1e9, T 1e12, P 1e15, E 1e18)",
+        align(meanings, left=2),
+        align(amounts),
+        "Full attention / mechanism",
+        align(ratios),
+    ]
+    return "\n\n".join(parts)

@@ -1,8 +1,9 @@
-"""What a training step will need on TPUs: the real step, compiled by the real TPU compiler, on a machine without any (with libtpu, the extra `tpu`).
+"""What a training step will need on TPUs: the real step, compiled by the real TPU compiler, on a machine without TPUs.
 
-Memory is the compiler's own account. Times are estimates: the cycles that the compiler expects of each instruction, counted as often as it runs (`compiled_cost`), over the clock of
-the chip. The compiler prices neither collectives nor some gathers and sorts, which are counted but not timed here, nor the fused matrix product and partial top-k of the
-approximate search, which is added at the chip's peak.
+It takes libtpu, the extra `tpu`. Memory is the compiler's own account. Times are estimates: the cycles that the
+compiler expects of each instruction, counted as often as it runs (`compiled_cost`), over the clock of the chip. The
+compiler prices neither collectives nor some gathers and sorts, which are counted but not timed here, nor the fused
+matrix product and partial top-k of the approximate search, which is added at the chip's peak.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from memorizing.training.state import TrainState
 # The scope of the external memory in a program.
 _MEMORY = "external_memory"
 # JAX cannot print programs in which a SparseCore (v5p, v6e) gathers: here the TensorCore does.
-_COMPILER_OPTIONS = {"xla_tpu_offload_gather_to_sparsecore": "False"}
+_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_tpu_offload_gather_to_sparsecore": "False"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Plan:
       hbm_total, hbm_limit: the compiler's account of all of it, and what a device has.
       model_flops, memory_flops: of a step, without what is recomputed; the second is what the external memory adds.
       seconds, memory_seconds: estimates for the step, and for what the external memory takes of it.
-      collectives, moves: by kind, for one device and step; neither is in `seconds`. Moves are gathers, scatters and sorts.
+      collectives, moves: by kind, for one device and step; neither is in `seconds`. Moves are gathers, scatters and
+        sorts.
       advice: what to change where the step does not fit.
     """
 
@@ -79,8 +81,8 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """The FLOPs of the model without its memory, as a share of what the devices could do in the time of the whole step; an estimate."""
-        chip = accelerator(self.device_kind)
+        """Model FLOPs utilisation, an estimate: FLOPs without those of the memory, over the time of the whole step."""
+        chip = _chip(self.topology, self.device_kind)
         peak = chip.peak_flops / chip.devices_per_chip * self.num_devices
         return self.model_flops / (self.seconds * peak)
 
@@ -89,8 +91,9 @@ class DoesNotFit(UserError):
     """The compiler found no program that a device has room for."""
 
     def __init__(self, topology: str, reason: str, advice: list[str]):
-        # After the status of the error.
-        lines = [f"the step does not fit {topology}: {reason.splitlines()[0].partition(': ')[2]}"]
+        # The error begins with its status.
+        _, _, message = reason.splitlines()[0].partition(": ")
+        lines = [f"the step does not fit {topology}: {message}"]
         if advice:
             lines += ["what would help, the largest gain first:", *advice]
         super().__init__("\n  ".join(lines))
@@ -106,15 +109,19 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
 
     Raises:
       UserError: libtpu is missing, there is no such topology, or the experiment does not suit its devices.
-      DoesNotFit: the step needs so much more memory than a device has that the compiler gives no program. With a little more it does, and the plan says so.
+      DoesNotFit: the step needs so much more memory than a device has that the compiler gives no program. With a
+        little more it does, and the plan says so.
     """
     devices = _devices(topology, num_slices)
-    chip = accelerator(devices[0].device_kind)
+    device_kind = devices[0].device_kind
+    chip = _chip(topology, device_kind)
     mesh = experiment.make_mesh(devices)
-    batch, segments = experiment.batch, experiment.batch.num_segments
+    batch = experiment.batch
     with jax.set_mesh(mesh):
         program = Program(experiment, mesh)
-        abstract_batch = _abstract_batch(program, (batch.num_rows, segments, batch.segment_length))
+        # [B, U, T]
+        shape = (batch.num_rows, batch.num_segments, batch.segment_length)
+        abstract_batch = _abstract_batch(program, shape)
         start = time.perf_counter()
         lowered = program.step.lower(program.abstract_state, abstract_batch)
     arguments = _arguments(experiment, program.abstract_state, abstract_batch)
@@ -127,23 +134,22 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
         advice = _advice(experiment, devices, arguments | {"temporaries": chip.hbm_bytes})
         raise DoesNotFit(topology, str(error), advice) from error
     compile_seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    instructions = compiled_cost.instructions(compiled.as_text())
-    model_flops, memory_flops = (
-        flops * batch.tokens_at(1) for flops in training_flops(experiment.model, batch.segment_length)
-    )
+    hbm, total = _hbm(arguments, compiled.memory_analysis())
+    tokens_per_step = batch.tokens_at(1)
+    model_flops, memory_flops = training_flops(experiment.model, batch.segment_length)
+    model_flops *= tokens_per_step
+    memory_flops *= tokens_per_step
+    instructions = compiled_cost.instructions(compiled.as_text() or "")
     search = _unpriced_search(instructions, memory_flops / len(devices), chip)
-    seconds, memory_seconds = (
-        compiled_cost.cycles(instructions, scope) / chip.clock + search for scope in ("", _MEMORY)
-    )
-    hbm, total = _hbm(arguments, memory)
+    seconds = compiled_cost.cycles(instructions) / chip.clock + search
+    memory_seconds = compiled_cost.cycles(instructions, _MEMORY) / chip.clock + search
     return Plan(
         topology=topology,
         num_slices=num_slices,
-        device_kind=devices[0].device_kind,
+        device_kind=device_kind,
         num_devices=len(devices),
         num_rows=batch.num_rows,
-        tokens_per_step=batch.tokens_at(1),
+        tokens_per_step=tokens_per_step,
         rows_per_device=batch.num_rows // mesh.shape["data"],
         compile_seconds=compile_seconds,
         hbm=hbm,
@@ -183,17 +189,25 @@ def _devices(topology: str, num_slices: int) -> list[Any]:
     except Exception as error:  # What the compiler raises depends on what is wrong.
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"topology {topology!r}: {reason}; expected a generation and the shape of a slice, such as v3:4x4, v4:2x2x4, v5e:4x8, v5p:2x2x4 or v6e:4x8"
+            f"topology {topology!r}: {reason}; expected a generation and the shape of a slice, "
+            "such as v3:4x4, v4:2x2x4, v5e:4x8, v5p:2x2x4 or v6e:4x8"
         ) from error
-    if accelerator(devices[0].device_kind) is None or accelerator(devices[0].device_kind).clock is None:
-        raise UserError(f"topology {topology!r}: clock and memory of {devices[0].device_kind} are not known here")
     return list(devices)
+
+
+def _chip(topology: str, device_kind: str) -> Accelerator:
+    """The chip of a slice. Raises UserError if its clock and memory are not known."""
+    chip = accelerator(device_kind)
+    if chip is None or not chip.clock:
+        raise UserError(f"topology {topology!r}: clock and memory of {device_kind} are not known here")
+    return chip
 
 
 @contextlib.contextmanager
 def _stderr_to_nowhere() -> Iterator[None]:
     """Silences what a library writes to the file descriptor."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
@@ -204,6 +218,8 @@ def _stderr_to_nowhere() -> Iterator[None]:
 
 
 def _abstract_batch(program: Program, shape: tuple[int, int, int]) -> Batch:
+    """Shapes, dtypes and shardings of a batch [B, U, T]."""
+
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=program.rows)
 
@@ -224,7 +240,9 @@ def _unpriced_search(
         instruction.opcode == "fusion" and not instruction.cycles and "approx_top_k" in instruction.op_name
         for instruction in instructions
     )
-    return flops_per_device * chip.devices_per_chip / chip.peak_flops if is_unpriced else 0.0
+    if not is_unpriced:
+        return 0.0
+    return flops_per_device * chip.devices_per_chip / chip.peak_flops
 
 
 def _arguments(experiment: Experiment, state: TrainState, batch: Batch) -> dict[str, int]:
@@ -240,7 +258,10 @@ def _arguments(experiment: Experiment, state: TrainState, batch: Batch) -> dict[
 
 
 def _hbm(arguments: dict[str, int], memory: Any) -> tuple[dict[str, int], int]:
-    """Bytes on one device by kind, and all of them by the compiler's account, in which results lie where arguments were."""
+    """Bytes on one device by kind, and all of them by the compiler's account.
+
+    Results lie where donated arguments were, and do not count again.
+    """
     kinds = arguments | {
         "padding of these": max(memory.argument_size_in_bytes - sum(arguments.values()), 0),
         "temporaries": memory.temp_size_in_bytes,
@@ -252,11 +273,22 @@ def _hbm(arguments: dict[str, int], memory: Any) -> tuple[dict[str, int], int]:
 
 
 def _device_bytes(tree: Tree) -> int:
-    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    """Bytes of a tree of abstract arrays on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        total += leaf.dtype.itemsize * math.prod(shape)
+    return total
 
 
 class _Change(NamedTuple):
-    """What to tell about a change, how the experiment is made, which may be refused, and a guess at the bytes that it saves on a device."""
+    """A change of an experiment that would save memory.
+
+    Attributes:
+      advice: what to tell the user.
+      make: makes the changed experiment; it may raise UserError.
+      gain: a guess at the bytes that the change saves on a device.
+    """
 
     advice: str
     make: Callable[[], Experiment]
@@ -265,44 +297,47 @@ class _Change(NamedTuple):
 
 def _advice(experiment: Experiment, devices: list[Any], hbm: dict[str, int]) -> list[str]:
     """What to change, the largest gain first; nothing that the experiment has already or that it would refuse."""
-    model, batch = experiment.model, experiment.batch
-    weights, memory, temporaries = hbm["parameters"] + hbm["optimizer"], hbm["external memory"], hbm["temporaries"]
-    half, twice, fewer = model.memory_size // 2, 2 * batch.num_microbatches, batch.tokens_per_step // 2
+    model = experiment.model
+    weights = hbm["parameters"] + hbm["optimizer"]
+    memory = hbm["external memory"]
+    temporaries = hbm["temporaries"]
+    fewer_tokens = experiment.batch.tokens_per_step // 2
+    half_the_slots = model.memory_size // 2
+    more_microbatches = 2 * experiment.batch.num_microbatches
 
-    def changed(**parts: Any) -> Callable[[], Experiment]:
-        """With other settings of some parts of the experiment."""
+    def changed(part: str, **settings: Any) -> Callable[[], Experiment]:
+        """The experiment with other settings of one of its parts."""
         return lambda: dataclasses.replace(
-            experiment,
-            **{name: dataclasses.replace(getattr(experiment, name), **settings) for name, settings in parts.items()},
+            experiment, **{part: dataclasses.replace(getattr(experiment, part), **settings)}
         )
 
     changes = [
         _Change(
             "--gin_file=meshes/fsdp after the run's own: share the parameters and the optimizer over the devices",
-            changed(mesh={"parameters": "fsdp"}),
+            changed("mesh", parameters="fsdp"),
             weights,
         ),
         _Change(
             "--gin.LMConfig.dtype=bfloat16: half the memory and the activations",
-            changed(model={"dtype": "bfloat16"}),
+            changed("model", dtype="bfloat16"),
             (memory + temporaries) // 2,
         ),
         _Change(
             "--gin.LMConfig.remat=layer: compute the activations again for the gradient",
-            changed(model={"remat": "layer"}),
+            changed("model", remat="layer"),
             temporaries // 2,
         ),
         _Change(
-            f"--gin.BatchConfig.tokens_per_step={fewer}: half the rows, or a larger slice",
-            changed(batch={"tokens_per_step": fewer}),
+            f"--gin.BatchConfig.tokens_per_step={fewer_tokens}: half the rows, or a larger slice",
+            changed("batch", tokens_per_step=fewer_tokens),
             (memory + temporaries) // 3,
         ),
     ]
     if model.has_memory:
         changes.append(
             _Change(
-                f"--gin.{_memory_name(model)}.memory_size={half}: half the slots",
-                lambda: dataclasses.replace(experiment, model=model.with_memory_size(half)),
+                f"--gin.{_memory_name(model)}.memory_size={half_the_slots}: half the slots",
+                lambda: dataclasses.replace(experiment, model=model.with_memory_size(half_the_slots)),
                 memory // 2,
             )
         )
@@ -310,13 +345,14 @@ def _advice(experiment: Experiment, devices: list[Any], hbm: dict[str, int]) -> 
         # The rows of a microbatch are copied out of the context and back: of a memory that would be gigabytes.
         changes.append(
             _Change(
-                f"--gin.BatchConfig.num_microbatches={twice}: half the rows at a time",
-                changed(batch={"num_microbatches": twice}),
+                f"--gin.BatchConfig.num_microbatches={more_microbatches}: half the rows at a time",
+                changed("batch", num_microbatches=more_microbatches),
                 temporaries // 3,
             )
         )
     possible = [change for change in changes if _is_new(change, experiment, devices)]
-    return [change.advice for change in sorted(possible, key=lambda change: change.gain, reverse=True)]
+    possible.sort(key=lambda change: change.gain, reverse=True)
+    return [change.advice for change in possible]
 
 
 def _memory_name(model: LMConfig) -> str:
@@ -326,6 +362,7 @@ def _memory_name(model: LMConfig) -> str:
 
 
 def _is_new(change: _Change, experiment: Experiment, devices: list[Any]) -> bool:
+    """Whether a change is possible and makes a difference."""
     try:
         changed = change.make()
         changed.make_mesh(devices)

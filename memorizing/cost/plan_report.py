@@ -21,13 +21,14 @@ def as_text(plan: Plan) -> str:
     slices = f"{plan.num_slices} slices of " if plan.num_slices > 1 else ""
     tokens = plan.tokens_per_step // plan.num_rows * plan.rows_per_device
     header = (
-        f"{slices}{plan.topology}: {plan.num_devices} devices ({plan.device_kind}), {plan.num_rows} rows and {plan.tokens_per_step:,} tokens a step, "
+        f"{slices}{plan.topology}: {plan.num_devices} devices ({plan.device_kind}), "
+        f"{plan.num_rows} rows and {plan.tokens_per_step:,} tokens a step, "
         f"{plan.rows_per_device} rows and {tokens:,} tokens a device; compiled in {plan.compile_seconds:.0f} s"
     )
-    memory = [(f"  {kind}", f"{size / _GIB:.2f} GiB") for kind, size in plan.hbm.items()]
-    memory.append(("  all, by the compiler's account", f"{plan.hbm_total / _GIB:.2f} GiB"))
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    memory.append((f"  of a device ({verdict})", f"{plan.hbm_limit / _GIB:.2f} GiB"))
+    memory = [(f"  {kind}", _gib(size)) for kind, size in plan.hbm.items()]
+    memory.append(("  all, by the compiler's account", _gib(plan.hbm_total)))
+    memory.append((f"  of a device ({verdict})", _gib(plan.hbm_limit)))
     share = plan.memory_seconds / plan.seconds
     times = [
         ("  step", f"{plan.seconds * 1e3:.1f} ms"),
@@ -40,14 +41,21 @@ def as_text(plan: Plan) -> str:
     not_priced = [
         (f"  {kind}", f"{traffic.count}", f"{traffic.num_bytes / _GIB:.3f} GiB")
         for kind, traffic in (plan.collectives | plan.moves).items()
-    ] or [("  nothing", "", "")]
+    ]
+    if not not_priced:
+        not_priced = [("  nothing", "", "")]
     parts = [
         header,
-        "memory of a device:\n" + align(memory),
-        "time, ESTIMATED from the compiler's cycles, never measured:\n" + align(times),
-        "not in this time, since the compiler has no price for it, for a device and step, with the bytes of the results:\n"
-        + align(not_priced),
+        f"memory of a device:\n{align(memory)}",
+        f"time, ESTIMATED from the compiler's cycles, never measured:\n{align(times)}",
+        "not in this time, since the compiler has no price for it, for a device and step, with the bytes of the results:"
+        f"\n{align(not_priced)}",
     ]
     if plan.advice:
-        parts.append("it does not fit; what would help, the largest gain first:\n  " + "\n  ".join(plan.advice))
+        lines = ["it does not fit; what would help, the largest gain first:", *plan.advice]
+        parts.append("\n  ".join(lines))
     return "\n\n".join(parts)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-SAMPLES, LEVEL = 1000, 0.95
+SAMPLES = 1000
+LEVEL = 0.95
 
 
 def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -18,16 +19,21 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0
     Returns:
       float64 [2, ...], lower and upper end; NaN where fewer than two documents have anything.
     """
-    numerator, denominator = np.broadcast_arrays(np.asarray(numerator, np.float64), np.asarray(denominator, np.float64))
+    numerator = np.asarray(numerator, np.float64)
+    denominator = np.asarray(denominator, np.float64)
+    numerator, denominator = np.broadcast_arrays(numerator, denominator)
     num_documents = len(numerator)
     few = np.sum(denominator > 0, axis=0) < 2
     if num_documents == 0:
         return np.full((2, *few.shape), np.nan)
-    # How often each document was drawn: [SAMPLES, documents].
-    counts = np.random.default_rng(seed).multinomial(num_documents, np.full(num_documents, 1 / num_documents), SAMPLES)
-    above, below = (np.tensordot(counts, array, axes=1) for array in (numerator, denominator))
+    # How often each document was drawn.
+    rng = np.random.default_rng(seed)
+    equal_shares = np.full(num_documents, 1 / num_documents)
+    counts = rng.multinomial(num_documents, equal_shares, SAMPLES)  # [SAMPLES, documents]
+    above = np.tensordot(counts, numerator, axes=1)  # [SAMPLES, ...]
+    below = np.tensordot(counts, denominator, axes=1)  # [SAMPLES, ...]
     # A sample may hold none of the documents that reach a bin.
     ratios = np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
     ratios = np.where(few, 0.0, ratios)
-    ends = np.nanquantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    ends = np.nanquantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)  # [2, ...]
     return np.where(few, np.nan, ends)

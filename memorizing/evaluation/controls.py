@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from memorizing.evaluation.evaluator import Ablation, Evaluator, accuracy_by_reach
+from typing import cast
+
+from memorizing.evaluation.evaluator import Ablation, Evaluator, ReachingTask, accuracy_by_reach
 from memorizing.runtime.events import EventLog
 from memorizing.runtime.metrics import Progress
 from memorizing.training.experiment import Experiment
@@ -40,15 +42,16 @@ class ControlsHook(Hook):
         self._events = events
 
     def at_end(self) -> None:
-        data = self._experiment.data
         reaches = self._experiment.loop.evaluate_segments
         if not reaches:
             return
+        # The experiment was checked: whose data is no such task has no `evaluate_segments`.
+        task = cast(ReachingTask, self._experiment.data)
         state = self._training.state
         with self._events.measure("evaluation", step=self._training.step):
             controls = self._controls(max(reaches))
-            self.accuracies = accuracy_by_reach(controls, state.params, state.buffers, data, reaches)
-        self._progress.say(_accuracy_table(self.accuracies, data.chance))
+            self.accuracies = accuracy_by_reach(controls, state.params, state.buffers, task, reaches)
+        self._progress.say(_accuracy_table(self.accuracies, task.chance))
 
     def _controls(self, reach: int) -> dict[str, tuple[Evaluator, Ablation]]:
         """What evaluates and what it does to the context, by name. `reach`: the largest number of segments back."""
@@ -68,17 +71,20 @@ class ControlsHook(Hook):
 
 
 def _accuracy_table(accuracies: Accuracies, chance: float) -> str:
-    reaches = next(iter(accuracies.values()))
-    width = max(map(len, accuracies)) + 2
-    measures = {"answers": "answers, whole", "tokens": f"words of answers (chance {chance:.3f})"}
-    if all(cell["answers"] == cell["tokens"] for row in accuracies.values() for cell in row.values()):
-        # Answers of one word.
+    cells = [cell for by_reach in accuracies.values() for cell in by_reach.values()]
+    are_words = all(cell["answers"] == cell["tokens"] for cell in cells)
+    if are_words:
         measures = {"answers": f"answers (chance {chance:.3f})"}
+    else:
+        measures = {"answers": "answers, whole", "tokens": f"words of answers (chance {chance:.3f})"}
+    width = max(map(len, accuracies)) + 2
+    reaches = next(iter(accuracies.values()))
+    heads = "".join(f"{reach:>8}" for reach in reaches)
     lines = []
     for measure, what in measures.items():
         lines.append(f"share of right {what}, by the number of segments to reach over:")
-        lines.append(f"  {'':<{width}}" + "".join(f"{reach:>8}" for reach in reaches))
+        lines.append(f"  {'':<{width}}{heads}")
         for name, by_reach in accuracies.items():
-            cells = "".join(f"{accuracy[measure]:>8.3f}" for accuracy in by_reach.values())
-            lines.append(f"  {name:<{width}}{cells}")
+            figures = "".join(f"{accuracy[measure]:>8.3f}" for accuracy in by_reach.values())
+            lines.append(f"  {name:<{width}}{figures}")
     return "\n".join(lines)

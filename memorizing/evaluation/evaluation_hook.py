@@ -16,7 +16,9 @@ from memorizing.training.step import Metrics
 
 
 class EvaluationHook(Hook):
-    """Evaluates on the held-out documents every so many steps, and at the end with the memory, without it, and with another document's.
+    """Evaluates on the held-out documents every so many steps, and at the end also with other memories.
+
+    Those are an empty one, and that of another document.
 
     Attributes:
       final: the evaluations at the end, by name; empty before.

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +56,15 @@ def ablate(config: LMConfig, ablation: Ablation, context: Context, segment: Batc
         # Every segment begins a document.
         return context, jnp.ones_like(start)
     if ablation == "state_shuffled":
-        # Every row gets what its neighbour carried, before segments in which something is scored: shifted at every segment,
-        # states would come home after B of them.
+        # Every row gets what its neighbour carried, before segments in which something is scored: shifted at every
+        # segment, states would come home after B of them.
         is_scored = jnp.any(segment.loss_weights > 0)
 
         def shift(leaf: jax.Array) -> jax.Array:
-            return jnp.where(is_scored, jnp.roll(leaf, 1, axis=0), leaf) if leaf.ndim else leaf
+            if leaf.ndim == 0:
+                # The clock, which all rows share.
+                return leaf
+            return jnp.where(is_scored, jnp.roll(leaf, 1, axis=0), leaf)
 
         return jax.tree.map(shift, context), start
     return context, start
@@ -72,10 +75,11 @@ class Evaluation:
     """Sums over held-out documents. What counts are the positions with a loss weight.
 
     Attributes:
-      cell_nats, cell_tokens: float64 and int64 [documents, bins], total -log p and number of scored tokens by document and position in it; bin i covers the tokens from
-        `bin_starts[i]` up to the next bin's start.
+      cell_nats, cell_tokens: float64 and int64 [documents, bins], total -log p and number of scored tokens by document
+        and position in it; bin i covers the tokens from `bin_starts[i]` up to the next bin's start.
       bin_starts: int64 [bins], in tokens.
-      answers, right_answers: runs of scored tokens within a segment, and how many of them are predicted without a mistake.
+      answers, right_answers: runs of scored tokens within a segment, and how many of them are predicted without a
+        mistake.
       right_tokens: scored tokens that are predicted rightly.
       documents: int64 [documents], their indices among the held-out documents, ascending.
       document_bytes, document_words: int64 [documents], UTF-8 bytes and words of each, or None where there are none.
@@ -125,19 +129,31 @@ class Evaluation:
         return self.right_tokens / max(int(self.tokens.sum()), 1)
 
     def values(self) -> Values:
-        """The figures to log: loss, perplexity per token, tokens, and bits per byte and perplexity per word where there are bytes and words."""
-        values = {"loss": self.loss, "perplexity": perplexity(self.loss), "tokens": float(self.tokens.sum())}
+        """The figures to log.
+
+        Loss, perplexity per token, number of tokens; bits per byte and perplexity per word where there are bytes and
+        words.
+        """
+        total_nats = float(self.nats.sum())
+        values = {
+            "loss": self.loss,
+            "perplexity": perplexity(self.loss),
+            "tokens": float(self.tokens.sum()),
+        }
         if self.document_bytes is not None:
-            values["bits_per_byte"] = float(self.nats.sum()) / math.log(2) / max(self.document_bytes.sum(), 1)
+            total_bits = total_nats / math.log(2)
+            values["bits_per_byte"] = total_bits / max(self.document_bytes.sum(), 1)
         if self.document_words is not None:
-            values["word_perplexity"] = perplexity(float(self.nats.sum()) / max(self.document_words.sum(), 1))
+            nats_per_word = total_nats / max(self.document_words.sum(), 1)
+            values["word_perplexity"] = perplexity(nats_per_word)
         return values
 
 
 def num_rows_side_by_side(source: DataSource, at_most: int, mesh: Mesh) -> int:
     """How many documents to read at once: no more than there are, rounded up to what the devices divide."""
     devices = mesh.shape["data"]
-    return -(-min(at_most, source.num_eval_documents) // devices) * devices
+    num_rows = min(at_most, source.num_eval_documents)
+    return -(-num_rows // devices) * devices
 
 
 class Evaluator:
@@ -159,12 +175,18 @@ class Evaluator:
           mesh: where the parameters lie.
           on_step: called before every segment, in all processes.
         """
+
+        def init_context() -> Context:
+            return config.init_context(num_rows, segment_length)
+
+        self._num_rows = num_rows
+        self._segment_length = segment_length
+        self._mesh = mesh
         self._on_step = on_step
-        self._size, self._mesh = (num_rows, segment_length), mesh
-        abstract = jax.eval_shape(lambda: config.init_context(*self._size))
-        shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
         self._rows = RowPlacement(mesh, num_rows)
-        self._init_context = jax.jit(lambda: config.init_context(*self._size), out_shardings=shardings)
+        abstract = jax.eval_shape(init_context)
+        shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
+        self._init_context = jax.jit(init_context, out_shardings=shardings)
         self._step = jax.jit(
             functools.partial(_evaluation_step, config),
             static_argnames="ablation",
@@ -179,7 +201,7 @@ class Evaluator:
 
     def with_model(self, config: LMConfig) -> Evaluator:
         """The same for another model."""
-        return Evaluator(config, *self._size, self._mesh, self._on_step)
+        return Evaluator(config, self._num_rows, self._segment_length, self._mesh, self._on_step)
 
     def run(self, params: Tree, buffers: Tree, source: DataSource, ablation: Ablation = "none") -> Evaluation:
         """Reads all held-out documents of a source.
@@ -190,8 +212,9 @@ class Evaluator:
           ablation: what is done to the context before every segment; 'memory_of_another_document' takes a source of
             two documents or more, and twice the time.
         """
-        others = OtherDocuments(source, *self._size) if ablation == "memory_of_another_document" else None
-        sums = _Sums(self._size[1])
+        size = (self._num_rows, self._segment_length)
+        others = OtherDocuments(source, *size) if ablation == "memory_of_another_document" else None
+        sums = _Sums(self._segment_length)
         # Of several processes, each reads its own rows' documents.
         is_shared = jax.process_count() > 1
         rows = (self._rows.rows,) if is_shared else ()
@@ -210,22 +233,39 @@ class Evaluator:
             place = self._rows.put((segment.document, segment.offset.astype(np.int32)))
             return self._rows.gather((result, placed, *place)), context
 
-        segments = source.evaluation_batches(*self._size, *rows)
+        segments = source.evaluation_batches(*size, *rows)
         context = (self._init_context(), self._init_context()) if others else self._init_context()
         for result, _ in read_segments(step, context, segments):
             sums.add(*result)
         return sums.result(source)
 
 
+class ReachingTask(DataSource, Protocol):
+    """Samples whose answers can be made to lie several segments back, such as the tasks of `memorizing.synthetic`."""
+
+    @property
+    def chance(self) -> float:
+        """Accuracy, on answers, of the best guess that uses nothing but the question."""
+        ...
+
+    def reaching(self, num_segments: int) -> DataSource:
+        """The same task with held-out samples whose answers lie up to so many segments back."""
+        ...
+
+
 def accuracy_by_reach(
-    controls: Mapping[str, tuple[Evaluator, Ablation]], params: Tree, buffers: Tree, task: Any, reaches: Sequence[int]
+    controls: Mapping[str, tuple[Evaluator, Ablation]],
+    params: Tree,
+    buffers: Tree,
+    task: ReachingTask,
+    reaches: Sequence[int],
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Accuracy on held-out samples whose answers lie several numbers of segments back.
 
     Args:
       controls: by name, what evaluates and what it does to the context.
       params, buffers: of the model.
-      task: a data source of samples, with a method `reaching`.
+      task: where the samples come from.
       reaches: in segments.
 
     Returns:
@@ -236,16 +276,21 @@ def accuracy_by_reach(
         evaluation = evaluator.run(params, buffers, task.reaching(reach), ablation)
         return {"answers": evaluation.accuracy, "tokens": evaluation.token_accuracy}
 
-    return {name: {reach: accuracy(*control, reach) for reach in reaches} for name, control in controls.items()}
+    accuracies: dict[str, dict[int, dict[str, float]]] = {}
+    for name, (evaluator, ablation) in controls.items():
+        accuracies[name] = {reach: accuracy(evaluator, ablation, reach) for reach in reaches}
+    return accuracies
 
 
 def _evaluation_step(
     config: LMConfig, params: Tree, buffers: Tree, context: Context, batch: Batch, *, ablation: Ablation
 ) -> tuple[tuple[PerToken, jax.Array], Context]:
-    segment = jax.tree.map(lambda leaf: leaf[:, 0], batch)
+    segment: Batch = jax.tree.map(lambda leaf: leaf[:, 0], batch)  # [B, 1, T] -> [B, T]
     context, start = ablate(config, ablation, context, segment)
-    inputs = inputs_of(segment).replace(start_of_document=start)
+    inputs = dataclasses.replace(inputs_of(segment), start_of_document=start)
     output = language_model.apply(config, params, buffers, inputs, context)
+    # Only a decode step returns none.
+    assert output.context is not None
     return _scores(output.logits, segment), output.context
 
 
@@ -254,16 +299,21 @@ def _evaluation_step_beside(
 ) -> tuple[tuple[PerToken, jax.Array], tuple[Context, Context]]:
     """Reads a segment with the memories that other documents have written, and then a segment of these."""
     own, other = contexts
+    segment: Batch
     segment, beside = jax.tree.map(lambda leaf: leaf[:, 0], batches)
     own = with_memories_of(config, own, other)
     output = language_model.apply(config, params, buffers, inputs_of(segment), own)
     of_other = language_model.apply(config, params, buffers, inputs_of(beside), other)
+    # Only a decode step returns none.
+    assert output.context is not None and of_other.context is not None
     return _scores(output.logits, segment), (output.context, of_other.context)
 
 
 def _scores(logits: Logits, segment: Batch) -> tuple[PerToken, jax.Array]:
     """-log p of the targets, and whether they are the most likely tokens; [B, T]."""
-    return next_token_nats(logits, segment.targets), jnp.argmax(logits, axis=-1) == segment.targets
+    nats = next_token_nats(logits, segment.targets)
+    is_right = jnp.argmax(logits, axis=-1) == segment.targets
+    return nats, is_right
 
 
 class _Sums:
@@ -273,15 +323,20 @@ class _Sums:
         self._segment_length = segment_length
         # By document and bin: nats, tokens.
         self._cells: dict[tuple[int, int], np.ndarray] = {}
-        self._answers = self._right_answers = self._right_tokens = 0
+        self._answers = 0
+        self._right_answers = 0
+        self._right_tokens = 0
 
     def add(self, result: tuple[Any, Any], batch: Batch, document: np.ndarray, offset: np.ndarray) -> None:
-        nats, is_right = (np.asarray(array) for array in result)
-        weights = np.asarray(batch.loss_weights[:, 0], np.float64) * (document >= 0)[:, None]
+        nats, is_right = map(np.asarray, result)  # [B, T]
+        is_present = document >= 0  # [B]
+        weights = np.asarray(batch.loss_weights[:, 0], np.float64) * is_present[:, None]  # [B, T]
         # where(): a position that does not count may be anything.
-        nats = np.where(weights > 0, nats * weights, 0.0).sum(axis=1, dtype=np.float64)
-        sums = np.stack([nats, weights.sum(axis=1)], axis=1)
-        for row in np.flatnonzero(document >= 0):
+        weighted = np.where(weights > 0, nats * weights, 0.0)
+        row_nats = weighted.sum(axis=1, dtype=np.float64)
+        row_tokens = weights.sum(axis=1)
+        sums = np.stack([row_nats, row_tokens], axis=1)  # [B, 2]
+        for row in np.flatnonzero(is_present):
             # Bins double: segment 0, segment 1, segments 2-3, 4-7, ...; a segment lies in one bin.
             position_bin = int(offset[row] // self._segment_length).bit_length()
             cell = self._cells.setdefault((int(document[row]), position_bin), np.zeros(2))
@@ -289,14 +344,16 @@ class _Sums:
         self._add_answers(weights > 0, is_right)
 
     def result(self, source: DataSource) -> Evaluation:
+        # Documents and bins that occur, and of each cell their places among these.
         keys = np.array(list(self._cells), np.int64).reshape(-1, 2)
-        (documents, document), (bins, position_bin) = (np.unique(column, return_inverse=True) for column in keys.T)
+        documents, row = np.unique(keys[:, 0], return_inverse=True)
+        bins, column = np.unique(keys[:, 1], return_inverse=True)
         cells = np.zeros((len(documents), len(bins), 2))
-        for key, sums in zip(zip(document, position_bin, strict=True), self._cells.values(), strict=True):
-            cells[key] = sums
+        if self._cells:
+            cells[row, column] = list(self._cells.values())
         text = text_of(source)
 
-        def of_documents(sizes: Sequence[int] | None) -> np.ndarray | None:
+        def of_documents(sizes: np.ndarray | None) -> np.ndarray | None:
             return None if sizes is None else np.asarray(sizes, np.int64)[documents]
 
         return Evaluation(
@@ -313,11 +370,13 @@ class _Sums:
 
     def _add_answers(self, counts: np.ndarray, is_right: np.ndarray) -> None:
         # Each row ends with a position that does not count, so that answers of two rows do not touch.
-        counts = np.pad(counts, ((0, 0), (1, 1))).reshape(-1)
-        wrong = np.pad(~is_right, ((0, 0), (1, 1))).reshape(-1) & counts
+        margin = ((0, 0), (1, 1))
+        counts = np.pad(counts, margin).reshape(-1)  # [B * (T + 2)]
+        wrong = np.pad(~is_right, margin).reshape(-1) & counts
         starts = np.flatnonzero(counts[1:] & ~counts[:-1]) + 1
         ends = np.flatnonzero(counts[:-1] & ~counts[1:]) + 1
-        mistakes = np.concatenate([[0], np.cumsum(wrong)])
+        mistakes_before = np.concatenate([[0], np.cumsum(wrong)])
+        mistakes = mistakes_before[ends] - mistakes_before[starts]  # [answers]
         self._right_tokens += int(np.sum(counts & ~wrong))
         self._answers += len(starts)
-        self._right_answers += int(np.sum(mistakes[ends] == mistakes[starts]))
+        self._right_answers += int(np.sum(mistakes == 0))

@@ -1,6 +1,6 @@
-"""A finished run: its experiment and the parameters of a checkpoint. Evaluation, inspection and generation begin with it.
+"""A finished run: its experiment and the parameters of a checkpoint.
 
-`memorizing.config.runs` opens one from its workdir.
+Evaluation, inspection and generation begin with it. `memorizing.config.runs` opens one from its workdir.
 """
 
 from __future__ import annotations

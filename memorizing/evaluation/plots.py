@@ -1,4 +1,7 @@
-"""Figures of results as PNG. The colours are safe for colour-blind readers; lines also differ in their markers."""
+"""Figures of results, as PNG.
+
+Their colours can be told apart by colour-blind readers, and lines also differ in their markers.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 
 from memorizing.evaluation import bootstrap
 from memorizing.evaluation.evaluator import Evaluation
-from memorizing.evaluation.inspection.lookups import Inspection
+from memorizing.evaluation.inspection.lookups import Inspection, Lookups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,35 +25,37 @@ MARKERS = "osD^vPX"
 
 
 def loss_by_position(evaluations: Mapping[str, Evaluation], reference: str | None = None, seed: int = 0) -> bytes:
-    """Loss in nats per token against position in the document, one line an evaluation; below it the differences to one of them.
+    """Loss in nats per token against position in the document, one line an evaluation.
+
+    Below it stand the differences to one of them.
 
     Args:
       evaluations: by name, of the same documents.
       reference: name of the one that the others are held against; None for the first.
       seed: of the bootstrap over documents, which gives the differences their intervals.
     """
-    base = evaluations[reference or next(iter(evaluations))]
-    figure, axes = _figure(1 + (len(evaluations) > 1))
-    starts = base.bin_starts
-    # A bin's point stands at its middle.
-    middles = [start * 1.5 if start else starts[1] / 2 if len(starts) > 1 else 1 for start in starts]
-    # Where no token is scored there is nothing to show: only the answers of a made-up task are.
-    seen = np.flatnonzero(base.cell_tokens.sum(axis=0))
-    middles, counts = np.array(middles)[seen], base.cell_tokens.sum(axis=0)[seen]
-    for i, (name, evaluation) in enumerate(evaluations.items()):
+    reference = reference or next(iter(evaluations))
+    base = evaluations[reference]
+    figure, axes = _figure(2 if len(evaluations) > 1 else 1)
+    # Where no token is scored there is nothing to show: of a made-up task only the answers are.
+    seen = np.flatnonzero(base.tokens_by_position)
+    middles = _middles(base.bin_starts)[seen]
+    counts = base.tokens_by_position[seen]
+    for index, (name, evaluation) in enumerate(evaluations.items()):
         label = f"{name} (perplexity {evaluation.values()['perplexity']:.2f})"
-        axes[0].plot(middles, evaluation.nats_by_position[seen] / counts, label=label, **_style(i))
+        losses = evaluation.nats_by_position[seen] / counts
+        axes[0].plot(middles, losses, label=label, **_style(index))
         if evaluation is not base:
-            difference = (evaluation.cell_nats - base.cell_nats)[:, seen]
-            axes[1].plot(middles, difference.sum(axis=0) / counts, label=name, **_style(i))
-            low, high = bootstrap.ratio_interval(difference, base.cell_tokens[:, seen], seed)
-            axes[1].fill_between(middles, low, high, alpha=0.15, color=COLORS[i % len(COLORS)], linewidth=0)
+            differences = (evaluation.cell_nats - base.cell_nats)[:, seen]  # [documents, bins]
+            axes[1].plot(middles, differences.sum(axis=0) / counts, label=name, **_style(index))
+            low, high = bootstrap.ratio_interval(differences, base.cell_tokens[:, seen], seed)
+            axes[1].fill_between(middles, low, high, alpha=0.15, color=_color(index), linewidth=0)
     axes[0].set_ylabel("loss (nats per token)")
     axes[0].set_title("Held-out loss against position in the document")
     axes[0].legend()
     for below in axes[1:]:
         below.axhline(0, color="gray", linewidth=0.8, linestyle="--")
-        below.set_ylabel(f"less that of\n{reference or next(iter(evaluations))}")
+        below.set_ylabel(f"less that of\n{reference}")
         below.legend()
     for each in axes:
         each.set_xscale("log")
@@ -58,8 +63,18 @@ def loss_by_position(evaluations: Mapping[str, Evaluation], reference: str | Non
     return _png(figure)
 
 
+def _middles(starts: np.ndarray) -> np.ndarray:
+    """Where a bin's point stands: every bin but the first is as long as its start is large."""
+    middles = starts * 1.5
+    if len(starts) and starts[0] == 0:
+        middles[0] = starts[1] / 2 if len(starts) > 1 else 1
+    return middles
+
+
 def loss_by_memory(differences: Mapping[int, Mapping[str, Any]], trained: int, loss: float) -> bytes:
-    """Loss of the same weights with several memories, with the interval of the paired difference to the memory that they were trained with.
+    """Loss of the same weights with several memories.
+
+    Bars are intervals of the paired difference to the memory that they were trained with.
 
     Args:
       differences: by memory size: `loss`, the difference in nats per token, and its `interval` or None.
@@ -73,7 +88,8 @@ def loss_by_memory(differences: Mapping[int, Mapping[str, Any]], trained: int, l
     axes.plot(places, values, **_style(0))
     for place, size in zip(places, sizes, strict=True):
         if interval := differences[size]["interval"]:
-            axes.vlines(place, *(loss + end for end in interval), color=COLORS[0], alpha=0.4, linewidth=5)
+            low, high = interval
+            axes.vlines(place, loss + low, loss + high, color=COLORS[0], alpha=0.4, linewidth=5)
     axes.axhline(loss, color="gray", linewidth=0.8, linestyle="--", label=f"trained with {trained:,}")
     axes.set_xticks(places, [f"{size:,}" for size in sizes])
     axes.set_xlabel("memory (tokens)")
@@ -88,8 +104,10 @@ def documents_of_two_runs(
 ) -> bytes:
     """Loss of one run against loss of the other, a point a document, its area by its tokens."""
     figure, (axes,) = _figure()
-    x, y = np.array(second["by_document"]), np.array(first["by_document"])
-    axes.scatter(x, y, s=12 + 200 * np.array(tokens) / max(tokens), color=COLORS[0], alpha=0.6)
+    x = np.array(second["by_document"])
+    y = np.array(first["by_document"])
+    areas = 12 + 200 * np.array(tokens) / max(tokens)
+    axes.scatter(x, y, s=areas, color=COLORS[0], alpha=0.6)
     ends = [min(x.min(), y.min()), max(x.max(), y.max())]
     axes.plot(ends, ends, color="gray", linewidth=0.8, linestyle="--", label="equal; below it A is better")
     axes.set_xlabel(f"B: {names[1]}, loss (nats per token)")
@@ -100,7 +118,11 @@ def documents_of_two_runs(
 
 
 def _style(index: int) -> dict[str, Any]:
-    return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+    return {"color": _color(index), "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+
+
+def _color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
 
 
 def _figure(num_axes: int = 1) -> tuple[Figure, list[Axes]]:
@@ -125,21 +147,25 @@ def _png(figure: Figure) -> bytes:
 
 
 def gain_by_position(inspection: Inspection) -> bytes:
-    """The paper's figure 7: by how much the larger memory helped each token, a dot a token, and its mean by position."""
+    """The paper's figure 7: how much the larger memory helped each token, a dot a token, and its mean by position."""
     figure, (axes,) = _figure()
-    gain, (smaller, larger) = inspection.gain, inspection.memory_sizes
+    gain = inspection.gain
+    smaller, larger = inspection.memory_sizes
     positions = np.arange(len(gain))
-    axes.scatter(positions, gain, s=2, color=COLORS[0], alpha=max(0.05, min(1.0, 4000 / len(gain))), rasterized=True)
+    # The more dots there are, the fainter is each.
+    opacity = max(0.05, min(1.0, 4000 / len(gain)))
+    axes.scatter(positions, gain, s=2, color=COLORS[0], alpha=opacity, rasterized=True)
     bins = np.array_split(positions, min(60, len(gain)))
-    middles, means = ([function(each) for each in bins] for function in (np.mean, lambda each: gain[each].mean()))
+    middles = [each.mean() for each in bins]
+    means = [gain[each].mean() for each in bins]
     axes.plot(middles, means, color=COLORS[1], linewidth=2, label=f"mean (of all: {gain.mean():+.4f})")
-    axes.axvline(
-        inspection.num_equal, color="gray", linestyle="--", linewidth=1, label="from here on the memories differ"
-    )
+    label = "from here on the memories differ"
+    axes.axvline(inspection.num_equal, color="gray", linestyle="--", linewidth=1, label=label)
     limit = max(float(np.quantile(np.abs(gain), 0.999)), 1e-3)
     outside = int(np.sum(np.abs(gain) > limit))
     axes.set_ylim(-limit, limit)
-    axes.set_xlabel("position in the document (tokens)" + (f"; {outside} tokens lie outside" if outside else ""))
+    note = f"; {outside} tokens lie outside" if outside else ""
+    axes.set_xlabel(f"position in the document (tokens){note}")
     axes.set_ylabel("Δ (nats)")
     axes.set_title(f"Loss with memory {smaller:,} less loss with memory {larger:,}")
     axes.legend(loc="lower left")
@@ -150,10 +176,10 @@ def distances(inspection: Inspection) -> bytes:
     """How far back the retrieved neighbours lie, one line a layer, and how far back what was in the memory lay."""
     figure, (axes,) = _figure()
     edges = _age_bins(inspection)
-    for i, lookups in enumerate(inspection.lookups):
+    for index, lookups in enumerate(inspection.lookups):
         counts = _by_age(lookups.distances, edges)
-        color = COLORS[i % len(COLORS)]
-        axes.stairs(_share(counts), edges, label=f"retrieved, {lookups.layer}", linewidth=2, color=color)
+        label = f"retrieved, {lookups.layer}"
+        axes.stairs(_share(counts), edges, label=label, linewidth=2, color=_color(index))
     available = _share(_available(inspection, edges))
     axes.stairs(available, edges, label="everything in the memory", color="gray", linestyle="--")
     _ages(axes, "share of the neighbours")
@@ -166,45 +192,60 @@ def mass_by_age(inspection: Inspection) -> bytes:
     figure, (axes,) = _figure()
     edges = _age_bins(inspection)
     middles = np.sqrt(edges[1:] * edges[:-1])
-    lines = 0
+    num_lines = 0
     for lookups in inspection.lookups:
-        mass = np.zeros((len(lookups.gate), len(middles)))
-        # In parts: the weights of a long document would take as much memory again as its scores.
-        for first in range(0, len(lookups.scores), 4096):
-            part = slice(first, first + 4096)
-            weights, ages = lookups.weights(part), lookups.distances[part]
-            for head, sums in enumerate(mass):
-                sums += _by_age(ages[:, head], edges, weights[:, head])
-        for head, sums in enumerate(mass):
-            axes.plot(middles, _share(sums), label=f"{lookups.layer}, head {head}", **_style(lines))
-            lines += 1
-    _ages(axes, "share of the attention", columns=1 + lines // 7)
+        for head, mass in enumerate(_mass(lookups, edges)):
+            label = f"{lookups.layer}, head {head}"
+            axes.plot(middles, _share(mass), label=label, **_style(num_lines))
+            num_lines += 1
+    _ages(axes, "share of the attention", columns=1 + num_lines // 7)
     axes.set_title("Attention to the memory by age")
     return _png(figure)
+
+
+def _mass(lookups: Lookups, edges: np.ndarray) -> np.ndarray:
+    """Attention to each bin of ages, summed over the document, float64 [N, bins]."""
+    mass = np.zeros((len(lookups.gate), len(edges) - 1))
+    # In parts: the weights of a long document would take as much memory again as its scores.
+    for first in range(0, len(lookups.scores), 4096):
+        part = slice(first, first + 4096)
+        weights = lookups.weights(part)  # [part, N, K]
+        ages = lookups.distances[part]  # [part, N, K]
+        for head, sums in enumerate(mass):
+            sums += _by_age(ages[:, head], edges, weights[:, head])
+    return mass
 
 
 def _age_bins(inspection: Inspection) -> np.ndarray:
     """Edges of bins that double: 1, 2, 3-4, 5-8, ..."""
     oldest = max((int(lookups.distances.max(initial=1)) for lookups in inspection.lookups), default=1)
-    return np.array([0.5, *(2.0 ** np.arange(0, np.ceil(np.log2(oldest)) + 1) + 0.5)])
+    exponents = np.arange(0, np.ceil(np.log2(oldest)) + 1)
+    return np.array([0.5, *(2.0**exponents + 0.5)])
 
 
 def _by_age(ages: np.ndarray, edges: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Counts, or sums of weights, of each bin; age 0 is no neighbour."""
     # The bin of every possible age, looked up: a histogram of 10^7 floats would take seconds.
-    bins = np.digitize(np.arange(int(edges[-1]) + 1), edges)
-    return np.bincount(bins[ages].reshape(-1), None if weights is None else weights.reshape(-1), len(edges))[
-        1 : len(edges)
-    ]
+    bin_of_age = np.digitize(np.arange(int(edges[-1]) + 1), edges)
+    bins = bin_of_age[ages].reshape(-1)
+    flat_weights = None if weights is None else weights.reshape(-1)
+    sums = np.bincount(bins, flat_weights, minlength=len(edges))
+    return sums[1 : len(edges)]
 
 
 def _available(inspection: Inspection, edges: np.ndarray) -> np.ndarray:
     """How many slots of each age all queries together could look into."""
+    _, memory_size = inspection.memory_sizes
     positions = np.arange(len(inspection.tokens))
-    inside = positions % inspection.segment_length
-    youngest, oldest = inside + 1, inside + np.minimum(positions - inside, inspection.memory_sizes[1])
-    first, last = np.ceil(edges[:-1]), np.floor(edges[1:])
-    overlap = np.minimum(oldest[:, None], last[None]) - np.maximum(youngest[:, None], first[None]) + 1
+    place_in_segment = positions % inspection.segment_length
+    segment_start = positions - place_in_segment
+    # Ages of the slots that each query sees: [tokens, 1].
+    youngest = (place_in_segment + 1)[:, None]
+    oldest = (place_in_segment + np.minimum(segment_start, memory_size))[:, None]
+    # Whole ages of each bin: [bins].
+    first = np.ceil(edges[:-1])
+    last = np.floor(edges[1:])
+    overlap = np.minimum(oldest, last) - np.maximum(youngest, first) + 1  # [tokens, bins]
     return np.maximum(overlap, 0).sum(axis=0)
 
 

@@ -19,8 +19,8 @@ from memorizing.evaluation.controls import ControlsHook
 from memorizing.evaluation.evaluation_hook import EvaluationHook
 from memorizing.evaluation.evaluator import Evaluation, Evaluator, num_rows_side_by_side
 from memorizing.runtime import distributed, failures
-from memorizing.runtime import events as events_lib
-from memorizing.runtime.events import EventLog
+from memorizing.runtime.events import FILE as EVENTS_FILE
+from memorizing.runtime.events import EventLog, goodput
 from memorizing.runtime.failures import Interrupted
 from memorizing.runtime.metrics import MetricWriter, Progress, Values
 from memorizing.runtime.stopping import StopSignal
@@ -63,7 +63,7 @@ def train_and_evaluate(
     mesh = experiment.make_mesh()
     experiment.check_data()
     folder = distributed.primary_first(lambda: open_workdir(workdir, experiment, config_text))
-    events = EventLog(folder / events_lib.FILE if distributed.is_primary() else None)
+    events = EventLog(folder / EVENTS_FILE if distributed.is_primary() else None)
     events.write("start", version=__version__, **_machines())
 
     def end_hanging(reason: str) -> None:
@@ -153,7 +153,7 @@ def _write_results(run: _Run, workdir: epath.Path, events: EventLog) -> None:
         (workdir / "loss_by_position.png").write_bytes(plots.loss_by_position(evaluations))
         (workdir / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
         events.write("end", step=run.training.step)
-        run.progress.say(str(events_lib.goodput(workdir)))
+        run.progress.say(str(goodput(workdir)))
     run.progress.say(f"written to {workdir}: checkpoints, metrics.jsonl, events, loss_by_position.png")
 
 

@@ -1,4 +1,4 @@
-"""Evaluation in windows: what a model without any carried context does on long documents, by chunking or overlapping (the survey's first section)."""
+"""Evaluation in windows: what a model that carries no context does on long documents, by chunking or overlapping."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from memorizing.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """A data source whose held-out documents are read in windows, each from an empty context and each token scored once.
+    """A data source whose held-out documents are read in windows.
 
-    A window of `width` tokens scores its last `stride`; the tokens before them are context. Every token is thus predicted with at least `width - stride` earlier tokens in view
-    (or all there are), at `width / stride` times the compute. With stride = width the document is cut into chunks that know nothing of each other. Training is on chunks.
+    Each window begins with an empty context, and each token is scored once. A window of `width` tokens scores its last
+    `stride`; the tokens before them are context. Every token is thus predicted with at least `width - stride` earlier
+    tokens in view (or all there are), at `width / stride` times the compute. With stride = width the document is cut
+    into chunks that know nothing of each other. Training is on chunks.
 
     Attributes:
       source: where the documents come from.
@@ -69,19 +71,21 @@ class Windows:
         num_before = self.width - self.stride
         # Of the tokens before those that a window scores: inputs, targets, and whether they are real.
         before = np.zeros((3, num_rows_here, num_before), np.int32)
+        no_weights = np.zeros((num_rows_here, 1, num_before), np.float32)
         for batch, document, offset in self.source.evaluation_batches(num_rows, self.stride, rows):
             before[:, batch.start_of_document[:, 0]] = 0
-            new = np.stack([batch.tokens[:, 0], batch.targets[:, 0], batch.is_real[:, 0]])
-            window = np.concatenate([before, new], axis=2)
+            new = np.stack([batch.tokens[:, 0], batch.targets[:, 0], batch.is_real[:, 0]])  # [3, B, stride]
+            window = np.concatenate([before, new], axis=2)  # [3, B, width]
             before = window[:, :, self.stride :].copy()
-            weights = np.concatenate(
-                [np.zeros((num_rows_here, num_before), np.float32), batch.loss_weights[:, 0]], axis=1
+            tokens, targets, is_real = window[:, :, None]  # each [B, 1, width]
+            windows = Batch(
+                tokens=tokens,
+                targets=targets,
+                loss_weights=np.concatenate([no_weights, batch.loss_weights], axis=2),
+                is_real=is_real.astype(bool),
+                start_of_document=np.ones((num_rows_here, 1), bool),
             )
-            tokens, targets, is_real = window[:, :, None]
-            starts = np.ones((num_rows_here, 1), bool)
-            yield EvaluationBatch(
-                Batch(tokens, targets, weights[:, None], is_real.astype(bool), starts), document, offset
-            )
+            yield EvaluationBatch(windows, document, offset)
 
     def _check(self, segment_length: int) -> None:
         if segment_length != self.width:

@@ -1,15 +1,15 @@
 """Generation with a model: whole segments pass as in training, the open one token by token.
 
-An open segment is prefilled, and each decode step adds a token to it: the layers keep its keys and values in a KV cache,
-and what they carry from the segments before is only read. When the segment is full it passes once more as a whole, by the
-same code as in training, and that replaces the context: the memory that a text leaves does not depend on whether it was
-read or generated.
+An open segment is prefilled, and each decode step adds a token to it: the layers keep its keys and values in a KV
+cache, and what they carry from the segments before is only read. When the segment is full it passes once more as a
+whole, by the same code as in training, and that replaces the context: the memory that a text leaves does not depend on
+whether it was read or generated.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,10 @@ from memorizing.models.losses import next_token_nats
 from memorizing.runtime import sharding
 
 # What the layers keep of an open segment: by group of layers, `Report.kv_cache`.
-KVCache = dict[str, Any]
+KVCache = Mapping[str, Any]
+# On the host.
+HostTokens = Int[np.ndarray, "B T"]
+HostPerToken = Float[np.ndarray, "B T"]
 
 
 class Decoder:
@@ -39,11 +42,11 @@ class Decoder:
       read: `(params, buffers, inputs [B, T], targets [B, T], context) -> (nats [B, T], context)`, a whole segment; the
         context is donated.
       prepare: `(context) -> context` as the next segment reads it; donated.
-      prefill: `(params, buffers, inputs, targets, context) -> (nats, KV cache)`, the first positions of a segment, padded
-        to T; the context as `prepare` gives it, as in every decode step.
+      prefill: `(params, buffers, inputs, targets, context) -> (nats, KV cache)`, the first positions of a segment,
+        padded to T; the context as `prepare` gives it, as in every decode step.
       decode: `(params, buffers, inputs [B], index, KV cache, context, position, sampling) -> (Drawn, KV cache)`, the
-        input at `index` of the segment, and a draw from what it predicts, the token at `position` of the document; the KV
-        cache is donated.
+        input at `index` of the segment, and a draw from what it predicts, the token at `position` of the document; the
+        KV cache is donated.
     """
 
     def __init__(self, config: LMConfig, segment_length: int, mesh: Mesh | None = None) -> None:
@@ -66,8 +69,14 @@ class Decoder:
 
     def init(self, num_rows: int) -> Context:
         """The context of rows that have read nothing."""
+        return self._init_of(num_rows)()
+
+    # A decoder lives as long as the process.
+    @functools.cache  # noqa: B019
+    def _init_of(self, num_rows: int) -> Callable[[], Context]:
+        """Makes that context; compiled once for each number of rows."""
         init_context = functools.partial(self.config.init_context, num_rows, self.segment_length)
-        return self._compiled(init_context, out_shardings=self._shardings(num_rows))()
+        return self._compiled(init_context, out_shardings=self._shardings(num_rows))
 
     def abstract_context(self, num_rows: int) -> Context:
         """Shapes and dtypes of a context."""
@@ -132,8 +141,8 @@ class TextState(NamedTuple):
 class TextDecoder:
     """Rows that read and generate in lockstep, each with a context of its own.
 
-    A token is first predicted, then read: the pending one is predicted but not yet read, so that nothing is special about
-    the ends of texts and segments. At the start of a document it is the vocabulary's `start_id`, as in training.
+    A token is first predicted, then read: the pending one is predicted but not yet read, so that nothing is special
+    about the ends of texts and segments. At the start of a document it is the vocabulary's `start_id`, as in training.
 
     Attributes:
       num_tokens: tokens of the document so far.
@@ -155,7 +164,7 @@ class TextDecoder:
         # Of the open segment; None where it has to be prefilled first.
         self._kv_cache: KVCache | None = None
 
-    def read(self, tokens: Tokens, on_progress: Callable[[int], None] = lambda _: None) -> PerToken:
+    def read(self, tokens: HostTokens, on_progress: Callable[[int], None] = lambda _: None) -> HostPerToken:
         """Reads on.
 
         Args:
@@ -178,7 +187,7 @@ class TextDecoder:
         segments = ((inputs[:, start : start + length], targets[:, start : start + length]) for start in starts)
         for scored, context in read_segments(self._read_segment, self._context, segments):
             self._context = context
-            nats.append(scored)
+            nats.append(np.asarray(scored))
             on_progress(min(len(nats) * length - num_before, tokens.shape[1]))
         if num_whole:
             self._context = self._decoder.prepare(self._context)
@@ -243,11 +252,14 @@ class TextDecoder:
         inputs = np.stack([*map(np.asarray, self._inputs), np.asarray(self._pending)], axis=1).astype(np.int32)
         return TextState(self._context, inputs, self.num_tokens)
 
-    def _read_segment(self, context: Context, segment: tuple[Tokens, Tokens]) -> tuple[PerToken, Context]:
+    def _read_segment(self, context: Context, segment: tuple[HostTokens, HostTokens]) -> tuple[PerToken, Context]:
         return self._decoder.read(*self._weights, *segment, context)
 
     def _next_place(self) -> tuple[KVCache, int]:
-        """The KV cache, and where in the segment the pending token stands; a full segment is closed, the next opened."""
+        """The KV cache, and where in the segment the pending token stands.
+
+        A full segment is closed first, and the next one opened.
+        """
         if len(self._inputs) == self._decoder.segment_length:
             inputs = np.stack([np.asarray(column) for column in self._inputs], axis=1)
             # Targets only matter to the scores, which nobody asks for here.
@@ -256,9 +268,10 @@ class TextDecoder:
             self._inputs, self._kv_cache = [], None
         if self._kv_cache is None:
             self._prefill(np.zeros((len(self._pending), 0), np.int32))
+        assert self._kv_cache is not None, "prefilled above"
         return self._kv_cache, len(self._inputs)
 
-    def _prefill(self, targets: Tokens) -> PerToken:
+    def _prefill(self, targets: HostTokens) -> PerToken:
         """Makes the KV cache of the open segment's inputs; returns the -log p of the targets, [B, T] on the device."""
         shape = (len(self._pending), self._decoder.segment_length)
         padded_inputs, padded_targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -279,6 +292,7 @@ def _read(
     config: LMConfig, params: Tree, buffers: Tree, inputs: Tokens, targets: Tokens, context: Context
 ) -> tuple[PerToken, Context]:
     output = language_model.apply(config, params, buffers, _whole(inputs, inputs.shape[1]), context)
+    assert output.context is not None, "the segment is whole"
     return next_token_nats(output.logits, targets), output.context
 
 

@@ -9,19 +9,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from memorizing.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings of sampling. `top_k` is applied first, then `top_p` to what is left; then it is drawn.
+    """Settings of sampling. `top_k` is applied first, then `top_p` to what is left; then a token is drawn.
 
     Attributes:
       temperature: the logits are divided by it; 0 always takes the most probable token.
       top_k: only the k most probable tokens may be drawn; 0 for all.
-      top_p: only the most probable tokens that together reach this probability may be drawn (Holtzman et al. 2020, "nucleus sampling"), at least one.
+      top_p: only the most probable tokens that together reach this probability may be drawn (Holtzman et al. 2020,
+        "nucleus sampling"), at least one.
     """
 
     temperature: float = 0.8
@@ -37,29 +38,43 @@ class Sampling:
             raise UserError(f"top_p = {self.top_p}: above 0 and at most 1")
 
     def arrays(self, allowed: Bool[np.ndarray, "V"], seed: int) -> SamplingArrays:
-        """The settings as a compiled program takes them, which is the same one for all settings.
+        """The settings as arguments of a compiled program, which is the same one for all settings.
 
         Args:
           allowed: which tokens may be drawn at all, at least one.
           seed: of the random numbers.
         """
-        is_greedy = self.temperature == 0
-        limit = 1 if is_greedy else self.top_k or np.iinfo(np.int32).max
-        temperature = np.float32(1.0 if is_greedy else self.temperature)
-        return SamplingArrays(temperature, np.int32(limit), np.float32(self.top_p), allowed, np.uint32(seed))
+        if self.temperature == 0:
+            temperature = 1.0
+            top_k = 1
+        else:
+            temperature = self.temperature
+            top_k = self.top_k or np.iinfo(np.int32).max
+        return SamplingArrays(
+            temperature=np.float32(temperature),
+            top_k=np.int32(top_k),
+            top_p=np.float32(self.top_p),
+            allowed=allowed,
+            seed=np.uint32(seed),
+        )
 
 
 class SamplingArrays(NamedTuple):
-    """`Sampling` as arrays: temperature above 0, and how many tokens may be drawn at most.
+    """`Sampling` as arrays: of NumPy before a compiled program, of JAX inside it.
 
-    With them the tokens that may be drawn at all, and the seed.
+    Attributes:
+      temperature: above 0.
+      top_k: how many tokens may be drawn at most.
+      top_p: as in `Sampling`.
+      allowed: which tokens may be drawn at all.
+      seed: of the random numbers.
     """
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    allowed: Bool[Array, "V"]
-    seed: Int[Array, ""]
+    temperature: Float[Array, ""] | np.float32
+    top_k: Int[Array, ""] | np.int32
+    top_p: Float[Array, ""] | np.float32
+    allowed: Bool[Array | np.ndarray, "V"]
+    seed: UInt32[Array, ""] | np.uint32
 
 
 def draw(logits: Float[Array, "B V"], position: Int[Array, ""], sampling: SamplingArrays) -> Int[Array, "B"]:
@@ -72,17 +87,23 @@ def draw(logits: Float[Array, "B V"], position: Int[Array, ""], sampling: Sampli
     """
     logits = jnp.where(sampling.allowed[None], logits, -jnp.inf)
     # By rank, so that of equal logits the lower token comes first and exactly k are left.
-    tokens = jnp.argsort(-logits, axis=-1, stable=True)
-    scaled = jnp.take_along_axis(logits, tokens, axis=-1) / sampling.temperature
-    rank = jnp.arange(logits.shape[-1])[None]
+    tokens = jnp.argsort(-logits, axis=-1, stable=True)  # [B, V], the most probable first
+    scaled = jnp.take_along_axis(logits, tokens, axis=-1) / sampling.temperature  # [B, V]
+    rank = jnp.arange(logits.shape[-1])[None]  # [1, V]
     scaled = jnp.where(rank < sampling.top_k, scaled, -jnp.inf)
     probabilities = jax.nn.softmax(scaled, axis=-1)
     # The probability of all tokens before a token: what has reached top_p needs no more.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    scaled = jnp.where((before < sampling.top_p) | (rank == 0), scaled, -jnp.inf)
+    is_candidate = (before < sampling.top_p) | (rank == 0)
+    scaled = jnp.where(is_candidate, scaled, -jnp.inf)
 
-    def key(row: Int[Array, ""]) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), position)
+    def draw_rank(row: Int[Array, ""], row_logits: Float[Array, "V"]) -> Int[Array, ""]:
+        key = jax.random.key(sampling.seed)
+        key = jax.random.fold_in(key, row)
+        key = jax.random.fold_in(key, position)
+        return jax.random.categorical(key, row_logits)
 
-    drawn = jax.vmap(jax.random.categorical)(jax.vmap(key)(jnp.arange(len(logits))), scaled)
-    return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    rows = jnp.arange(len(logits))  # [B]
+    drawn = jax.vmap(draw_rank)(rows, scaled)  # [B]
+    drawn_tokens = jnp.take_along_axis(tokens, drawn[:, None], axis=-1)  # [B, 1]
+    return drawn_tokens[:, 0].astype(jnp.int32)

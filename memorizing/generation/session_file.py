@@ -22,7 +22,9 @@ from memorizing.training.checkpoint import paths
 # What makes a session of the same model: name of each part, and its value or digest.
 Identity = Mapping[str, str | int]
 
-_IDENTITY, _CONTEXT = "identity", "context/"
+# Names of arrays in the archive: of the identity, and before those of the context.
+_IDENTITY = "identity"
+_CONTEXT = "context/"
 
 
 def save(path: str, state: TextState, identity: Identity) -> None:
@@ -36,10 +38,16 @@ def save(path: str, state: TextState, identity: Identity) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    context = {_CONTEXT + name: np.asarray(leaf) for name, leaf in paths(state.context).items()}
-    described = np.frombuffer(json.dumps(dict(identity)).encode(), np.uint8)
+    described = json.dumps(dict(identity)).encode()
+    arrays: dict[str, np.ndarray] = {
+        "inputs": np.asarray(state.inputs),
+        "num_tokens": np.asarray(state.num_tokens, np.int64),
+        _IDENTITY: np.frombuffer(described, np.uint8),
+    }
+    arrays |= {_CONTEXT + name: np.asarray(leaf) for name, leaf in paths(state.context).items()}
     content = io.BytesIO()
-    np.savez(content, inputs=state.inputs, num_tokens=np.int64(state.num_tokens), **{_IDENTITY: described}, **context)
+    # The stubs of NumPy take the names for the option `allow_pickle`.
+    np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
     file = resolve(path)
     unfinished = file.parent / f".{file.name}.unfinished"
     try:
@@ -58,7 +66,8 @@ def load(path: str, context: Tree, identity: Identity) -> TextState:
       identity: of the model that is to go on with it.
 
     Raises:
-      UserError: there is no such file, it is damaged or no session, or it belongs to another model; the message says what differs.
+      UserError: there is no such file, it is damaged or no session, or it belongs to another model; the message says
+        what differs.
     """
     try:
         content = resolve(path).read_bytes()
@@ -73,11 +82,11 @@ def load(path: str, context: Tree, identity: Identity) -> TextState:
     for name, value in identity.items():
         if belongs.get(name) != value:
             raise UserError(
-                f"the session {path} was read with another model: its {name} is {belongs.get(name)}, that of this run is {value}; "
+                f"the session {path} was read with another model: "
+                f"its {name} is {belongs.get(name)}, that of this run is {value}; "
                 "read the text again, or name the run and the step that it was read with"
             )
     # NumPy does not know bfloat16, and writes its bytes as they are.
     leaves = [arrays[_CONTEXT + name].view(leaf.dtype) for name, leaf in paths(context).items()]
-    return TextState(
-        jax.tree.unflatten(jax.tree.structure(context), leaves), arrays["inputs"], int(arrays["num_tokens"])
-    )
+    restored = jax.tree.unflatten(jax.tree.structure(context), leaves)
+    return TextState(restored, arrays["inputs"], int(arrays["num_tokens"]))

@@ -1,4 +1,6 @@
-"""A trained model for whoever has a text: it scores texts and writes on, and remembers what it has read. `memorizing.load` makes one.
+"""A trained model for whoever has a text: it scores texts and writes on, and remembers what it has read.
+
+`memorizing.load` makes one:
 
 model = memorizing.load("runs/demo")
 print(model.score(open("some.py").read()).perplexity)
@@ -13,6 +15,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,7 +79,8 @@ class TextModel:
         vocabulary = run.vocabulary
         if vocabulary is None:
             raise UserError(
-                f"the data of {run.workdir} is no text ({type(run.experiment.data).__name__}): only a model of text can read and write one"
+                f"the data of {run.workdir} is no text ({type(run.experiment.data).__name__}): "
+                "only a model of text can read and write one"
             )
         self.run = run
         self.vocabulary = vocabulary
@@ -93,9 +97,13 @@ class TextModel:
         return self.session().read(text)
 
     def generate(
-        self, prompt: str, num_tokens: int = 200, num_samples: int = 1, seed: int = 0, **sampling: float
+        self, prompt: str, num_tokens: int = 200, num_samples: int = 1, seed: int = 0, **sampling: Any
     ) -> list[str]:
-        """Reads a prompt into an empty memory and writes on: see `Session.generate`. Raises UserError if the prompt is empty or a setting is out of range."""
+        """Reads a prompt into an empty memory and writes on: see `Session.generate`.
+
+        Raises:
+          UserError: the prompt is empty, or a setting is out of range.
+        """
         session = self.session()
         session.read(prompt)
         return session.generate(num_tokens, num_samples, seed, **sampling)
@@ -173,10 +181,10 @@ class Session:
         pieces = [piece.decode("utf-8", "replace") for piece in vocabulary.pieces(tokens)]
         return Score(tokens, nats, pieces, len(text.encode()))
 
-    def write(
-        self, num_tokens: int = 200, num_samples: int = 1, seed: int = 0, **sampling: float
-    ) -> Iterator[list[str]]:
-        """Writes on in several samples side by side, without ending the session where it is: what is written is forgotten, unless it is read.
+    def write(self, num_tokens: int = 200, num_samples: int = 1, seed: int = 0, **sampling: Any) -> Iterator[list[str]]:
+        """Writes on in several samples side by side; the session stays where it is.
+
+        What is written is forgotten, unless it is read.
 
         Args:
           num_tokens: length of a sample; it ends earlier where the model ends the document.
@@ -196,7 +204,7 @@ class Session:
         steps = self._decoder.fork(num_samples).generate(num_tokens, settings, seed, self._model.allowed)
         return _texts(self._model.vocabulary, steps, num_samples)
 
-    def generate(self, num_tokens: int = 200, num_samples: int = 1, seed: int = 0, **sampling: float) -> list[str]:
+    def generate(self, num_tokens: int = 200, num_samples: int = 1, seed: int = 0, **sampling: Any) -> list[str]:
         """The samples of `write`, each as a whole."""
         parts = self.write(num_tokens, num_samples, seed, **sampling)
         return ["".join(sample) for sample in zip(*parts, strict=True)]
@@ -220,7 +228,7 @@ _decoder = functools.lru_cache(maxsize=8)(Decoder)
 
 
 class TextStream:
-    """Tokens to text as they come: what has been said is never taken back, and a character waits until it is complete."""
+    """Tokens to text as they come: no text is taken back, and a character waits until it is complete."""
 
     # So many tokens before a new one say what it adds to the text.
     _CONTEXT = 16

@@ -23,16 +23,30 @@ class Block(nn.Module):
     dims: LayerDims
 
     def setup(self) -> None:
-        self.attention_norm = make_norm(self.dims.norm)
-        self.attention = self.mechanism.layer(self.dims)
-        self.mlp_norm = make_norm(self.dims.norm)
-        self.mlp = MLP(self.dims.mlp_dim, self.dims.mlp, self.dims.dtype)
+        dims = self.dims
+        self.attention_norm = make_norm(dims.norm)
+        self.attention = self.mechanism.layer(dims)
+        self.mlp_norm = make_norm(dims.norm)
+        self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype)
 
-    def __call__(self, x: Activations, segment: Segment, state: Tree) -> tuple[Activations, Tree, Report]:
-        """The layer's output [B, T, D], its new state, and what it reports."""
-        y, state, report = self.attention(self.attention_norm(x), segment, state)
-        x = x + dropout(y, self.dims.dropout, segment.rngs, "attention_dropout")
+    def __call__(
+        self,
+        x: Activations,
+        segment: Segment,
+        state: Tree,
+    ) -> tuple[Activations, Tree, Report]:
+        """The layer's output [B, T, D], its new state, and its report."""
+        rate = self.dims.dropout
+
+        y = self.attention_norm(x)
+        y, state, report = self.attention(y, segment, state)
+        y = dropout(y, rate, segment.rngs, "attention_dropout")
+        x = x + y
+
         with jax.named_scope("mlp"):
-            y = self.mlp(self.mlp_norm(x))
-        x = x + dropout(y, self.dims.dropout, segment.rngs, "mlp_dropout")
+            y = self.mlp_norm(x)
+            y = self.mlp(y)
+        y = dropout(y, rate, segment.rngs, "mlp_dropout")
+        x = x + y
+
         return x, state, report

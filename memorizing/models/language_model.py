@@ -11,12 +11,21 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from memorizing import context as context_lib
-from memorizing.array_typing import AxesTree, Logits, RowFlags, Tree
-from memorizing.context import Context, Decoding, Inputs, Layout, Report, Rngs, Segment
+from memorizing.array_typing import Activations, AxesTree, Logits, RowFlags, Tree
+from memorizing.context import (
+    Context,
+    Decoding,
+    Inputs,
+    Layout,
+    Report,
+    Rngs,
+    Segment,
+)
 from memorizing.errors import UserError
 from memorizing.models import attention as attention_lib
 from memorizing.models.attention.base import Attention, LayerDims
@@ -38,7 +47,7 @@ class LMConfig:
       vocab_size: V.
       num_layers, embed_dim, num_heads, head_dim, mlp_dim: L, D, N, H, F.
       attention: the mechanism of every layer that `attention_at` does not name; or a pattern of mechanisms, which the
-        layers repeat over and over.
+        layers repeat.
       attention_at: pairs of a layer index, from 0, and its mechanism.
       recurrent_tokens: memory tokens around the whole stack, or None.
       continuous_cache: a memory of the document's tokens that is mixed into the predictions, or None.
@@ -70,22 +79,25 @@ class LMConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"LMConfig.{name} = {getattr(self, name)}: at least 1")
+            size = getattr(self, name)
+            if size < 1:
+                raise UserError(f"LMConfig.{name} = {size}: at least 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"LMConfig.dropout = {self.dropout}: a probability below 1")
         if self.attention == ():
             raise UserError("LMConfig.attention = (): a mechanism, or a pattern of at least one")
         indices = [index for index, _ in self.attention_at]
-        if len(set(indices)) < len(indices) or not all(0 <= index < self.num_layers for index in indices):
+        are_different = len(set(indices)) == len(indices)
+        are_layers = all(0 <= index < self.num_layers for index in indices)
+        if not are_different or not are_layers:
             raise UserError(
                 f"LMConfig.attention_at names the layers {indices}: different indices from 0 to {self.num_layers - 1} "
                 f"(LMConfig.num_layers = {self.num_layers})"
             )
         if self.qk_norm == "none" and any(each.memory_size for each in self.stack.mechanisms):
             raise UserError(
-                "LMConfig.qk_norm = 'none': an external memory compares keys of different times, which have to have the "
-                "same length; use 'l2', or a model without a memory"
+                "LMConfig.qk_norm = 'none': an external memory compares keys of different times, which have to have "
+                "the same length; use 'l2', or a model without a memory"
             )
 
     @property
@@ -108,12 +120,20 @@ class LMConfig:
     @property
     def pattern(self) -> tuple[Attention, ...]:
         """The mechanisms that the layers repeat."""
-        return self.attention if isinstance(self.attention, tuple) else (self.attention,)
+        if isinstance(self.attention, tuple):
+            return self.attention
+        return (self.attention,)
 
     @functools.cached_property
     def stack(self) -> Stack:
         """The layers."""
-        return Stack(self.num_layers, self.pattern, self.attention_at, self.dims, self.remat)
+        return Stack(
+            self.num_layers,
+            self.pattern,
+            self.attention_at,
+            self.dims,
+            self.remat,
+        )
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -121,21 +141,27 @@ class LMConfig:
         return self.stack.groups
 
     def layout(self, segment_length: int) -> Layout:
-        """What passes through the layers for a segment of T tokens."""
-        return self.recurrent_tokens.layout(segment_length) if self.recurrent_tokens else Layout(segment_length)
+        """The positions that pass through the layers for a segment of T tokens."""
+        if self.recurrent_tokens is None:
+            return Layout(segment_length)
+        return self.recurrent_tokens.layout(segment_length)
 
     # External memories.
 
     @property
     def memory_sizes(self) -> dict[str, int]:
         """Slots of every external memory, by layer; of the continuous cache by its own name."""
-        mechanisms = enumerate(self.stack.mechanisms)
-        sizes = {layer_name(index): each.memory_size for index, each in mechanisms if each.memory_size}
-        return sizes | ({CONTINUOUS_CACHE: self.continuous_cache.memory_size} if self.continuous_cache else {})
+        sizes = {}
+        for index, mechanism in enumerate(self.stack.mechanisms):
+            if mechanism.memory_size:
+                sizes[layer_name(index)] = mechanism.memory_size
+        if self.continuous_cache:
+            sizes[CONTINUOUS_CACHE] = self.continuous_cache.memory_size
+        return sizes
 
     @property
     def memory_size(self) -> int:
-        """Slots of its external memories, of the largest where they differ; 0 without one."""
+        """Slots of its largest external memory; 0 without one."""
         return max(self.memory_sizes.values(), default=0)
 
     @property
@@ -150,34 +176,48 @@ class LMConfig:
         return dataclasses.replace(resized, continuous_cache=cache)
 
     def without_memory(self) -> LMConfig:
-        """The model with the local attention alone where it has an external memory, and without a continuous cache."""
+        """The model without a continuous cache, whose layers with a memory have their local attention alone."""
         local = self._with_mechanisms(lambda attention: attention.without_memory())
         return dataclasses.replace(local, continuous_cache=None)
 
     def map_memories(self, context: Context, change: Callable[[Memory], Memory]) -> Context:
-        """The same context with every external memory changed, and what waits to be written to it."""
-        changed = {group.name: group.attention.map_memory(context[group.name], change) for group in self.groups}
+        """The same context with every external memory changed, and everything that waits to be written to it."""
+        changed = dict(context)
+        for group in self.groups:
+            state = context[group.name]
+            changed[group.name] = group.attention.map_memory(state, change)
         if self.continuous_cache:
-            changed[CONTINUOUS_CACHE] = self.continuous_cache.map_memory(context[CONTINUOUS_CACHE], change)
-        return context | changed
+            state = context[CONTINUOUS_CACHE]
+            changed[CONTINUOUS_CACHE] = self.continuous_cache.map_memory(state, change)
+        return changed
 
     def memories(self, context: Context) -> list[Memory]:
         """The external memories in a context."""
-        found = [group.attention.memory(context[group.name]) for group in self.groups]
+        memories = []
+        for group in self.groups:
+            memory = group.attention.memory(context[group.name])
+            if memory is not None:
+                memories.append(memory)
         if self.continuous_cache:
-            found.append(context[CONTINUOUS_CACHE].memory)
-        return [memory for memory in found if memory is not None]
+            memories.append(context[CONTINUOUS_CACHE].memory)
+        return memories
 
     def without_context(self) -> LMConfig:
         """The same sizes with full attention within a segment and nothing carried to the next."""
-        nothing = {"attention_at": (), "recurrent_tokens": None, "continuous_cache": None}
-        return dataclasses.replace(self, attention=attention_lib.DEFAULT, **nothing)
+        return dataclasses.replace(
+            self,
+            attention=attention_lib.DEFAULT,
+            attention_at=(),
+            recurrent_tokens=None,
+            continuous_cache=None,
+        )
 
     def _with_mechanisms(self, change: Callable[[Attention], Attention]) -> LMConfig:
+        """The model with every mechanism changed."""
         pattern = tuple(map(change, self.pattern))
-        layers = tuple((index, change(attention)) for index, attention in self.attention_at)
         attention = pattern if isinstance(self.attention, tuple) else pattern[0]
-        return dataclasses.replace(self, attention=attention, attention_at=layers)
+        attention_at = tuple((index, change(mechanism)) for index, mechanism in self.attention_at)
+        return dataclasses.replace(self, attention=attention, attention_at=attention_at)
 
     # What it can be used for.
 
@@ -208,10 +248,18 @@ class LMConfig:
         """The context of rows that have seen nothing."""
         context: Context = {"clock": jnp.zeros((), jnp.int32)}
         if self.recurrent_tokens:
-            context[RECURRENT] = self.recurrent_tokens.init_state(self.embed_dim, self.dims.dtype, batch_size)
+            context[RECURRENT] = self.recurrent_tokens.init_state(
+                self.embed_dim,
+                self.dims.dtype,
+                batch_size,
+            )
         if self.continuous_cache:
-            sizes = (self.embed_dim, self.dims.dtype, batch_size, segment_length)
-            context[CONTINUOUS_CACHE] = self.continuous_cache.init_state(*sizes)
+            context[CONTINUOUS_CACHE] = self.continuous_cache.init_state(
+                self.embed_dim,
+                self.dims.dtype,
+                batch_size,
+                segment_length,
+            )
         return context | self.stack.init_states(batch_size, segment_length)
 
     def context_axes(self) -> AxesTree:
@@ -224,7 +272,7 @@ class LMConfig:
         return axes | self.stack.state_axes()
 
     def prepare_context(self, context: Context, start_of_document: RowFlags) -> Context:
-        """The context as a segment reads it: what the segment before left is in its place, and the flagged rows are fresh.
+        """The context as a segment reads it: the layers' states are up to date, and the flagged rows are fresh.
 
         Idempotent.
 
@@ -234,8 +282,10 @@ class LMConfig:
         """
         prepared = dict(context)
         for group in self.groups:
-            state = group.attention.prepare_state(context[group.name], context["clock"])
-            prepared[group.name] = context_lib.reset_rows(state, group.attention.fresh_state(), start_of_document)
+            attention = group.attention
+            state = attention.prepare_state(context[group.name], context["clock"])
+            fresh = attention.fresh_state()
+            prepared[group.name] = context_lib.reset_rows(state, fresh, start_of_document)
         if self.recurrent_tokens:
             prepared[RECURRENT] = self.recurrent_tokens.reset(context[RECURRENT], start_of_document)
         if self.continuous_cache:
@@ -244,13 +294,15 @@ class LMConfig:
         return prepared
 
     def state_bytes(self, segment_length: int) -> int:
-        """Bytes of what the model carries for one row."""
+        """Bytes of the context of one row."""
         context = jax.eval_shape(lambda: self.init_context(1, segment_length))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(context) if leaf.ndim)
+        # Scalars are shared by all rows.
+        leaves = [leaf for leaf in jax.tree.leaves(context) if leaf.ndim > 0]
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 class ModelOutput(NamedTuple):
-    """What one segment gives.
+    """The result of one segment.
 
     Attributes:
       logits: float32 [B, T, V]; of a decode step [B, 1, V].
@@ -268,28 +320,34 @@ class ModelOutput(NamedTuple):
 def init(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -> dict[str, Tree]:
     """Parameters and buffers that still carry their logical axis names: `{"params": ..., "buffers": ...}`.
 
-    They depend neither on rows nor on the segment, which only have to fit mesh and mechanisms; what a layer begins with
-    depends on the key and its index, not on how layers are stacked.
+    They depend neither on rows nor on the segment, which only have to fit mesh and mechanisms. The initial parameters
+    of a layer depend on the key and its index, not on how layers are stacked.
     """
-    dims, layout = config.dims, config.layout(segment_length)
+    dtype = config.dims.dtype
 
     def key(name: str) -> jax.Array:
         return jax.random.fold_in(rng, zlib.crc32(name.encode()))
 
     tokens = jnp.zeros((num_rows, segment_length), jnp.int32)
-    x = jnp.zeros((num_rows, segment_length, config.embed_dim), dims.dtype)
+    x = jnp.zeros((num_rows, segment_length, config.embed_dim), dtype)
     created = {
         "embedder": _embedder(config).init(key("embedder"), tokens, method="encode"),
         "final_norm": _final_norm(config).init(key("final_norm"), x),
     }
     if config.recurrent_tokens:
-        state = config.recurrent_tokens.init_state(config.embed_dim, dims.dtype, num_rows)
-        created[RECURRENT] = _memory_tokens(config).init(key(RECURRENT), x, state)
+        memory_tokens = MemoryTokens(config.recurrent_tokens)
+        state = config.recurrent_tokens.init_state(config.embed_dim, dtype, num_rows)
+        created[RECURRENT] = memory_tokens.init(key(RECURRENT), x, state)
     if config.continuous_cache and config.continuous_cache.has_parameters:
         created[CONTINUOUS_CACHE] = Mixture(config.continuous_cache).init(key(CONTINUOUS_CACHE), x)
-    layers = config.stack.init(key("layers"), num_rows, layout)
     params = {name: variables["params"] for name, variables in created.items()}
-    return {"params": params | layers["params"], "buffers": layers["buffers"]}
+
+    layout = config.layout(segment_length)
+    layers = config.stack.init(key("layers"), num_rows, layout)
+    return {
+        "params": params | layers["params"],
+        "buffers": layers["buffers"],
+    }
 
 
 def apply(
@@ -311,38 +369,59 @@ def apply(
       context: from `LMConfig.init_context` or from the segment before; while a segment is generated, as
         `LMConfig.prepare_context` gives it.
       rngs: random numbers of the segment, of dropout for example; None where nothing is random, as in evaluation.
-      decoding: where a segment stands that is being generated; `kv_cache` by group.
+      decoding: the place in a segment that is being generated, with `kv_cache` by group; None for a whole segment.
       update_buffers: whether the layers may change their buffers, as they do in training.
     """
     layout = config.layout(inputs.is_real.shape[1])
+    is_whole = decoding is None
     is_decode_step = decoding is not None and decoding.kv_cache is not None
-    if decoding is None:
+    if is_whole:
         context = config.prepare_context(context, inputs.start_of_document)
+
     embedder = _embedder(config)
-    x = embedder.apply({"params": params["embedder"]}, inputs.tokens, method="encode")
+    x = _apply_module(embedder, params["embedder"], inputs.tokens, method="encode")
     x = dropout(x, config.dropout, rngs, "embedding_dropout")
     if config.recurrent_tokens and not is_decode_step:
-        variables = {"params": params[RECURRENT]}
-        x = _memory_tokens(config).apply(variables, x, context[RECURRENT], decoding is None)
+        memory_tokens = MemoryTokens(config.recurrent_tokens)
+        x = _apply_module(memory_tokens, params[RECURRENT], x, context[RECURRENT], is_whole)
+
     segment = Segment(layout.widen(inputs.is_real), layout, decoding, rngs)
     layers = config.stack.apply(params, buffers, x, segment, context, update_buffers)
-    x = _final_norm(config).apply({"params": params["final_norm"]}, layers.x)
+    x = _apply_module(_final_norm(config), params["final_norm"], layers.x)
+
+    # In a decode step x is the one position that is passed.
     own = x if is_decode_step else layout.own(x)
-    logits = embedder.apply({"params": params["embedder"]}, own, method="decode")
+    logits = _apply_module(embedder, params["embedder"], own, method="decode")
     report = layers.report
     if config.continuous_cache:
-        variables = {"params": params.get(CONTINUOUS_CACHE, {})}
-        mixture = Mixture(config.continuous_cache).apply(variables, own)
+        mixture = _apply_module(Mixture(config.continuous_cache), params.get(CONTINUOUS_CACHE, {}), own)
         logits, metrics = config.continuous_cache.mix(logits, own, context[CONTINUOUS_CACHE], mixture)
-        report = report.replace(metrics={**report.metrics, **metrics})
-    new_context = None if decoding is not None else _next_context(config, inputs, context, layout, x, layers)
+        report = dataclasses.replace(report, metrics={**report.metrics, **metrics})
+
+    new_context = _next_context(config, inputs, context, layout, x, layers) if is_whole else None
     return ModelOutput(logits, new_context, layers.buffers, report)
 
 
 def _next_context(
-    config: LMConfig, inputs: Inputs, context: Context, layout: Layout, x: jax.Array, layers: StackOutput
+    config: LMConfig,
+    inputs: Inputs,
+    context: Context,
+    layout: Layout,
+    x: Activations,
+    layers: StackOutput,
 ) -> Context:
-    new_context: Context = {"clock": context["clock"] + 1, **layers.states}
+    """The context for the next segment.
+
+    Args:
+      config: the model.
+      inputs: this segment.
+      context: of this segment.
+      layout: of this segment.
+      x: output of the last norm, [B, T, D].
+      layers: output of the layers.
+    """
+    clock = context["clock"] + 1
+    new_context: Context = {"clock": clock, **layers.states}
     if config.recurrent_tokens:
         new_context[RECURRENT] = written(layout, x)
     if config.continuous_cache:
@@ -353,13 +432,19 @@ def _next_context(
     return new_context
 
 
+def _apply_module(
+    module: nn.Module,
+    params: Tree,
+    *args: Any,
+    method: str | None = None,
+) -> Any:
+    """The output of a module that has parameters only."""
+    return module.apply({"params": params}, *args, method=method)
+
+
 def _embedder(config: LMConfig) -> Embedder:
     return Embedder(config.vocab_size, config.embed_dim, config.dims.dtype)
 
 
-def _final_norm(config: LMConfig) -> Any:
+def _final_norm(config: LMConfig) -> nn.Module:
     return make_norm(config.norm, name="final_norm")
-
-
-def _memory_tokens(config: LMConfig) -> MemoryTokens:
-    return MemoryTokens(config.recurrent_tokens)

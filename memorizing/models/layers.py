@@ -19,14 +19,41 @@ from memorizing.context import Rngs
 NormKind = Literal["rms", "layer"]
 MLPKind = Literal["relu", "gelu", "gated_silu", "gated_gelu"]
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": nn.relu, "gelu": nn.gelu, "silu": nn.silu}
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "gelu": nn.gelu,
+    "silu": nn.silu,
+}
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    initializer: nn.initializers.Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+) -> jax.Array:
+    """A parameter of a module, float32, whose dimensions carry logical axis names.
+
+    Args:
+      module: to be called where `module.param` may be called.
+      name: of the parameter.
+      initializer: `(key, shape, dtype) -> array`.
+      shape: of the parameter.
+      axes: logical axis name of each dimension; None where it has none.
+    """
+    boxed = nn.with_logical_partitioning(initializer, axes)
+    value = module.param(name, boxed, shape, jnp.float32)
+    # Flax declares the box that the initializer returns, but `param` unboxes it.
+    return value  # pyright: ignore[reportReturnType]
 
 
 class Einsum(nn.Module):
     """A linear map without bias, written as the einsum that it is.
 
     Attributes:
-      equation: `'input,kernel->output'`; the kernel's letters that the output lacks are contracted and make up the fan-in of the initialiser.
+      equation: `'input,kernel->output'`. The kernel's letters that the output lacks are contracted; they make up the
+        fan-in of the initialiser.
       shape: shape of the kernel.
       axes: logical axis name of each kernel dimension.
       dtype: dtype of the computation and the result.
@@ -41,7 +68,7 @@ class Einsum(nn.Module):
     def __call__(self, x: jax.Array, frozen: bool = False) -> jax.Array:
         """The map of x; if frozen, no gradient reaches the kernel."""
         operands, output = self.equation.split("->")
-        letters = operands.split(",")[1]
+        _, letters = operands.split(",")
         initializer = nn.initializers.variance_scaling(
             1.0,
             "fan_in",
@@ -49,10 +76,11 @@ class Einsum(nn.Module):
             in_axis=[i for i, letter in enumerate(letters) if letter not in output],
             out_axis=[i for i, letter in enumerate(letters) if letter in output],
         )
-        kernel = self.param("kernel", nn.with_logical_partitioning(initializer, self.axes), self.shape, jnp.float32)
+        kernel = parameter(self, "kernel", initializer, self.shape, self.axes)
         if frozen:
             kernel = jax.lax.stop_gradient(kernel)
-        return jnp.einsum(self.equation, x, kernel.astype(self.dtype))
+        kernel = kernel.astype(self.dtype)
+        return jnp.einsum(self.equation, x, kernel)
 
 
 class RMSNorm(nn.Module):
@@ -62,12 +90,13 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), x.shape[-1:], jnp.float32
-        )
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("embed",))
+
         wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(variance + self.epsilon) * scale[None, None, :]).astype(x.dtype)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normalized = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        scaled = normalized * scale[None, None, :]
+        return scaled.astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -77,21 +106,33 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
-        def parameter(name: str, initializer: nn.initializers.Initializer) -> jax.Array:
-            boxed = nn.with_logical_partitioning(initializer, ("embed",))
-            return self.param(name, boxed, x.shape[-1:], jnp.float32)[None, None, :]
+        width = x.shape[-1:]
+        scale = parameter(self, "scale", nn.initializers.ones, width, ("embed",))
+        bias = parameter(self, "bias", nn.initializers.zeros, width, ("embed",))
 
         wide = x.astype(jnp.float32)
-        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        mean = jnp.mean(wide, axis=-1, keepdims=True)
+        centered = wide - mean
         variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
         normalized = centered * jax.lax.rsqrt(variance + self.epsilon)
-        scale, bias = parameter("scale", nn.initializers.ones), parameter("bias", nn.initializers.zeros)
-        return (normalized * scale + bias).astype(x.dtype)
+
+        # [1, 1, D]
+        scale = scale[None, None, :]
+        bias = bias[None, None, :]
+        y = normalized * scale + bias
+        return y.astype(x.dtype)
+
+
+_NORMS: dict[NormKind, type[nn.Module]] = {
+    "rms": RMSNorm,
+    "layer": LayerNorm,
+}
 
 
 def make_norm(kind: NormKind, name: str | None = None) -> nn.Module:
     """The norm of residuals: 'rms' or 'layer'."""
-    return {"rms": RMSNorm, "layer": LayerNorm}[kind](name=name)
+    norm = _NORMS[kind]
+    return norm(name=name)
 
 
 class MLP(nn.Module):
@@ -112,14 +153,31 @@ class MLP(nn.Module):
         embed_dim = x.shape[-1]
 
         def project_up(name: str) -> jax.Array:
-            return Einsum("BTD,DF->BTF", (embed_dim, self.mlp_dim), ("embed", "mlp"), self.dtype, name=name)(x)
+            projection = Einsum(
+                "BTD,DF->BTF",
+                shape=(embed_dim, self.mlp_dim),
+                axes=("embed", "mlp"),
+                dtype=self.dtype,
+                name=name,
+            )
+            return projection(x)
 
+        # [B, T, F]
         activation = _ACTIVATIONS[self.kind.removeprefix("gated_")]
         if self.kind.startswith("gated_"):
-            hidden = activation(project_up("gate")) * project_up("up")
+            gate = activation(project_up("gate"))
+            hidden = gate * project_up("up")
         else:
             hidden = activation(project_up("up"))
-        return Einsum("BTF,FD->BTD", (self.mlp_dim, embed_dim), ("mlp", "embed"), self.dtype, name="down")(hidden)
+
+        project_down = Einsum(
+            "BTF,FD->BTD",
+            shape=(self.mlp_dim, embed_dim),
+            axes=("mlp", "embed"),
+            dtype=self.dtype,
+            name="down",
+        )
+        return project_down(hidden)
 
 
 def dropout(x: Activations, rate: float, rngs: Rngs | None, name: str) -> Activations:
@@ -135,8 +193,17 @@ def dropout(x: Activations, rate: float, rngs: Rngs | None, name: str) -> Activa
     """
     if rngs is None or rate == 0:
         return x
-    is_kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(rngs.row_streams(name))
-    return jnp.where(is_kept, x / (1 - rate), 0).astype(x.dtype)
+    keep_rate = 1 - rate
+    shape_of_row = x.shape[1:]
+
+    def draw_row(key: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(key, keep_rate, shape_of_row)
+
+    keys = rngs.row_streams(name)
+    # [B, T, D]
+    mask = jax.vmap(draw_row)(keys)
+    dropped = jnp.where(mask, x / keep_rate, 0)
+    return dropped.astype(x.dtype)
 
 
 class Embedder(nn.Module):
@@ -147,20 +214,33 @@ class Embedder(nn.Module):
     dtype: jnp.dtype
 
     def setup(self) -> None:
-        initializer = nn.with_logical_partitioning(nn.initializers.normal(stddev=1.0), ("vocab", "embed"))
-        self.table = self.param("table", initializer, (self.vocab_size, self.embed_dim), jnp.float32)
+        self.table = parameter(
+            self,
+            "table",
+            nn.initializers.normal(stddev=1.0),
+            shape=(self.vocab_size, self.embed_dim),
+            axes=("vocab", "embed"),
+        )
 
     def encode(self, tokens: Tokens) -> Activations:
-        return jnp.take(self.table, tokens, axis=0).astype(self.dtype)
+        """The embedding of each token."""
+        embedded = jnp.take(self.table, tokens, axis=0)
+        return embedded.astype(self.dtype)
 
     def decode(self, x: Activations) -> Logits:
         """Logits in float32."""
-        logits = jnp.einsum("BTD,VD->BTV", x, self.table.astype(self.dtype), preferred_element_type=jnp.float32)
-        return logits * self.embed_dim**-0.5
+        table = self.table.astype(self.dtype)
+        logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+        scale = self.embed_dim**-0.5
+        return logits * scale
 
 
 def rows_over_data(x: jax.Array) -> jax.Array:
-    """Keeps the row axis of activations on the mesh axis `data`, where a mesh is set, whatever the sharding of the parameters would suggest to the compiler."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Shards the rows of activations over the mesh axis `data`, where a mesh is set.
+
+    Without this constraint the compiler might choose what the sharding of the parameters suggests.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))

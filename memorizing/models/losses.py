@@ -16,5 +16,8 @@ def next_token_nats(logits: Logits, targets: Tokens) -> PerToken:
       targets: int [B, T].
     """
     logits = logits.astype(jnp.float32)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - target_logits
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    # [B, T]
+    target_logits = target_logits[..., 0]
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    return log_normalizer - target_logits

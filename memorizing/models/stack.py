@@ -5,15 +5,16 @@ exceptions by index. Where the pattern repeats, the parameters and states of the
 and one scan passes through the repetitions: its body is the pattern, whatever stands in it. Layers that repeat nothing,
 or whose state is too large to be stacked, stand alone.
 
-How layers are stacked is private to this module and to what holds such trees: every layer has one name, `layer_03`, and
-`unstack` and `stack` convert between arrays of single layers and of groups. The initial parameters of a layer and its
-random numbers depend on its index only.
+How layers are stacked is known only here, and where trees of parameters and states are held. Every layer has one name,
+`layer_03`; `unstack` and `stack` convert between arrays of single layers and of groups. The initial parameters of a
+layer and its random numbers depend on its index only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memorizing.array_typing import Activations, AxesTree, Tree
-from memorizing.context import Decoding, Layout, Report, Segment
+from memorizing.context import Layout, Report, Rngs, Segment
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.block import Block
 from memorizing.models.layers import rows_over_data
@@ -43,14 +44,18 @@ class LayerGroup(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the entry in trees of parameters, buffers and states."""
-        first, last, step = self.layers[0], self.layers[-1], self.layers.step
+        """The name of the group's entry in trees of parameters, buffers and states."""
+        first = self.layers[0]
         if not self.is_stacked:
             return layer_name(first)
-        return f"layers_{first:02d}_{last:02d}" + (f"_by_{step}" if step > 1 else "")
+        last = self.layers[-1]
+        step = self.layers.step
+        suffix = f"_by_{step}" if step > 1 else ""
+        return f"layers_{first:02d}_{last:02d}{suffix}"
 
     @property
     def is_stacked(self) -> bool:
+        """Whether it has several layers: their arrays then have an axis of layers."""
         return len(self.layers) > 1
 
 
@@ -61,7 +66,13 @@ class Run(NamedTuple):
 
     @property
     def is_scanned(self) -> bool:
+        """Whether its layers repeat."""
         return self.groups[0].is_stacked
+
+    @property
+    def name(self) -> str:
+        """The names of its groups."""
+        return "_".join(group.name for group in self.groups)
 
 
 class StackOutput(NamedTuple):
@@ -99,36 +110,53 @@ class Stack:
 
     @functools.cached_property
     def mechanisms(self) -> tuple[Attention, ...]:
-        """Of each layer."""
+        """The mechanism of each layer."""
         exceptions = dict(self.exceptions)
         period = len(self.pattern)
-        return tuple(exceptions.get(index, self.pattern[index % period]) for index in range(self.num_layers))
+        mechanisms = []
+        for index in range(self.num_layers):
+            regular = self.pattern[index % period]
+            mechanisms.append(exceptions.get(index, regular))
+        return tuple(mechanisms)
 
     @functools.cached_property
     def runs(self) -> tuple[Run, ...]:
-        """From the first layer to the last."""
-        runs, first, period = [], 0, len(self.pattern)
+        """The runs from the first layer to the last."""
+        runs = []
+        first = 0
         while first < self.num_layers:
-            block = self.mechanisms[first : first + period]
-            end = first + period
-            while self.mechanisms[end : end + period] == block and all(each.stackable for each in block):
-                end += period
-            if end > first + period:
-                groups = [LayerGroup(each, range(first + i, end, period)) for i, each in enumerate(block)]
-            else:
-                groups, end = [LayerGroup(block[0], range(first, first + 1))], first + 1
-            runs.append(Run(tuple(groups)))
-            first = end
+            run = self._run_from(first)
+            runs.append(run)
+            first += sum(len(group.layers) for group in run.groups)
         return tuple(runs)
+
+    def _run_from(self, first: int) -> Run:
+        """The layers from the first one on, as long as their pattern repeats; that layer alone if it does not."""
+        period = len(self.pattern)
+        block = self.mechanisms[first : first + period]
+        is_stackable = all(mechanism.stackable for mechanism in block)
+
+        end = first + period
+        while is_stackable and self.mechanisms[end : end + period] == block:
+            end += period
+        if end == first + period:
+            alone = LayerGroup(block[0], range(first, first + 1))
+            return Run((alone,))
+
+        groups = []
+        for place, mechanism in enumerate(block):
+            layers = range(first + place, end, period)
+            groups.append(LayerGroup(mechanism, layers))
+        return Run(tuple(groups))
 
     @functools.cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
-        """All groups."""
+        """The groups of all runs."""
         return tuple(group for run in self.runs for group in run.groups)
 
     @property
     def stacked_layers(self) -> dict[str, tuple[int, ...]]:
-        """Of each group of several layers, by its name, their indices."""
+        """The layers' indices of every group of several layers, by its name."""
         return {group.name: tuple(group.layers) for group in self.groups if group.is_stacked}
 
     def init(self, rng: jax.Array, num_rows: int, layout: Layout) -> dict[str, dict[str, Tree]]:
@@ -138,10 +166,20 @@ class Stack:
         """
         variables: dict[str, dict[str, Tree]] = {"params": {}, "buffers": {}}
         for group in self.groups:
-            init_layer = functools.partial(self._init_layer, group.attention, num_rows=num_rows, layout=layout)
+            init_layer = functools.partial(
+                self._init_layer,
+                group.attention,
+                num_rows=num_rows,
+                layout=layout,
+            )
             # [layers]
-            keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.asarray(group.layers))
-            created = _add_layer_axis(jax.vmap(init_layer)(keys)) if group.is_stacked else init_layer(keys[0])
+            fold_in = functools.partial(jax.random.fold_in, rng)
+            keys = jax.vmap(fold_in)(jnp.asarray(group.layers))
+            if group.is_stacked:
+                created = jax.vmap(init_layer)(keys)
+                created = _add_layer_axis(created)
+            else:
+                created = init_layer(keys[0])
             for collection, tree in created.items():
                 variables[collection][group.name] = tree
         return variables
@@ -149,14 +187,16 @@ class Stack:
     def init_states(self, batch_size: int, segment_length: int) -> dict[str, Tree]:
         """The states of rows that have seen nothing, by group; those of several layers have the layers as axis 1."""
 
-        def stacked(leaf: jax.Array, length: int) -> jax.Array:
-            return jnp.broadcast_to(leaf[:, None], (leaf.shape[0], length, *leaf.shape[1:]))
+        def repeat(leaf: jax.Array, num_layers: int) -> jax.Array:
+            num_rows, *rest = leaf.shape
+            return jnp.broadcast_to(leaf[:, None], (num_rows, num_layers, *rest))
 
         states = {}
         for group in self.groups:
             state = group.attention.init_state(self.dims, batch_size, segment_length)
             if group.is_stacked:
-                state = jax.tree.map(functools.partial(stacked, length=len(group.layers)), state)
+                repeat_leaf = functools.partial(repeat, num_layers=len(group.layers))
+                state = jax.tree.map(repeat_leaf, state)
             states[group.name] = state
         return states
 
@@ -164,13 +204,18 @@ class Stack:
         """Logical axis names of every leaf of the states."""
 
         def is_names(value: Any) -> bool:
+            # The empty tuple is a state without leaves.
             return type(value) is tuple and len(value) > 0
+
+        def add_layers(names: tuple[str | None, ...]) -> tuple[str | None, ...]:
+            rows, *rest = names
+            return (rows, "layers", *rest)
 
         axes = {}
         for group in self.groups:
             names = group.attention.state_axes()
             if group.is_stacked:
-                names = jax.tree.map(lambda names: (names[0], "layers", *names[1:]), names, is_leaf=is_names)
+                names = jax.tree.map(add_layers, names, is_leaf=is_names)
             axes[group.name] = names
         return axes
 
@@ -191,66 +236,107 @@ class Stack:
           segment: `rngs` of the whole segment; `decoding.kv_cache` by group.
           update_buffers: whether layers may change their buffers, as they do in training only.
         """
-        output = StackOutput(x, {}, {}, Report(retrieved={}))
+        output = StackOutput(x, states={}, buffers={}, report=Report(retrieved={}))
         for run in self.runs:
             x = rows_over_data(output.x)
-            of_groups = [(_of_group(segment, group), group) for group in run.groups]
-            inputs = {
-                group.name: LayerInputs(params[group.name], buffers.get(group.name, {}), states[group.name], seen)
-                for seen, group in of_groups
-            }
+            inputs = {}
+            for group in run.groups:
+                inputs[group.name] = LayerInputs(
+                    params=params[group.name],
+                    buffers=buffers.get(group.name, {}),
+                    state=states[group.name],
+                    segment=_of_group(segment, group),
+                )
             pass_run = self._scan_run if run.is_scanned else self._pass_layer
             x, outputs = pass_run(run, x, inputs, update_buffers)
             output = _add_run(output, run, x, outputs)
         return output
 
-    def _init_layer(self, attention: Attention, key: jax.Array, num_rows: int, layout: Layout) -> dict[str, Tree]:
-        x = jnp.zeros((num_rows, layout.size, self.dims.embed_dim), self.dims.dtype)
-        segment = Segment(jnp.ones((num_rows, layout.size), bool), layout)
-        state = attention.init_state(self.dims, num_rows, layout.length)
-        return Block(attention, self.dims).init(key, x, segment, state)
+    def _init_layer(
+        self,
+        attention: Attention,
+        key: jax.Array,
+        num_rows: int,
+        layout: Layout,
+    ) -> dict[str, Tree]:
+        """Parameters and buffers of a layer."""
+        dims = self.dims
+        x = jnp.zeros((num_rows, layout.size, dims.embed_dim), dims.dtype)
+        is_real = jnp.ones((num_rows, layout.size), bool)
+        segment = Segment(is_real, layout)
+        state = attention.init_state(dims, num_rows, layout.length)
+        variables = Block(attention, dims).init(key, x, segment, state)
+        return dict(variables)
 
     def _pass_layer(
-        self, run: Run, x: Activations, inputs: dict[str, LayerInputs], update_buffers: bool
+        self,
+        run: Run,
+        x: Activations,
+        inputs: dict[str, LayerInputs],
+        update_buffers: bool,
     ) -> tuple[Activations, dict[str, LayerOutputs]]:
-        """A layer that stands alone."""
+        """Passes through a layer that stands alone."""
         (group,) = run.groups
         layer = self._layer(group.attention, update_buffers, is_scanned=False)
-        with jax.named_scope(group.name):
+        with jax.named_scope(run.name):
             x, outputs = layer(x, inputs[group.name])
         return x, {group.name: outputs}
 
     def _scan_run(
-        self, run: Run, x: Activations, inputs: dict[str, LayerInputs], update_buffers: bool
+        self,
+        run: Run,
+        x: Activations,
+        inputs: dict[str, LayerInputs],
+        update_buffers: bool,
     ) -> tuple[Activations, dict[str, LayerOutputs]]:
-        """Layers whose pattern repeats; the axis of layers is in front of everything that is scanned."""
-        layers = {group.name: self._layer(group.attention, update_buffers, is_scanned=True) for group in run.groups}
+        """Passes through layers whose pattern repeats; the axis of layers is in front of everything that is scanned."""
+        layers = {}
         # What all layers are told alike is no part of the scan.
-        common = {name: _without_own(each.segment) for name, each in inputs.items()}
+        common = {}
+        scanned = {}
+        for group in run.groups:
+            of_group = inputs[group.name]
+            layers[group.name] = self._layer(group.attention, update_buffers, is_scanned=True)
+            common[group.name] = _without_own(of_group.segment)
+            scanned[group.name] = (
+                of_group.params,
+                of_group.buffers,
+                _layers_first(of_group.state),
+                _own(of_group.segment),
+            )
 
-        def pass_repetition(x: Activations, scanned: dict[str, tuple]) -> tuple[Activations, dict[str, LayerOutputs]]:
+        def pass_repetition(
+            x: Activations,
+            of_repetition: dict[str, tuple],
+        ) -> tuple[Activations, dict[str, LayerOutputs]]:
             outputs = {}
-            for name, (params, buffers, state, own) in scanned.items():
+            for name, (params, buffers, state, own) in of_repetition.items():
                 segment = _with_own(common[name], own)
-                x, outputs[name] = layers[name](x, LayerInputs(params, buffers, state, segment))
+                of_layer = LayerInputs(params, buffers, state, segment)
+                x, outputs[name] = layers[name](x, of_layer)
             return x, outputs
 
-        scanned = {
-            name: (each.params, each.buffers, _layers_first(each.state), _own(each.segment))
-            for name, each in inputs.items()
-        }
-        with jax.named_scope("_".join(group.name for group in run.groups)):
+        with jax.named_scope(run.name):
             x, outputs = jax.lax.scan(pass_repetition, x, scanned)
-        return x, {name: each._replace(state=_rows_first(each.state)) for name, each in outputs.items()}
+        for name, of_group in outputs.items():
+            outputs[name] = of_group._replace(state=_rows_first(of_group.state))
+        return x, outputs
 
     def _layer(self, attention: Attention, update_buffers: bool, is_scanned: bool) -> Any:
         """A layer as a pure function `(x, LayerInputs) -> (x, LayerOutputs)`."""
         block = Block(attention, self.dims)
+        mutable = ["buffers"] if update_buffers else []
 
         def layer(x: Activations, inputs: LayerInputs) -> tuple[Activations, LayerOutputs]:
             variables = {"params": inputs.params, "buffers": inputs.buffers}
-            mutable = ["buffers"] if update_buffers else []
-            (x, state, report), changed = block.apply(variables, x, inputs.segment, inputs.state, mutable=mutable)
+            output, changed = block.apply(
+                variables,
+                x,
+                inputs.segment,
+                inputs.state,
+                mutable=mutable,
+            )
+            x, state, report = output
             buffers = jax.lax.stop_gradient(changed.get("buffers", inputs.buffers))
             return x, LayerOutputs(buffers, state, report)
 
@@ -279,12 +365,17 @@ class LayerOutputs(NamedTuple):
 
 
 def layer_name(index: int) -> str:
-    """The name of a layer wherever one is spoken of."""
+    """The name of a layer, from its index: in paths, logs and reports."""
     return f"layer_{index:02d}"
 
 
-def unstack(arrays: Mapping[str, Any], stacked_layers: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Arrays of single layers by path, from arrays of groups: `params/layers_00_07/...` becomes `params/layer_00/...` etc.
+def unstack(
+    arrays: Mapping[str, Any],
+    stacked_layers: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    """Arrays of single layers by path, from arrays of groups.
+
+    `params/layers_00_07/...` becomes `params/layer_00/...`, `params/layer_01/...` etc.
 
     Args:
       arrays: by path; of a group of several layers with the layers as the first axis.
@@ -293,62 +384,104 @@ def unstack(arrays: Mapping[str, Any], stacked_layers: Mapping[str, Sequence[int
     single = {}
     for path, array in arrays.items():
         members = list(member_paths(path, stacked_layers))
-        single |= dict(zip(members, array if members != [path] else [array], strict=True))
+        of_members = [array] if members == [path] else array
+        single.update(zip(members, of_members, strict=True))
     return single
 
 
-def unstack_paths(paths: Iterable[str], stacked_layers: Mapping[str, Sequence[int]]) -> list[str]:
+def unstack_paths(
+    paths: Iterable[str],
+    stacked_layers: Mapping[str, Sequence[int]],
+) -> list[str]:
     """`unstack` of paths alone."""
     return [member for path in paths for member in member_paths(path, stacked_layers)]
 
 
-def member_paths(path: str, stacked_layers: Mapping[str, Sequence[int]]) -> Iterator[str]:
-    """The paths of the single layers whose arrays are stacked in the array of this path; the path itself if none are."""
+def member_paths(
+    path: str,
+    stacked_layers: Mapping[str, Sequence[int]],
+) -> Iterator[str]:
+    """The paths of the single layers whose arrays the array of this path stacks; the path itself if it stacks none."""
     parts = path.split("/")
-    group = next((part for part in parts if part in stacked_layers), None)
-    if group is None:
+    groups = [part for part in parts if part in stacked_layers]
+    if not groups:
         yield path
         return
+    group = groups[0]
     for index in stacked_layers[group]:
-        yield "/".join(layer_name(index) if part == group else part for part in parts)
+        name = layer_name(index)
+        yield "/".join(name if part == group else part for part in parts)
 
 
-def stack(path: str, single: Mapping[str, np.ndarray], stacked_layers: Mapping[str, Sequence[int]]) -> np.ndarray:
+def stack(
+    path: str,
+    single: Mapping[str, np.ndarray],
+    stacked_layers: Mapping[str, Sequence[int]],
+) -> np.ndarray:
     """The array of a path, from arrays of single layers. Raises KeyError with the path that is missing."""
     members = [single[member] for member in member_paths(path, stacked_layers)]
-    return np.stack(members) if any(part in stacked_layers for part in path.split("/")) else members[0]
+    is_stacked = any(part in stacked_layers for part in path.split("/"))
+    return np.stack(members) if is_stacked else members[0]
 
 
 def _of_group(segment: Segment, group: LayerGroup) -> Segment:
-    """What the layers of a group know of a segment; what is their own has an axis of layers in front if they are several."""
-    decoding, rngs = segment.decoding, segment.rngs
+    """The segment as a group of layers knows it: with its KV cache and its random numbers.
+
+    Both have an axis of layers in front if the group has several.
+    """
+    decoding = segment.decoding
     if decoding is not None and decoding.kv_cache is not None:
-        decoding = decoding.replace(kv_cache=decoding.kv_cache[group.name])
-    if rngs is not None and group.is_stacked:
-        keys = jax.vmap(lambda index: rngs.of_layer(index).key)(jnp.asarray(group.layers))
-        rngs = rngs.replace(key=keys)
-    elif rngs is not None:
-        rngs = rngs.of_layer(group.layers[0])
-    return segment.replace(decoding=decoding, rngs=rngs)
+        kv_cache = decoding.kv_cache[group.name]
+        decoding = dataclasses.replace(decoding, kv_cache=kv_cache)
+
+    rngs = segment.rngs
+    if rngs is not None:
+        rngs = _rngs_of_group(rngs, group)
+    return dataclasses.replace(segment, decoding=decoding, rngs=rngs)
 
 
-def _own(segment: Segment) -> tuple[Any, Any]:
-    """What each layer of a group knows for itself: its KV cache and its random numbers."""
-    cache = segment.decoding.kv_cache if segment.decoding is not None else None
-    return cache, segment.rngs.key if segment.rngs is not None else None
+def _rngs_of_group(rngs: Rngs, group: LayerGroup) -> Rngs:
+    """Random numbers that depend on the index of each layer only."""
+    if not group.is_stacked:
+        return rngs.of_layer(group.layers[0])
+
+    def key_of_layer(index: jax.Array) -> jax.Array:
+        return rngs.of_layer(index).key
+
+    # [layers]
+    keys = jax.vmap(key_of_layer)(jnp.asarray(group.layers))
+    return dataclasses.replace(rngs, key=keys)
+
+
+class Own(NamedTuple):
+    """What each layer of a group has of a segment for itself; None where the segment has none."""
+
+    kv_cache: Any
+    key: jax.Array | None
+
+
+def _own(segment: Segment) -> Own:
+    """The part of a segment that differs from layer to layer."""
+    return Own(
+        kv_cache=segment.decoding.kv_cache if segment.decoding is not None else None,
+        key=segment.rngs.key if segment.rngs is not None else None,
+    )
+
+
+def _with_own(segment: Segment, own: Own) -> Segment:
+    """The segment with the part that belongs to one layer."""
+    decoding = segment.decoding
+    if decoding is not None:
+        decoding = dataclasses.replace(decoding, kv_cache=own.kv_cache)
+    rngs = segment.rngs
+    if rngs is not None:
+        rngs = dataclasses.replace(rngs, key=own.key)
+    return dataclasses.replace(segment, decoding=decoding, rngs=rngs)
 
 
 def _without_own(segment: Segment) -> Segment:
-    decoding = Decoding(segment.decoding.position) if segment.decoding is not None else None
-    rngs = segment.rngs.replace(key=None) if segment.rngs is not None else None
-    return segment.replace(decoding=decoding, rngs=rngs)
-
-
-def _with_own(segment: Segment, own: tuple[Any, Any]) -> Segment:
-    cache, key = own
-    decoding = segment.decoding.replace(kv_cache=cache) if segment.decoding is not None else None
-    rngs = segment.rngs.replace(key=key) if segment.rngs is not None else None
-    return segment.replace(decoding=decoding, rngs=rngs)
+    """The part of a segment that all layers of a group share."""
+    return _with_own(segment, Own(kv_cache=None, key=None))
 
 
 def _layers_first(state: Tree) -> Tree:
@@ -360,32 +493,54 @@ def _rows_first(state: Tree) -> Tree:
 
 
 def _add_layer_axis(variables: Tree) -> Tree:
-    """Tells boxed arrays that a scan over layers made that layers are their first axis."""
+    """Names the first axis of boxed arrays, which `vmap` over layers has made."""
 
-    def named(box: Any) -> Any:
-        return box.replace(names=("layers", *box.names)) if isinstance(box, nn.LogicallyPartitioned) else box
+    def is_box(leaf: Any) -> bool:
+        return isinstance(leaf, nn.LogicallyPartitioned)
 
-    return jax.tree.map(named, variables, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    def add_name(leaf: Any) -> Any:
+        if not is_box(leaf):
+            return leaf
+        return leaf.replace(names=("layers", *leaf.names))
+
+    return jax.tree.map(add_name, variables, is_leaf=is_box)
 
 
-def _add_run(output: StackOutput, run: Run, x: Activations, outputs: dict[str, LayerOutputs]) -> StackOutput:
+def _add_run(
+    output: StackOutput,
+    run: Run,
+    x: Activations,
+    outputs: dict[str, LayerOutputs],
+) -> StackOutput:
     """The output with that of one more run; what layers report gets their names."""
-    report = output.report
-    losses, metrics, retrieved = dict(report.losses), dict(report.metrics), dict(report.retrieved)
-    kv_cache = dict(report.kv_cache)
+    states = dict(output.states)
+    buffers = dict(output.buffers)
+    losses = dict(output.report.losses)
+    metrics = dict(output.report.metrics)
+    kv_cache: dict[str, Any] = dict(output.report.kv_cache)
+    retrieved = dict(output.report.retrieved)
+
     for group in run.groups:
-        of_group = outputs[group.name].report
-        kv_cache[group.name] = of_group.kv_cache
-        for place, index in enumerate(group.layers):
-            of_layer = jax.tree.map(lambda leaf, i=place: leaf[i], of_group) if group.is_stacked else of_group
-            name = layer_name(index)
-            losses |= {f"{name}/{key}": value for key, value in of_layer.losses.items()}
-            metrics |= {f"{name}/{key}": value for key, value in of_layer.metrics.items()}
-            if of_layer.retrieved is not None:
-                retrieved[name] = of_layer.retrieved
-    return StackOutput(
-        x=x,
-        states=output.states | {name: each.state for name, each in outputs.items()},
-        buffers=output.buffers | {name: each.buffers for name, each in outputs.items() if each.buffers},
-        report=Report(losses, metrics, kv_cache, retrieved),
-    )
+        of_group = outputs[group.name]
+        states[group.name] = of_group.state
+        if of_group.buffers:
+            buffers[group.name] = of_group.buffers
+        kv_cache[group.name] = of_group.report.kv_cache
+        for name, report in _reports(group, of_group.report):
+            losses |= {f"{name}/{key}": value for key, value in report.losses.items()}
+            metrics |= {f"{name}/{key}": value for key, value in report.metrics.items()}
+            if report.retrieved is not None:
+                retrieved[name] = report.retrieved
+
+    report = Report(losses, metrics, kv_cache, retrieved)
+    return StackOutput(x, states, buffers, report)
+
+
+def _reports(group: LayerGroup, report: Report) -> Iterator[tuple[str, Report]]:
+    """The report of each layer of a group, with the layer's name."""
+    if not group.is_stacked:
+        yield group.name, report
+        return
+    for place, index in enumerate(group.layers):
+        of_layer = jax.tree.map(operator.itemgetter(place), report)
+        yield layer_name(index), of_layer

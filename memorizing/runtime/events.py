@@ -1,4 +1,4 @@
-"""What a run did with its time, over all its starts: `workdir/events.jsonl`, and the share that went into training.
+"""How a run spent its time, over all its starts: `workdir/events.jsonl`, and the share that went into training.
 
 An event is `{"time": seconds since 1970, "event": name, ...}`; one that took time has "seconds" and is written when it
 ends. The names:
@@ -8,7 +8,7 @@ ends. The names:
   restore     a checkpoint was read: step
   compile     the first step of a program: step
   steps       steps since the last such event: step (the last of them), count, tokens
-  save        a checkpoint was begun or waited for: step
+  save        a checkpoint was started, or waited for: step
   evaluation  held-out documents were read: step
   preemption  told to stop, saved: step
   failure     it ended otherwise: reason
@@ -26,13 +26,12 @@ from typing import Any
 
 from etils import epath
 
-from memorizing.runtime import json_lines
-from memorizing.runtime.json_lines import JsonLines, Line
+from memorizing.runtime.json_lines import JsonLines, Line, read_lines
 from memorizing.runtime.tables import duration
 
 FILE = "events.jsonl"
 
-# Kinds of time in the order in which they are told, with what a person calls them.
+# Kinds of time in the order in which they are printed, with their names for people.
 _KINDS = {
     "steps": "training",
     "redone": "training that was lost",
@@ -54,8 +53,9 @@ class EventLog:
           path: of the file; None for a process that writes none.
         """
         self._file = JsonLines(path) if path else None
-        # Since when, and how much since then was measured apart.
-        self._lap, self._apart = time.monotonic(), 0.0
+        # When the current lap began, and how much of it was measured as something else.
+        self._lap_begin = time.monotonic()
+        self._measured = 0.0
 
     def write(self, event: str, **fields: Any) -> None:
         """Appends an event."""
@@ -64,29 +64,30 @@ class EventLog:
 
     @contextlib.contextmanager
     def measure(self, event: str, **fields: Any) -> Iterator[None]:
-        """Appends an event with the seconds that the block took, if it ends well. They are no time of steps."""
+        """Appends an event with the seconds that the block took, if it ends well. They do not count for steps."""
         begin = time.monotonic()
         try:
             yield
         finally:
             seconds = time.monotonic() - begin
-            self._apart += seconds
+            self._measured += seconds
         self.write(event, **fields, seconds=round(seconds, 3))
 
     def lap(self) -> float:
         """Seconds since the last call that were not measured as something else."""
         now = time.monotonic()
-        seconds = now - self._lap - self._apart
-        self._lap, self._apart = now, 0.0
+        seconds = now - self._lap_begin - self._measured
+        self._lap_begin = now
+        self._measured = 0.0
         return seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-    """Where the time of a run went, from its first start to its last event.
+    """How a run spent its time, from its first start to its last event.
 
     Attributes:
-      starts: processes that worked on it, one after the other.
+      starts: how often the run was started.
       seconds: by kind: 'steps' (whose result was kept), 'redone' (steps that a later start had to do again),
         'compile', 'restore', 'save', 'evaluation', 'other', and 'stopped' (from the last event of a process to the
         start of the next).
@@ -102,37 +103,41 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Of the time, the part in which training got on."""
+        """The part of the time in which training made progress."""
         return self.seconds["steps"] / max(self.total, 1e-9)
 
     def __str__(self) -> str:
         starts = "" if self.starts == 1 else f" over {self.starts} starts"
-        parts = [
-            f"{_KINDS[kind]} {seconds / max(self.total, 1e-9):.1%}"
-            for kind, seconds in self.seconds.items()
-            if kind == "steps" or seconds >= 0.0005 * self.total
-        ]
+        parts = []
+        for kind, seconds in self.seconds.items():
+            share = seconds / max(self.total, 1e-9)
+            # A share that would be printed as 0.0% is left out.
+            if kind == "steps" or seconds >= 0.0005 * self.total:
+                parts.append(f"{_KINDS[kind]} {share:.1%}")
         return f"time {duration(self.total)}{starts}: {', '.join(parts)}"
 
 
 def goodput(workdir: epath.Path) -> Goodput:
-    """Where the time of the run in a workdir went so far; all zero if it has no events."""
-    starts = _starts(json_lines.read(workdir / FILE))
+    """How the run in a workdir has spent its time so far; all zero if it has no events."""
+    starts = _starts(read_lines(workdir / FILE))
     seconds = dict.fromkeys(_KINDS, 0.0)
     for index, events in enumerate(starts):
-        # What was done beyond the step that a later start went on from was done for nothing.
-        kept = min(map(_first_step, starts[index + 1 :]), default=math.inf)
+        begin = _begin(events)
+        end = events[-1]["time"]
+        # Steps beyond the one that a later start went on from were lost.
+        last_saved_step = min(map(_first_step, starts[index + 1 :]), default=math.inf)
         known = 0.0
         for event in events:
             taken = float(event.get("seconds", 0.0))
             known += taken
             kind = event["event"] if event["event"] in _KINDS else "other"
-            lost = _share_beyond(event, kept) if kind == "steps" else 0.0
+            lost = _share_beyond(event, last_saved_step) if kind == "steps" else 0.0
             seconds[kind] += (1 - lost) * taken
             seconds["redone"] += lost * taken
-        seconds["other"] += max(events[-1]["time"] - _begin(events) - known, 0.0)
-        if index:
-            seconds["stopped"] += max(_begin(events) - starts[index - 1][-1]["time"], 0.0)
+        seconds["other"] += max(end - begin - known, 0.0)
+        if index > 0:
+            previous_end = starts[index - 1][-1]["time"]
+            seconds["stopped"] += max(begin - previous_end, 0.0)
     return Goodput(len(starts), seconds)
 
 
@@ -147,15 +152,20 @@ def _starts(events: Sequence[Line]) -> list[list[Line]]:
 
 
 def _begin(events: Sequence[Line]) -> float:
-    """When a process began: it had done something before its first event."""
+    """When a process began: before its first event, by the seconds of that event."""
     return events[0]["time"] - float(events[0].get("seconds", 0.0))
 
 
 def _first_step(events: Sequence[Line]) -> float:
-    """The step from which a process went on; infinite if it did not come so far."""
-    return next((event.get("step", 0) for event in events if event["event"] in ("init", "restore")), math.inf)
+    """The step from which a process went on; infinite if it ended before it knew."""
+    for event in events:
+        if event["event"] in ("init", "restore"):
+            return event.get("step", 0)
+    return math.inf
 
 
 def _share_beyond(event: Line, step: float) -> float:
-    """Of the steps of an event, the part after a step."""
-    return min(max(event["step"] - step, 0), event["count"]) / max(event["count"], 1)
+    """The part of the steps of an event that came after a step."""
+    count = event["count"]
+    beyond = min(max(event["step"] - step, 0), count)
+    return beyond / max(count, 1)

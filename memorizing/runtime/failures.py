@@ -1,6 +1,7 @@
-"""What a failed process does: it ends at once, with a code that says whether starting again helps, and takes the other processes of the run with it.
+"""What a failed process does: it ends at once, and so do the other processes of the run.
 
-Without this a process that fails waits for the others in JAX's shutdown, they wait for it in a collective, and minutes later all are aborted alike.
+Its exit code says whether starting again helps. Without this, a process that fails waits for the others in JAX's
+shutdown, they wait for it in a collective, and minutes later all are aborted alike.
 
   1    a bug, or a run that failed: starting again would end the same way
   2    something the user gave is wrong
@@ -24,8 +25,9 @@ import jax
 from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN, EXIT_USER_ERROR, UserError, first_line
 from memorizing.runtime import distributed
 
-# Statuses of JAX's runtime that mean a lost machine, device or connection; and those that it also has for bugs.
+# Statuses of JAX's runtime that mean a lost machine, device or connection.
 _LOST = ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "DATA_LOSS")
+# Statuses that may mean that, or a bug.
 _UNCLEAR = ("INTERNAL", "UNKNOWN", "FAILED_PRECONDITION")
 
 _FAILURES = "failures"
@@ -40,11 +42,14 @@ class Interrupted(Exception):
 
 
 def find_lost_infrastructure(error: BaseException, has_progressed: bool) -> BaseException | None:
-    """The error, or one behind it, that says that something below the program was lost. None if the program itself seems to be wrong.
+    """The error, or one that caused it, that says that something below the program was lost.
+
+    None if the program itself seems to be wrong.
 
     Args:
-      error: that ended the run.
-      has_progressed: whether the process finished a step before. If not, an error that may be a bug is taken for one, so that nothing is started again for ever.
+      error: the error that ended the run.
+      has_progressed: whether the process finished a step before. If not, an error that may be a bug is taken for one,
+        so that nothing is started again for ever.
     """
     for cause in _chain(error):
         if isinstance(cause, ConnectionError | TimeoutError):
@@ -57,16 +62,17 @@ def find_lost_infrastructure(error: BaseException, has_progressed: bool) -> Base
 
 
 def end_together(run: Callable[[], int]) -> int:
-    """Joins the other processes if there are any, runs, and sees to it that all processes end with the same code.
+    """Joins the other processes if there are any, runs, and makes all processes end with the same code.
 
     Args:
       run: returns the exit code.
 
     Returns:
-      The exit code of a process that is alone, or of one of several that ended well or saved; one that failed does not return.
+      The exit code of a process that is alone, or of one of several that ended well or saved. One of several that
+      failed does not return.
 
     Raises:
-      UserError and whatever is a bug, if the process is alone.
+      UserError, and any error that is a bug, if the process is alone.
     """
     try:
         distributed.initialize()
@@ -131,13 +137,14 @@ def _exit(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.distributed.is_initialized() and distributed.process_id() == 0:
-        # What is posted is kept here: the others read it first.
+        # The posts lie in this process: the others read them first.
         time.sleep(4 * _POLL_SECONDS)
     # Neither JAX's shutdown, which waits for processes that wait for this one, nor threads that wait for them.
     os._exit(code)
 
 
 def _code(error: BaseException) -> int:
+    """The exit code for an error."""
     if isinstance(error, UserError):
         return EXIT_USER_ERROR
     if isinstance(error, KeyboardInterrupt):
@@ -152,6 +159,7 @@ def _can_lose_something() -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -11,10 +11,12 @@ from etils import epath
 Line = dict[str, Any]
 
 
-def read(path: epath.Path) -> list[Line]:
+def read_lines(path: epath.Path) -> list[Line]:
     """The lines of a file up to one that a killed process left unfinished; none if there is no file."""
+    if not path.exists():
+        return []
     lines: list[Line] = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text().splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -33,10 +35,10 @@ class JsonLines:
         """
         Args:
           path: of the file; created if missing.
-          keep: which of the lines that are there shall stay.
+          keep: whether a line that is there already stays.
         """
         self._path = path
-        self.lines = [line for line in read(path) if keep(line)]
+        self.lines = [line for line in read_lines(path) if keep(line)]
         self._rewrite(self.lines)
         # Appending needs a local file; other file systems get the whole file again.
         self._is_remote = "://" in str(path)
@@ -52,11 +54,12 @@ class JsonLines:
                 file.write(json.dumps(line) + "\n")
 
     def _rewrite(self, lines: list[Line]) -> None:
-        replace_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        replace_text(self._path, text)
 
 
 def replace_text(path: epath.Path, text: str) -> None:
-    """Writes a file such that it is there as a whole, the old one or the new one, whenever the process is killed."""
+    """Writes a file atomically: whenever the process is killed, the old or the new text is there as a whole."""
     unfinished = path.parent / f".{path.name}.unfinished"
     unfinished.write_text(text)
     unfinished.replace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,8 @@ def flatten(metrics: dict[str, jax.Array]) -> Values:
     values: Values = {}
     for name, array in jax.device_get(metrics).items():
         for index, value in np.ndenumerate(array):
-            values["/".join([name, *map(str, index)])] = float(value)
+            key = "/".join([name, *map(str, index)])
+            values[key] = float(value)
     return values
 
 
@@ -37,7 +39,9 @@ class MetricWriter:
           workdir: the run's folder; None for a process that writes nothing.
           resumed_step: from which the run goes on.
         """
-        self._file, self._events, self._written = None, None, set()
+        self._file: JsonLines | None = None
+        self._events: Any = None
+        self._written: set[tuple[int, str]] = set()
         if workdir is None:
             return
         # Not at the top: an import of a second, only needed where something is written.
@@ -87,32 +91,38 @@ class Progress:
           num_steps: at which it ends.
           is_silent: prints nothing, for a process that leaves it to another one.
         """
-        self._num_steps, self._is_silent = num_steps, is_silent
-        self._last = (first_step, time.monotonic())
+        self._num_steps = num_steps
+        self._is_silent = is_silent
+        self._last_step = first_step
+        self._last_time = time.monotonic()
         self._live = sys.stdout.isatty()
 
     def rate(self, step: int, tokens_per_step: int) -> Values:
         """Speed since the last call."""
-        (last_step, last_time), now = self._last, time.monotonic()
-        self._last = (step, now)
-        seconds = (now - last_time) / max(step - last_step, 1)
+        now = time.monotonic()
+        num_steps = max(step - self._last_step, 1)
+        seconds = (now - self._last_time) / num_steps
+        self._last_step = step
+        self._last_time = now
         return {"step_seconds": seconds, "tokens_per_second": tokens_per_step / max(seconds, 1e-9)}
 
     def show(self, step: int, values: Values, is_first: bool) -> None:
-        """Shows a step; the first of a run takes as long as its compilation, and foretells nothing."""
+        """Shows a step. The time of a first step is that of its compilation, and says nothing about the time left."""
         if self._is_silent:
             return
-        text = (
-            f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  perplexity {perplexity(values['loss']):.2f}  "
-        )
+        loss = values["loss"]
+        seconds = values["step_seconds"]
+        parts = [f"step {step}/{self._num_steps}", f"loss {loss:.4f}", f"perplexity {perplexity(loss):.2f}"]
         if is_first:
-            text += f"compiled in {values['step_seconds']:.1f} s"
+            parts.append(f"compiled in {seconds:.1f} s")
         else:
-            text += (
-                f"{values['tokens_per_second']:,.0f} tokens/s  {values['step_seconds']:.3f} s/step  "
-                + (f"MFU {values['mfu']:.1%}  " if "mfu" in values else "")
-                + f"{duration(values['step_seconds'] * (self._num_steps - step))} left"
-            )
+            parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"{seconds:.3f} s/step")
+            if "mfu" in values:
+                parts.append(f"MFU {values['mfu']:.1%}")
+            seconds_left = seconds * (self._num_steps - step)
+            parts.append(f"{duration(seconds_left)} left")
+        text = "  ".join(parts)
         if self._live:
             print(f"\r\x1b[K{text}", end="", flush=True)
         else:
@@ -124,8 +134,9 @@ class Progress:
             print(f"\r\x1b[K{text}" if self._live else text, flush=True)
 
     def restart_clock(self, step: int) -> None:
-        """After a pause (evaluation, saving) that should not count as step time."""
-        self._last = (step, time.monotonic())
+        """To be called after a pause (evaluation, saving) that should not count as step time."""
+        self._last_step = step
+        self._last_time = time.monotonic()
 
 
 def perplexity(nats: float) -> float:

@@ -1,7 +1,8 @@
 """The device mesh, and where each array lies on it.
 
-Three mesh axes: `data` shards rows (of batches and contexts) and, if asked, parameters; `model` shards heads, MLP width and vocabulary; `memory` shards the slots of the
-external memory. What is sharded is said by logical axis names, which parameters and states carry; the tables below are the only place that maps them to the mesh.
+Three mesh axes: `data` shards rows (of batches and contexts) and, if asked, parameters; `model` shards heads, MLP width
+and vocabulary; `memory` shards the slots of the external memory. Parameters and states carry logical axis names; the
+tables below are the only place that maps these to the mesh.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from memorizing.array_typing import AxesTree, Tree
 from memorizing.errors import UserError
@@ -52,35 +53,49 @@ class MeshConfig:
     def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over `devices` (default: all). Raises UserError if they do not fill the grid."""
         devices = jax.devices() if devices is None else devices
-        shape = [getattr(self, axis) for axis in AXES]
-        fixed = int(np.prod([size for size in shape if size != -1]))
-        if any(size < 1 and size != -1 for size in shape) or shape[1:].count(-1) or len(devices) % fixed:
-            raise UserError(self._does_not_fit(len(devices)))
-        shape = [len(devices) // fixed if size == -1 else size for size in shape]
-        if int(np.prod(shape)) != len(devices):
-            raise UserError(self._does_not_fit(len(devices)))
+        num_devices = len(devices)
+        shape = self._shape(num_devices)
+        if shape is None:
+            raise UserError(
+                f"MeshConfig.data = {self.data}, model = {self.model}, memory = {self.memory} does not fit "
+                f"{num_devices} devices: their product has to be the number of devices; "
+                "data = -1 takes what the others leave"
+            )
         num_slices = len(set(map(_slice, devices)))
         if shape[0] % num_slices:
             raise UserError(
-                f"MeshConfig.data = {shape[0]} is not a multiple of the {num_slices} TPU slices: model and memory have to lie within a slice"
+                f"MeshConfig.data = {shape[0]} is not a multiple of the {num_slices} TPU slices: "
+                "model and memory have to lie within a slice"
             )
         return _make_mesh(shape, devices)
 
-    def _does_not_fit(self, num_devices: int) -> str:
-        return (
-            f"MeshConfig.data = {self.data}, model = {self.model}, memory = {self.memory} does not fit {num_devices} devices: "
-            "their product has to be the number of devices; data = -1 takes what the others leave"
-        )
+    def _shape(self, num_devices: int) -> tuple[int, int, int] | None:
+        """Sizes of the mesh axes; None if they do not fit the devices."""
+        if self.model < 1 or self.memory < 1:
+            return None
+        in_a_row = self.model * self.memory
+        data = num_devices // in_a_row if self.data == -1 else self.data
+        if data * in_a_row != num_devices:
+            return None
+        return data, self.model, self.memory
 
 
 def _make_mesh(shape: Sequence[int], devices: Sequence[Any]) -> Mesh:
-    """The mesh in an order that suits the network between the devices, and with the rows of each process, and of each TPU slice, consecutive."""
-    slices = sorted({_slice(device) for device in devices})
-    # Slices are joined by a slower network: only rows go over it.
-    shape = (shape[0] // len(slices), *shape[1:])
-    parts = [[device for device in devices if _slice(device) == index] for index in slices]
+    """The mesh in an order that suits the network between the devices.
+
+    Along `data`, the devices of each process, and of each TPU slice, are consecutive.
+    """
     types = (AxisType.Auto,) * len(AXES)
-    grid = np.concatenate([jax.make_mesh(shape, AXES, axis_types=types, devices=part).devices for part in parts])
+    slices = sorted({_slice(device) for device in devices})
+    # Slices are joined by a slower network: only the axis `data` crosses it.
+    shape_of_slice = (shape[0] // len(slices), *shape[1:])
+    grids = []
+    for index in slices:
+        members = [device for device in devices if _slice(device) == index]
+        mesh = jax.make_mesh(shape_of_slice, AXES, axis_types=types, devices=members)
+        grids.append(mesh.devices)
+    # [data, model, memory]
+    grid = np.concatenate(grids)
     owners = [min((_slice(device), device.process_index) for device in part.flat) for part in grid]
     order = sorted(range(len(owners)), key=owners.__getitem__)
     return Mesh(grid[order], AXES, axis_types=types)
@@ -88,7 +103,9 @@ def _make_mesh(shape: Sequence[int], devices: Sequence[Any]) -> Mesh:
 
 def _slice(device: Any) -> int:
     """Which TPU slice a device belongs to."""
-    return (getattr(device, "slice_index", 0) or 0) if device.platform == "tpu" else 0
+    if device.platform != "tpu":
+        return 0
+    return getattr(device, "slice_index", 0) or 0
 
 
 def mesh_for_one_row(num_heads: int, memory_segments: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -110,49 +127,63 @@ class RowPlacement:
 
     Attributes:
       sharding: of arrays with the row axis first.
-      rows: those that this process has to fill (all of them where the mesh gives it devices of every row; none where it has no device of the mesh).
+      rows: those that this process has to fill: all of them where the mesh gives it devices of every row, none where it
+        has no device of the mesh.
     """
 
     def __init__(self, mesh: Mesh, num_rows: int) -> None:
         self.sharding = NamedSharding(mesh, PartitionSpec("data"))
         self._num_rows = num_rows
-        slices = [index[0] for index in self.sharding.addressable_devices_indices_map((num_rows,)).values()]
-        bounds = [part.indices(num_rows) for part in slices]
-        self.rows = range(
-            min((first for first, _, _ in bounds), default=0), max((end for _, end, _ in bounds), default=0)
-        )
+        firsts = []
+        ends = []
+        for index in self.sharding.addressable_devices_indices_map((num_rows,)).values():
+            assert index is not None, "every device of this process has an index"
+            first, end, _ = index[0].indices(num_rows)
+            firsts.append(first)
+            ends.append(end)
+        self.rows = range(min(firsts, default=0), max(ends, default=0))
         self._gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def put(self, tree: Tree) -> Tree:
         """Global arrays [B, ...] from this process's rows of them, numpy [len(rows), ...]."""
 
         def global_array(local: np.ndarray) -> jax.Array:
-            def part(index: tuple[slice, ...]) -> np.ndarray:
-                first, end, _ = index[0].indices(self._num_rows)
-                return local[(slice(first - self.rows.start, end - self.rows.start), *index[1:])]
+            def part(index: Any) -> np.ndarray:
+                rows, *rest = index
+                first, end, _ = rows.indices(self._num_rows)
+                local_rows = slice(first - self.rows.start, end - self.rows.start)
+                return local[(local_rows, *rest)]
 
-            return jax.make_array_from_callback((self._num_rows, *local.shape[1:]), self.sharding, part)
+            shape = (self._num_rows, *local.shape[1:])
+            return jax.make_array_from_callback(shape, self.sharding, part)
 
         return jax.tree.map(global_array, tree)
 
     def gather(self, tree: Tree) -> Tree:
-        """The same arrays such that every process can read all rows. They may be numpy if there is one process."""
+        """The same arrays with all rows in every process. They may be numpy if there is one process."""
         return self._gather(tree) if jax.process_count() > 1 else tree
 
 
-def from_host(array: np.ndarray, place: NamedSharding) -> jax.Array:
-    """An array of which every process has all, laid out over the devices of all processes."""
+def from_host(array: np.ndarray, place: Sharding) -> jax.Array:
+    """An array that every process holds whole, laid out over the devices of all processes."""
     return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
 
 def use_cpu_cores(num_rows: int) -> None:
-    """Lets JAX see every core of this machine as a CPU device (as many as divide the rows), if it has not been told how many to show.
+    """Lets JAX see the cores of this machine as CPU devices, as many as divide the rows.
 
-    One device leaves most of a step to one core. Accelerators are not affected. Works only before JAX is first asked for devices.
+    One device leaves most of a step to one core. Does nothing if JAX was told how many devices to show. Accelerators
+    are not affected. Works only before JAX is first asked for devices.
     """
-    if jax.config.jax_num_cpu_devices == -1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", math.gcd(cores, num_rows))
+    # JAX adds its options to the class at import.
+    given = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if given != -1 or "device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    num_cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        # Those that this process may use.
+        num_cores = len(os.sched_getaffinity(0))
+    jax.config.update("jax_num_cpu_devices", math.gcd(num_cores, num_rows))
 
 
 def check_divides(name: str, value: int, mesh: Mesh, axis: str) -> None:
@@ -170,8 +201,11 @@ def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
     Raises:
       ValueError: two dimensions would land on one mesh axis.
     """
-    spec = [rules.get(name) if name else None for name in axes]
-    spec = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)]
+    spec: list[str | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        axis = rules.get(name) if name else None
+        is_divisible = axis is not None and size % mesh.shape[axis] == 0
+        spec.append(axis if is_divisible else None)
     used = [axis for axis in spec if axis]
     if len(set(used)) < len(used):
         raise ValueError(f"logical axes {tuple(axes)} map to {spec}: one mesh axis cannot shard two dimensions")
@@ -184,8 +218,10 @@ def tree_shardings(mesh: Mesh, abstract: Tree, axes: AxesTree, rules: Rules) -> 
 
 
 def variable_shardings(mesh: Mesh, boxed: Tree, rules: Rules) -> Tree:
-    """Shardings of parameters and buffers that still carry the logical names given at their creation; what has none is
-    replicated."""
+    """Shardings of parameters and buffers that still carry the logical names given at their creation.
+
+    An array without names is replicated.
+    """
 
     def of(leaf: Any) -> NamedSharding:
         if not isinstance(leaf, nn.LogicallyPartitioned):
@@ -196,23 +232,22 @@ def variable_shardings(mesh: Mesh, boxed: Tree, rules: Rules) -> Tree:
 
 
 def like_parameters(mesh: Mesh, tree: Tree, parameters: Tree, shardings: Tree) -> Tree:
-    """Shardings for optimizer state: what stands for a parameter lies where that lies, the rest is replicated.
+    """Shardings for optimizer state: an array that belongs to a parameter lies where that lies, the rest is replicated.
 
-    It stands for one if its path holds the parameter's and its shape is the same.
+    An array belongs to a parameter if its path contains the parameter's path and its shape is the same.
     """
-    paths = {
-        jax.tree_util.keystr(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings), strict=True
-        )
-    }
+    known = {}
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        known[jax.tree_util.keystr(path)] = (leaf.shape, sharding)
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
-        # The optimizer's own containers may lie before the parameter's path and between its group of layers and the rest.
+        # The optimizer's own containers may stand before the parameter's path, and within it after the group of layers.
         for group in range(len(path)):
             for rest in range(group + 1, len(path)):
-                shape, sharding = paths.get(jax.tree_util.keystr(path[group : group + 1] + path[rest:]), (None, None))
-                if shape == leaf.shape:
+                parameter = (path[group], *path[rest:])
+                shape, sharding = known.get(jax.tree_util.keystr(parameter), (None, None))
+                if sharding is not None and shape == leaf.shape:
                     return sharding
         return NamedSharding(mesh, PartitionSpec())
 

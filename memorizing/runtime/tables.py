@@ -12,24 +12,31 @@ def with_unit(count: float) -> str:
     # Rounded before the unit is chosen: 999.6 T is 1.00 P.
     rounded = float(f"{count:.2e}")
     unit, size = next((unit for unit in _UNITS if rounded >= unit[1]), _UNITS[-1])
-    figures = rounded / size
-    return f"{figures:,.{2 if figures < 10 else 1 if figures < 100 else 0}f} {unit}"
+    number = rounded / size
+    if number < 10:
+        decimals = 2
+    elif number < 100:
+        decimals = 1
+    else:
+        decimals = 0
+    return f"{number:,.{decimals}f} {unit}"
 
 
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds: '1:02:03'."""
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def align(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of text with aligned columns, the first `left` of them to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+    """Rows of text with aligned columns: the first `left` of them to the left, the others to the right."""
+    columns = []
+    for i, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        if i < left:
+            columns.append([cell.ljust(width) for cell in column])
+        else:
+            columns.append([cell.rjust(width) for cell in column])
+    lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
     return "\n".join(lines)

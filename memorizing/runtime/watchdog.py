@@ -1,4 +1,4 @@
-"""A run that hangs is ended: a lost device or a deadlock would else hold the machines for ever, in silence."""
+"""Ends a run that hangs: otherwise a lost device or a deadlock would hold the machines for ever, in silence."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ _POLL_SECONDS = 1.0
 
 
 class HangDetector:
-    """Calls for help when nothing has been finished for too long."""
+    """Calls a function when nothing has been finished for too long."""
 
     def __init__(self, limit_seconds: float, on_hang: Callable[[str], None]) -> None:
         """
         Args:
-          limit_seconds: without a `beat` after which the run is taken to hang; 0 for never.
-          on_hang: called once, from a thread of its own, with a line that says so, after the stacks of all threads
-            went to stderr. Expected to end the process.
+          limit_seconds: time without a `beat` after which the run is taken to hang; 0 for no limit.
+          on_hang: called once, from a thread of its own, with a line that says so, after the stacks of all threads were
+            written to stderr. Expected to end the process.
         """
-        self._limit, self._on_hang = limit_seconds, on_hang
+        self._limit = limit_seconds
+        self._on_hang = on_hang
         self._silent_seconds = 0.0
         self._closing = threading.Event()
 
@@ -46,10 +47,8 @@ class HangDetector:
             self._silent_seconds += min(now - last, 2 * poll)
             last = now
             if self._silent_seconds > self._limit:
-                print(
-                    f"\nmemorizing: no step was finished in {self._limit:g} seconds; the threads are at:",
-                    file=sys.stderr,
-                )
+                reason = f"no step was finished in {self._limit:g} seconds"
+                print(f"\nmemorizing: {reason}; the threads are at:", file=sys.stderr)
                 faulthandler.dump_traceback()
-                self._on_hang(f"no step was finished in {self._limit:g} seconds")
+                self._on_hang(reason)
                 return

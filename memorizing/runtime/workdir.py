@@ -9,8 +9,10 @@ from etils import epath
 
 from memorizing.errors import UserError
 
-# The files by which a run is known again and opened: its configuration as gin text, and records in JSON.
-CONFIG, EXPERIMENT, VOCABULARY = "config.gin", "experiment.json", "vocabulary.json"
+# The files that describe a run: its configuration as gin text, and records in JSON.
+CONFIG = "config.gin"
+EXPERIMENT = "experiment.json"
+VOCABULARY = "vocabulary.json"
 
 
 def resolve(path: str) -> epath.Path:
@@ -19,11 +21,11 @@ def resolve(path: str) -> epath.Path:
 
 
 def read_record(path: epath.Path, *names: str) -> dict[str, Any]:
-    """A record that a run has left in its folder.
+    """A record that a run has written to its folder.
 
     Args:
       path: of a JSON file.
-      *names: what it has to hold.
+      *names: keys that it has to have.
 
     Raises:
       UserError: it is damaged.

@@ -1,6 +1,8 @@
-"""Facts and questions in the style of bAbI (Weston et al. 2015), from the templates of the RMT report (Bulatov et al. 2023, section 4).
+"""Facts and questions in the style of bAbI (Weston et al. 2015).
 
-The answer to every question is one of six places. All texts but the answer's own word end in punctuation, and all begin with a space, so that they can be put behind any other text.
+Their templates are those of the RMT report (Bulatov et al. 2023, section 4). The answer to every question is one of six
+places. All texts but the answer's own word end in punctuation, and all begin with a space, so that they can be put
+behind any other text.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ PLACES = ("bathroom", "hallway", "garden", "office", "bedroom", "kitchen")
 OPPOSITE = {"east": "west", "west": "east", "north": "south", "south": "north"}
 
 _TEMPLATE_WORDS = "The the to is of Where What"
+_ALL_WORDS = " ".join((*NAMES, *ACTIONS, *PLACES, *OPPOSITE, _TEMPLATE_WORDS, ". ?")).split()
 # All words and marks that a story can have, each once.
-WORDS = tuple(dict.fromkeys(" ".join((*NAMES, *ACTIONS, *PLACES, *OPPOSITE, _TEMPLATE_WORDS, ". ?")).split()))
+WORDS = tuple(dict.fromkeys(_ALL_WORDS))
 
 
 class Story(NamedTuple):
@@ -35,20 +38,31 @@ class Story(NamedTuple):
 
 def whereabouts(rng: np.random.Generator) -> Story:
     """One fact: " Daniel went back to the hallway.", " Where is Daniel?", " hallway"."""
-    name, action, place = (str(rng.choice(words)) for words in (NAMES, ACTIONS, PLACES))
-    return Story((f" {name} {action} to the {place}.",), f" Where is {name}?", f" {place}")
+    name = str(rng.choice(NAMES))
+    action = str(rng.choice(ACTIONS))
+    place = str(rng.choice(PLACES))
+    return Story(
+        facts=(f" {name} {action} to the {place}.",),
+        question=f" Where is {name}?",
+        answer=f" {place}",
+    )
 
 
 def directions(rng: np.random.Generator) -> Story:
-    """Two facts about three places on a line; which of them answers the question is only told by the direction (bAbI's task 4).
+    """Two facts about three places on a line (bAbI's task 4).
 
-    " The hallway is east of the bathroom.", " The bedroom is west of the bathroom.", " What is the bathroom east of?", " bedroom". The question is always about the place in the
-    middle, which both facts name, and every sentence may be turned round, so that it takes both the place and the direction to find the answer.
+    Only the direction tells which of them answers the question:
+    " The hallway is east of the bathroom.", " The bedroom is west of the bathroom.", " What is the bathroom east of?",
+    " bedroom". The question is always about the place in the middle, which both facts name, and every sentence may be
+    turned round, so that it takes both the place and the direction to find the answer.
     """
-    first, middle, last = (str(place) for place in rng.choice(PLACES, 3, replace=False))
+    first, middle, last = map(str, rng.choice(PLACES, 3, replace=False))
     direction = str(rng.choice(list(OPPOSITE)))
     # `first` lies in the direction of the middle, `last` on the other side.
-    facts = [_relation(rng, first, direction, middle), _relation(rng, last, OPPOSITE[direction], middle)]
+    facts = [
+        _relation(rng, first, direction, middle),
+        _relation(rng, last, OPPOSITE[direction], middle),
+    ]
     rng.shuffle(facts)
     if rng.integers(2):
         question = f" What is {direction} of the {middle}?"
@@ -59,5 +73,5 @@ def directions(rng: np.random.Generator) -> Story:
 
 def _relation(rng: np.random.Generator, place: str, direction: str, other: str) -> str:
     if rng.integers(2):
-        place, direction, other = other, OPPOSITE[direction], place
+        return f" The {other} is {OPPOSITE[direction]} of the {place}."
     return f" The {place} is {direction} of the {other}."

@@ -85,7 +85,8 @@ class CurriculumStream:
         self, stages: tuple[tuple[int, SyntheticTask], ...], open_task: Callable[[SyntheticTask], BatchIterator]
     ) -> None:
         self._starts = np.array([start for start, _ in stages])
-        self._tasks, self._open = [task for _, task in stages], open_task
+        self._tasks = [task for _, task in stages]
+        self._open = open_task
         self._move_to(0)
 
     def __iter__(self) -> CurriculumStream:

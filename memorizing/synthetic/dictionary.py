@@ -1,8 +1,10 @@
-"""Dictionary look-up (Tworkowski et al. 2023, "Focused Transformer", appendix): definitions `<k> k1..k4 <v> v1..v4`, and later queries `<q> k1..k4 <v> v1..v4`.
+"""Dictionary look-up (Tworkowski et al. 2023, "Focused Transformer", appendix).
 
-Every segment mixes definitions with queries about its own definitions (short look-ups) or those of an earlier segment (long look-ups). Short ones are part of the training because
-stored keys and values get no gradient: what makes them useful far away is that they are useful nearby. For the same reason records stand in random order with random gaps: where the
-place of a definition could be guessed from that of the query, nothing would have to be looked up by its key.
+There are definitions `<k> k1..k4 <v> v1..v4`, and later queries `<q> k1..k4 <v> v1..v4`. Every segment mixes
+definitions with queries about its own definitions (short look-ups) or those of an earlier segment (long look-ups).
+Short ones are part of the training because stored keys and values get no gradient: what makes them useful far away is
+that they are useful nearby. For the same reason records stand in random order with random gaps: where the place of a
+definition could be guessed from that of the query, nothing would have to be looked up by its key.
 """
 
 from __future__ import annotations
@@ -16,15 +18,41 @@ from memorizing.errors import UserError
 from memorizing.synthetic.task import Split, SyntheticTask, Text
 
 
+class Entries(NamedTuple):
+    """The dictionary of a sample.
+
+    Attributes:
+      keys: int [U * definitions a segment, key length], no two of them equal.
+      values: int [U * definitions a segment, value length].
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+
+
 class Queries(NamedTuple):
     """What the queries of a sample are about.
 
     Attributes:
       entry: int [U, queries a segment], index of the definition.
-      is_scored: bool of the same shape.
+      is_scored: bool [U, queries a segment].
     """
 
     entry: np.ndarray
+    is_scored: np.ndarray
+
+
+class Records(NamedTuple):
+    """Definitions and queries, in the order of the text.
+
+    Attributes:
+      entry: int [U, records a segment], index of the definition that it is, or asks about.
+      is_query: bool [U, records a segment].
+      is_scored: bool [U, records a segment].
+    """
+
+    entry: np.ndarray
+    is_query: np.ndarray
     is_scored: np.ndarray
 
 
@@ -32,14 +60,17 @@ class Queries(NamedTuple):
 class DictionaryLookup(SyntheticTask):
     """Words 1 ... n, then the marks `<k>`, `<v>`, `<q>` and a filler. Only the values that queries ask for are scored.
 
-    No key is defined twice in a sample, and a definition is asked for at most once from its own segment and once from a later one, so the distance of a look-up is exact.
+    No key is defined twice in a sample, and a definition is asked for at most once from its own segment and once from a
+    later one, so the distance of a look-up is exact.
 
     Attributes:
       num_words: n, words that keys and values are made of, independent and equally often.
       key_length, value_length: words.
       short_fraction: share of the queries that ask about their own segment, in training.
-      distances: least and greatest distance of the others in training, in segments; where the sample has not yet got that far, a query is a short one.
-      eval_distance: distance of the scored queries of held-out samples, in segments; 0 for the own segment. Segments before that have short queries, which are not scored.
+      distances: least and greatest distance of the others in training, in segments; where the sample has not yet got
+        that far, a query is a short one.
+      eval_distance: distance of the scored queries of held-out samples, in segments; 0 for the own segment. Segments
+        before that have short queries, which are not scored.
     """
 
     num_segments: int = 60
@@ -91,93 +122,139 @@ class DictionaryLookup(SyntheticTask):
 
     def write(self, rng: np.random.Generator, split: Split, num_segments: int, segment_length: int) -> Text:
         num_definitions, num_queries = self._records_of_a_segment(segment_length)
-        keys, values = self._entries(rng, num_segments, num_definitions)
-        asked, is_scored = self._queries(rng, split, num_segments, num_definitions, num_queries)
-        defined = np.arange(len(keys)).reshape(num_segments, num_definitions)
-        # [U, records a segment], definitions first; then in the order of the text.
-        order = np.argsort(_times(rng, asked, defined), axis=1)
-        entry = np.take_along_axis(np.concatenate([defined, asked], axis=1), order, axis=1)
-        is_query = order >= num_definitions
-        is_scored = np.take_along_axis(np.pad(is_scored, ((0, 0), (num_definitions, 0))), order, axis=1)
-        key_mark, value_mark, query_mark, filler = range(self.num_words + 1, self.num_words + 5)
-        marks = np.where(is_query, query_mark, key_mark)[..., None]
-        records = np.concatenate([marks, keys[entry], np.full_like(marks, value_mark), values[entry]], axis=2)
-        place = self._places(rng, *entry.shape, segment_length)
-        ids = np.full((num_segments, segment_length), filler)
-        is_answer = np.zeros(ids.shape, bool)
-        rows = np.arange(num_segments)[:, None, None]
-        ids[rows, place] = records
+        entries = self._entries(rng, num_segments, num_definitions)
+        queries = self._queries(rng, split, num_segments, num_definitions, num_queries)
+        records = _in_order(rng, queries, num_definitions)
+        num_records = num_definitions + num_queries
+        position = self._positions(rng, num_segments, num_records, segment_length)  # [U, records, record length]
+        segment = np.arange(num_segments)[:, None, None]
+        filler = self.num_words + 4
+        ids = np.full((num_segments, segment_length), filler)  # [U, T]
+        ids[segment, position] = self._tokens(entries, records)
         is_value = np.arange(self.record_length) >= 2 + self.key_length
-        is_answer[rows, place] = is_scored[..., None] & is_value
+        is_answer = np.zeros((num_segments, segment_length), bool)  # [U, T]
+        is_answer[segment, position] = records.is_scored[..., None] & is_value
         return Text(ids.ravel(), is_answer.ravel())
 
-    def _places(self, rng: np.random.Generator, num_segments: int, num_records: int, segment_length: int) -> np.ndarray:
-        """Position of every token of every record, int [U, records, record length]: one after the other, the filler of the segment spread over the gaps, one at the end."""
+    def _tokens(self, entries: Entries, records: Records) -> np.ndarray:
+        """Ids of every record, int [U, records a segment, record length]."""
+        key_mark = self.num_words + 1
+        value_mark = self.num_words + 2
+        query_mark = self.num_words + 3
+        first = np.where(records.is_query, query_mark, key_mark)[..., None]
+        between = np.full_like(first, value_mark)
+        keys = entries.keys[records.entry]
+        values = entries.values[records.entry]
+        return np.concatenate([first, keys, between, values], axis=2)
+
+    def _positions(
+        self, rng: np.random.Generator, num_segments: int, num_records: int, segment_length: int
+    ) -> np.ndarray:
+        """Position of every token of every record in its segment, int [U, records, record length].
+
+        Records follow each other. The filler of the segment is spread over the gaps, with at least one at the end.
+        """
         num_filler = segment_length - num_records * self.record_length - 1
-        gaps = rng.multinomial(num_filler, np.full(num_records + 1, 1 / (num_records + 1)), num_segments)[:, :-1]
-        starts = np.cumsum(gaps, axis=1) + np.arange(num_records) * self.record_length
+        equal_shares = np.full(num_records + 1, 1 / (num_records + 1))
+        gaps = rng.multinomial(num_filler, equal_shares, num_segments)  # [U, records + 1], the last one at the end
+        filler_before = np.cumsum(gaps[:, :-1], axis=1)
+        starts = filler_before + np.arange(num_records) * self.record_length  # [U, records]
         return starts[..., None] + np.arange(self.record_length)
 
     def _records_of_a_segment(self, segment_length: int) -> tuple[int, int]:
         """Number of definitions and of queries.
 
-        At least one filler ends a segment: the last word of a value is read one position after it is predicted, and should be read in the same segment.
+        At least one filler ends a segment: the last word of a value is read one position after it is predicted, and
+        should be read in the same segment.
         """
         records = (segment_length - 1) // self.record_length
         if records < 2:
+            needed = 2 * self.record_length + 1
             raise UserError(
-                f"BatchConfig.segment_length = {segment_length}: a definition and a query of DictionaryLookup take {2 * self.record_length + 1} tokens"
+                f"BatchConfig.segment_length = {segment_length}: "
+                f"a definition and a query of DictionaryLookup take {needed} tokens"
             )
-        return records - records // 2, records // 2
+        num_queries = records // 2
+        return records - num_queries, num_queries
 
-    def _entries(
-        self, rng: np.random.Generator, num_segments: int, num_definitions: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Different keys and any values, int [U * definitions, words]."""
-        number, num_keys = num_segments * num_definitions, self.num_words**self.key_length
+    def _entries(self, rng: np.random.Generator, num_segments: int, num_definitions: int) -> Entries:
+        """Different keys, and any values."""
+        number = num_segments * num_definitions
+        num_keys = self.num_words**self.key_length
         if number > num_keys:
             raise UserError(
-                f"DictionaryLookup.num_words = {self.num_words}: {num_keys} keys of {self.key_length} words are not enough for the {number} definitions of a sample"
+                f"DictionaryLookup.num_words = {self.num_words}: {num_keys} keys of {self.key_length} words "
+                f"are not enough for the {number} definitions of a sample"
             )
-        keys = rng.choice(num_keys, number, replace=False)[:, None] // self.num_words ** np.arange(self.key_length)
-        return 1 + keys % self.num_words, 1 + rng.integers(0, self.num_words, (number, self.value_length))
+        # The words of a key are the digits of its number.
+        numbers = rng.choice(num_keys, number, replace=False)[:, None]
+        digits = numbers // self.num_words ** np.arange(self.key_length) % self.num_words
+        values = rng.integers(0, self.num_words, (number, self.value_length))
+        return Entries(1 + digits, 1 + values)
 
     def _queries(
         self, rng: np.random.Generator, split: Split, num_segments: int, num_definitions: int, num_queries: int
     ) -> Queries:
-        shape = (num_segments, num_definitions)
-        entries = np.arange(num_segments * num_definitions).reshape(shape)
+        definitions = np.arange(num_segments * num_definitions).reshape(num_segments, num_definitions)
         # In which order the definitions of each segment are asked for, from near and from far: each at most once.
-        near, far = ([rng.permutation(row).tolist() for row in entries] for _ in range(2))
+        near = [rng.permutation(row).tolist() for row in definitions]
+        far = [rng.permutation(row).tolist() for row in definitions]
         entry = np.zeros((num_segments, num_queries), int)
         distance = self._distances(rng, split, num_segments, num_queries)
-        for segment, query in np.ndindex(entry.shape):
-            if distance[segment, query] and not far[segment - distance[segment, query]]:
-                distance[segment, query] = 0
+        for segment, query in np.ndindex(num_segments, num_queries):
             source = segment - distance[segment, query]
-            entry[segment, query] = (far if source < segment else near)[source].pop()
-        return Queries(entry, np.full(entry.shape, True) if split == "train" else distance == self.eval_distance)
+            if source < segment and far[source]:
+                entry[segment, query] = far[source].pop()
+            else:
+                # All of that segment were asked for: a short look-up.
+                distance[segment, query] = 0
+                entry[segment, query] = near[segment].pop()
+        if split == "train":
+            return Queries(entry, np.full(entry.shape, True))
+        return Queries(entry, distance == self.eval_distance)
 
     def _distances(self, rng: np.random.Generator, split: Split, num_segments: int, num_queries: int) -> np.ndarray:
-        """Segments between each query and its definition, int [U, queries a segment]; 0 where the sample has not got that far."""
-        segment = np.arange(num_segments)[:, None]
+        """Segments between each query and its definition, int [U, queries a segment].
+
+        0 where the sample has not got that far.
+        """
+        segment = np.arange(num_segments)[:, None]  # [U, 1]
         shape = (num_segments, num_queries)
         if split == "validation":
             return np.where(segment >= self.eval_distance, self.eval_distance, np.zeros(shape, int))
         least, greatest = self.distances
         reach = np.minimum(segment, greatest)
         drawn = rng.integers(least, np.maximum(reach, least) + 1, shape)
-        is_long = (rng.random(shape) >= self.short_fraction) & (reach >= least)
-        return np.where(is_long, drawn, 0)
+        is_long = rng.random(shape) >= self.short_fraction
+        return np.where(is_long & (reach >= least), drawn, 0)
+
+
+def _in_order(rng: np.random.Generator, queries: Queries, num_definitions: int) -> Records:
+    """Puts the definitions and queries of every segment into a random order, in which definitions come first."""
+    num_segments = len(queries.entry)
+    defined = np.arange(num_segments * num_definitions).reshape(num_segments, num_definitions)
+    order = np.argsort(_times(rng, queries.entry, defined), axis=1)  # [U, records]
+    entry = np.concatenate([defined, queries.entry], axis=1)
+    # No definition is scored.
+    is_scored = np.pad(queries.is_scored, ((0, 0), (num_definitions, 0)))
+    return Records(
+        entry=np.take_along_axis(entry, order, axis=1),
+        is_query=order >= num_definitions,
+        is_scored=np.take_along_axis(is_scored, order, axis=1),
+    )
 
 
 def _times(rng: np.random.Generator, asked: np.ndarray, defined: np.ndarray) -> np.ndarray:
-    """When each definition and each query of a segment comes, float [U, definitions + queries]: at random, but no query before its definition.
+    """When each definition and each query of a segment comes, float [U, definitions + queries].
+
+    At random, but no query before its definition.
 
     Args:
-      asked, defined: int [U, records], indices of definitions.
+      asked: int [U, queries], indices of definitions.
+      defined: int [U, definitions], the same.
     """
     times = rng.random(defined.shape)
     is_own = asked >= defined[:, :1]
     not_before = np.where(is_own, times.ravel()[asked], 0.0)
-    return np.concatenate([times, not_before + (1 - not_before) * rng.random(asked.shape)], axis=1)
+    times_of_queries = not_before + (1 - not_before) * rng.random(asked.shape)
+    return np.concatenate([times, times_of_queries], axis=1)

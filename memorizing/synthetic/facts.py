@@ -1,6 +1,8 @@
-"""Facts hidden in noise, and a question at the end: Memorize, Detect & memorize and Reasoning (Bulatov et al. 2023, "Scaling Transformer to 1M tokens and beyond with RMT", section 4).
+"""Facts hidden in noise, and a question at the end: Memorize, Detect & memorize and Reasoning.
 
-A sample is noise; one or two facts replace some of it, and the last tokens of the last segment are a question and its answer, one of six places. Only the answer is scored.
+The tasks of Bulatov et al. 2023, "Scaling Transformer to 1M tokens and beyond with RMT", section 4. A sample is noise;
+one or two facts replace some of it, and the last tokens of the last segment are a question and its answer, one of six
+places. Only the answer is scored.
 """
 
 from __future__ import annotations
@@ -51,15 +53,19 @@ class FactTask(SyntheticTask):
     def write(self, rng: np.random.Generator, split: Split, num_segments: int, segment_length: int) -> Text:
         story = self.story(rng)
         facts = [self.noise.encode(fact) for fact in story.facts]
-        question, answer = self.noise.encode(story.question), self.noise.encode(story.answer)
+        question = self.noise.encode(story.question)
+        answer = self.noise.encode(story.answer)
+        fact_lengths = [len(fact) for fact in facts]
+        self._check_fit(sum(fact_lengths), len(question), num_segments, segment_length)
         length = num_segments * segment_length
         # The room for the answer does not depend on it: where the question ends would tell it otherwise.
         end_of_question = length - self._answer_room
-        self._check_fit(sum(map(len, facts)), len(question), num_segments, segment_length)
-        end = end_of_question - len(question)
-        starts = self.place_facts(rng, [len(fact) for fact in facts], segment_length, num_segments, end)
+        start_of_question = end_of_question - len(question)
+        starts = self.place_facts(rng, fact_lengths, segment_length, num_segments, start_of_question)
         ids = self.noise.sample(rng, length).astype(np.int32)
-        for start, piece in zip([*starts, end, end_of_question], [*facts, question, answer], strict=True):
+        starts = [*starts, start_of_question, end_of_question]
+        pieces = [*facts, question, answer]
+        for start, piece in zip(starts, pieces, strict=True):
             ids[start : start + len(piece)] = piece
         end_of_answer = end_of_question + len(answer)
         return Text(ids[:end_of_answer], np.arange(end_of_answer) >= end_of_question)
@@ -72,11 +78,14 @@ class FactTask(SyntheticTask):
     def _check_fit(self, facts: int, question: int, num_segments: int, segment_length: int) -> None:
         """Raises UserError if the text is too short for its facts, or the last segment for what it may have to hold."""
         question += self._answer_room
-        in_last = question + (facts if self.place_facts is placement.at_segment_starts else 0)
-        needed = max(in_last, -(-(facts + question) // num_segments))
+        # Facts at the starts of segments may all have chosen the last one.
+        in_last = question + facts if self.place_facts is placement.at_segment_starts else question
+        in_each = -(-(facts + question) // num_segments)
+        needed = max(in_last, in_each)
         if needed > segment_length:
             raise UserError(
-                f"BatchConfig.segment_length = {segment_length}: a sample of {type(self).__name__} has {facts} tokens of facts and {question} of a question with its answer; "
+                f"BatchConfig.segment_length = {segment_length}: a sample of {type(self).__name__} has {facts} tokens "
+                f"of facts and {question} of a question with its answer; "
                 f"in {num_segments} segments that takes segments of {needed} tokens or more"
             )
 
@@ -98,7 +107,8 @@ class HiddenFactTask(FactTask):
     """The facts are somewhere in the text.
 
     Attributes:
-      position: 'segment_start', each at the start of a random segment as in the report's released code, or 'any_offset', stricter, at any token.
+      position: 'segment_start', each at the start of a random segment as in the report's released code, or
+        'any_offset', stricter, at any token.
     """
 
     position: Literal["segment_start", "any_offset"] = "segment_start"
@@ -122,7 +132,10 @@ class DetectAndMemorize(HiddenFactTask):
 
 @dataclasses.dataclass(frozen=True)
 class Reasoning(HiddenFactTask):
-    """Two facts somewhere in the text; the question is about the place that both name, and only the direction tells which fact answers it."""
+    """Two facts somewhere in the text; the question is about the place that both name.
+
+    Only the direction tells which fact answers it.
+    """
 
     @property
     def chance(self) -> float:

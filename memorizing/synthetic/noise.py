@@ -14,24 +14,33 @@ from memorizing.synthetic import babi
 
 
 class NoiseSource(Protocol):
-    """A vocabulary that encodes facts and questions, and text in it to hide them in: a frozen dataclass that gin builds.
+    """A vocabulary that encodes facts and questions, and text in it to hide them in.
 
-    Attributes:
-      vocab_size: number of token ids; id 0 stands before a text and in none.
+    It is a frozen dataclass that gin builds.
     """
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; id 0 stands before a text and in none."""
+        ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [length], without a start or an end, none of them 0. The text begins with a space where it follows another one."""
+        """Ids of a text, int32 [length], without a start or an end, none of them 0.
+
+        The text begins with a space where it follows another one.
+        """
+        ...
 
     def sample(self, rng: np.random.Generator, length: int) -> np.ndarray:
         """Ids of some text, int32 [length], none of them 0: a function of the generator's state."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticWords:
-    """A vocabulary of whole words: those of the tasks, and others that stand independent and equally often in the noise. No word of a task is ever noise.
+    """A vocabulary of whole words: those of the tasks, and others for the noise.
+
+    Noise words are drawn independently and uniformly. No word of a task is ever noise.
 
     Attributes:
       num_words: noise words.

@@ -1,6 +1,7 @@
 """Where facts stand in a text: functions `(rng, lengths, segment_length, num_segments, end) -> starts`.
 
-`lengths` are the tokens of the facts in the order of the text, `end` is the position of the question. No fact overlaps another one or the question.
+`lengths` are the tokens of the facts in the order of the text, `end` is the position of the question. No fact overlaps
+another one or the question.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ def at_the_start(
 def at_segment_starts(
     rng: np.random.Generator, lengths: Sequence[int], segment_length: int, num_segments: int, end: int
 ) -> list[int]:
-    """Each at the start of a segment of its own choice, all equally likely; facts of the same segment one after the other (the RMT report's released code)."""
+    """Each at the start of a random segment, all equally likely (the RMT report's released code).
+
+    Facts of the same segment come one after the other.
+    """
+    # Tokens of the facts that stand in each segment already.
     used = np.zeros(num_segments, int)
     starts = []
-    for segment, length in zip(rng.integers(0, num_segments, len(lengths)), lengths, strict=True):
+    segments = rng.integers(0, num_segments, len(lengths))
+    for segment, length in zip(segments, lengths, strict=True):
         starts.append(int(segment * segment_length + used[segment]))
         used[segment] += length
     return starts
@@ -36,4 +42,5 @@ def anywhere(
     free = end - sum(lengths)
     # How much noise stands before each fact; the facts before it come on top.
     noise_before = np.sort(rng.integers(0, free + 1, len(lengths)))
-    return (noise_before + np.cumsum([0, *lengths[:-1]])).tolist()
+    facts_before = np.cumsum([0, *lengths[:-1]])
+    return (noise_before + facts_before).tolist()

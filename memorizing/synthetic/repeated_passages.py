@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,9 +14,10 @@ from memorizing.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RepeatedPassages:
-    """Documents that repeat a passage of random tokens again and again: what comes next is known to whoever remembers one passage back.
+    """Documents that repeat a passage of random tokens again and again.
 
-    The first passage is unpredictable (log V nats a token), every later one is a copy of it.
+    What comes next is known to a model that remembers one passage back. The first passage is unpredictable (log V nats
+    a token), every later one is a copy of it.
 
     Attributes:
       vocab_size: V; id 0 stands before a document and in none.
@@ -51,8 +52,10 @@ class RepeatedPassages:
 
     def document(self, split: str, index: int) -> np.ndarray:
         """Tokens of one document, int32 [document_length]: a pure function of its arguments."""
-        rng = np.random.default_rng([index, {"train": 0, "validation": 1}[split]])
-        return np.tile(rng.integers(1, self.vocab_size, self.passage_length, np.int32), self.num_passages)
+        split_number = {"train": 0, "validation": 1}[split]
+        rng = np.random.default_rng([index, split_number])
+        passage = rng.integers(1, self.vocab_size, self.passage_length, np.int32)
+        return np.tile(passage, self.num_passages)
 
     def train_batches(
         self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int
@@ -64,14 +67,13 @@ class RepeatedPassages:
     ) -> Iterator[EvaluationBatch]:
         own_rows = np.asarray(range(num_rows) if rows is None else rows, np.int64)
         for first in range(0, self.num_documents, num_rows):
-            index = first + own_rows
-            present = index < self.num_documents
-            documents = [
-                self.document("validation", i) if here else None for i, here in zip(index, present, strict=True)
-            ]
-            for offset in range(0, self.document_length, segment_length):
-                batch = _segments(documents, np.full(len(index), offset), segment_length)
-                yield EvaluationBatch(batch, np.where(present, index, -1), np.full(len(index), offset, np.int64))
+            index = first + own_rows  # [B]
+            is_present = index < self.num_documents
+            documents = [self.document("validation", i) if i < self.num_documents else None for i in index]
+            for start in range(0, self.document_length, segment_length):
+                offset = np.full(len(index), start, np.int64)
+                batch = _segments(documents, offset, segment_length)
+                yield EvaluationBatch(batch, np.where(is_present, index, -1), offset)
 
 
 class RepeatedPassagesStream:
@@ -80,8 +82,13 @@ class RepeatedPassagesStream:
     def __init__(
         self, source: RepeatedPassages, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int
     ) -> None:
-        self._source, self._num_rows, self._rows = source, num_rows, rows
-        self._num_segments, self._segment_length, self._seed = num_segments, segment_length, seed
+        self._source = source
+        self._num_rows = num_rows
+        self._rows = rows
+        self._num_segments = num_segments
+        self._segment_length = segment_length
+        self._seed = seed
+        # Segments of a row that were handed out.
         self._segment = 0
 
     def __next__(self) -> Batch:
@@ -97,21 +104,34 @@ class RepeatedPassagesStream:
     def _next_segment(self) -> Batch:
         per_document = -(-self._source.document_length // self._segment_length)
         turn, segment = divmod(self._segment, per_document)
-        index = [self._seed * 1_000_003 + turn * self._num_rows + row for row in self._rows]
-        documents = [self._source.document("train", i) for i in index]
+        first = self._seed * 1_000_003 + turn * self._num_rows
+        documents = [self._source.document("train", first + row) for row in self._rows]
         self._segment += 1
-        return _segments(documents, np.full(len(documents), segment * self._segment_length), self._segment_length)
+        offsets = np.full(len(documents), segment * self._segment_length)
+        return _segments(documents, offsets, self._segment_length)
 
 
-def _segments(documents: list[np.ndarray | None], offsets: np.ndarray, length: int) -> Batch:
-    """One segment a row, [B, 1, T], from the given offsets; no position is real where there is no document or no more of it."""
+def _segments(documents: Sequence[np.ndarray | None], offsets: np.ndarray, length: int) -> Batch:
+    """One segment a row, [B, 1, T], from the given offsets.
+
+    No position is real where there is no document or no more of it.
+    """
     shape = (len(documents), 1, length)
-    tokens, targets, is_real = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    tokens = np.zeros(shape, np.int32)
+    targets = np.zeros(shape, np.int32)
+    is_real = np.zeros(shape, bool)
     for row, (document, offset) in enumerate(zip(documents, offsets, strict=True)):
         if document is None:
             continue
-        shifted = np.concatenate([[RepeatedPassages.start_id], document[:-1]])
-        for field, source in ((targets, document), (tokens, shifted), (is_real, np.ones(len(document), bool))):
-            part = source[offset : offset + length]
-            field[row, 0, : len(part)] = part
-    return Batch(tokens, targets, is_real.astype(np.float32), is_real, offsets[:, None] == 0)
+        previous = np.concatenate([[RepeatedPassages.start_id], document[:-1]])
+        part = document[offset : offset + length]
+        targets[row, 0, : len(part)] = part
+        tokens[row, 0, : len(part)] = previous[offset : offset + length]
+        is_real[row, 0, : len(part)] = True
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_weights=is_real.astype(np.float32),
+        is_real=is_real,
+        start_of_document=offsets[:, None] == 0,
+    )

@@ -1,6 +1,8 @@
-"""Copy and Reverse (Bulatov et al. 2022, "Recurrent Memory Transformer", section 4.1): random symbols, a separator, then what was read, once more.
+"""Copy and Reverse: random symbols, a separator, then what was read, once more.
 
-The sequence is as long as the sample allows, so the same text can be cut into few long or many short segments. The answer is scored, what comes before it is not.
+The tasks of Bulatov et al. 2022, "Recurrent Memory Transformer", section 4.1. The sequence is as long as the sample
+allows, so the same text can be cut into few long or many short segments. The answer is scored, what comes before it is
+not.
 """
 
 from __future__ import annotations
@@ -51,16 +53,20 @@ class SequenceTask(SyntheticTask):
         length = (room - 1) // (1 + self.answer_parts)
         if length < 1:
             raise UserError(
-                f"BatchConfig.segment_length = {segment_length}: {type(self).__name__} needs at least {2 + self.answer_parts} tokens"
+                f"BatchConfig.segment_length = {segment_length}: "
+                f"{type(self).__name__} needs at least {2 + self.answer_parts} tokens"
             )
+        separator = self.num_symbols + 1
         sequence = rng.integers(1, self.num_symbols + 1, length, np.int32)
-        ids = np.concatenate([sequence, [self.num_symbols + 1], self.answer(sequence)])
+        ids = np.concatenate([sequence, [separator], self.answer(sequence)])
         return Text(ids, np.arange(len(ids)) > length)
 
 
 @dataclasses.dataclass(frozen=True)
 class Copy(SequenceTask):
-    """The sequence again, `num_copies` times: a sequence of 120 symbols and its two copies are the paper's "copy 120" of 360 tokens.
+    """The sequence again, `num_copies` times.
+
+    A sequence of 120 symbols and its two copies are the paper's "copy 120" of 360 tokens.
 
     Attributes:
       num_copies: how often.

@@ -1,4 +1,7 @@
-"""What all tasks made of independent samples share: a sample is one document, and a pure function of the split, the seed and its index."""
+"""What all tasks made of independent samples share.
+
+A sample is one document, and a pure function of the split, the seed and its index.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +54,8 @@ class SyntheticTask(abc.ABC):
     """A `memorizing.batch.DataSource` of samples that `write` makes.
 
     Attributes:
-      num_segments: segments of a training sample, which may stream through steps of fewer (or more) segments a row; 0: a sample fills exactly the U segments of a step, so
-        that a curriculum over U lengthens the samples.
+      num_segments: segments of a training sample, which may stream through steps of fewer (or more) segments a row;
+        0: a sample fills exactly the U segments of a step, so that a curriculum over U lengthens the samples.
       num_eval_samples: held-out samples.
       eval_segments: segments of a held-out sample.
     """
@@ -88,7 +91,7 @@ class SyntheticTask(abc.ABC):
         """
 
     def reaching(self, num_segments: int) -> Self:
-        """The same task with held-out samples that are made of so many segments: their answers lie up to so far back."""
+        """The same task with held-out samples of so many segments: their answers lie up to so far back."""
         return dataclasses.replace(self, eval_segments=num_segments)
 
     @property
@@ -98,9 +101,13 @@ class SyntheticTask(abc.ABC):
 
     @property
     def identity(self) -> str:
-        """Names the task and its settings, less those of evaluation: a run goes on when it is evaluated in another way."""
+        """Names the task and its settings, less those of evaluation.
+
+        So a run can be continued with another evaluation.
+        """
         names = [field.name for field in dataclasses.fields(self) if field.init and "eval_" not in field.name]
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+        settings = [f"{name}={getattr(self, name)!r}" for name in names]
+        return f"{type(self).__name__}({', '.join(settings)})"
 
     def sample(self, split: Split, seed: int, index: int, num_segments: int, segment_length: int) -> Sample:
         """One sample, a pure function of its arguments."""
@@ -110,8 +117,9 @@ class SyntheticTask(abc.ABC):
 
         def in_segments(values: np.ndarray, dtype: type) -> np.ndarray:
             # int32 throughout, and no copy where there is one already: a sample may have millions of tokens.
-            filled = np.pad(values, (0, size - len(values))) if len(values) < size else values
-            return filled.astype(dtype, copy=False).reshape(num_segments, segment_length)
+            if len(values) < size:
+                values = np.pad(values, (0, size - len(values)))
+            return values.astype(dtype, copy=False).reshape(num_segments, segment_length)
 
         previous = np.concatenate([[self.start_id], ids[:-1]], dtype=np.int32, casting="unsafe")
         return Sample(
@@ -139,20 +147,23 @@ class SyntheticTask(abc.ABC):
         """See `DataSource`: the held-out samples, `num_rows` at a time."""
         own_rows = np.asarray(range(num_rows) if rows is None else rows, np.int64)
         for first in range(0, self.num_eval_samples, num_rows):
-            index = first + own_rows
+            index = first + own_rows  # [B]
             is_present = index < self.num_eval_samples
-            samples = [
-                self.sample("validation", _EVALUATION_SEED, i, self.eval_segments, segment_length)
-                for i in index[is_present]
-            ]
-            samples += [_empty_sample(self.eval_segments, segment_length)] * int(np.sum(~is_present))
+            document = np.where(is_present, index, -1).astype(np.int32)
+            samples = [self._held_out_sample(i, segment_length) for i in index]
             for segment in range(self.eval_segments):
-                fields = (
-                    np.stack([rows[segment : segment + 1] for rows in field]) for field in zip(*samples, strict=True)
-                )
-                batch = Batch(*fields, start_of_document=np.full((len(index), 1), segment == 0))
+                own = slice(segment, segment + 1)
+                parts = [np.stack([values[own] for values in field]) for field in zip(*samples, strict=True)]
+                # Each [B, 1, T].
+                batch = Batch(*parts, start_of_document=np.full((len(index), 1), segment == 0))
                 offset = np.full(len(index), segment * segment_length, np.int64)
-                yield EvaluationBatch(batch, np.where(is_present, index, -1).astype(np.int32), offset)
+                yield EvaluationBatch(batch, document, offset)
+
+    def _held_out_sample(self, index: int, segment_length: int) -> Sample:
+        """A sample by its index; behind the last one an empty one, in which no position is real."""
+        if index >= self.num_eval_samples:
+            return _empty_sample(self.eval_segments, segment_length)
+        return self.sample("validation", _EVALUATION_SEED, index, self.eval_segments, segment_length)
 
     def expect(self, is_right: bool, field: str, expected: str) -> None:
         """Raises UserError that names a field and what it has to be, unless it is right."""

@@ -48,10 +48,14 @@ class TrainingBatches:
 
     def _open(self) -> BatchIterator:
         return self._data.train_batches(
-            self._config.num_rows, self._placement.rows, self._num_segments, self._config.segment_length, self._seed
+            num_rows=self._config.num_rows,
+            rows=self._placement.rows,
+            num_segments=self._num_segments,
+            segment_length=self._config.segment_length,
+            seed=self._seed,
         )
 
 
 def row_layout(config: BatchConfig) -> dict[str, int]:
-    """What has to be equal for rows and contexts of a checkpoint to mean the same in another run."""
+    """What two runs need to have in common so that the rows and contexts of a checkpoint mean the same in both."""
     return {"num_rows": config.num_rows, "segment_length": config.segment_length}

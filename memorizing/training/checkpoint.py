@@ -1,11 +1,12 @@
-"""Checkpoints: parameters, optimizer, step, randomness, context and the position of every row as one unit, with checksums.
+"""Checkpoints: parameters, optimizer, step, randomness, context and every row's position as one unit, with checksums.
 
-Built on Orbax's CheckpointManager: asynchronous, atomic (a step is there as a whole or not at all), any file system that etils.epath can name. Orbax does not notice a
-flipped bit; the checksums do.
+Built on Orbax's CheckpointManager: asynchronous, atomic (a step is there as a whole or not at all), any file system
+that etils.epath can name. Orbax does not notice a flipped bit; the checksums do.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -59,15 +60,17 @@ class Checkpointer:
         Args:
           workdir: the run's folder; checkpoints lie in `workdir/checkpoints/STEP`.
           keep: how many of the newest steps stay.
-          save_context: whether the context is saved. It can be far larger than the parameters (a memory of 262144 for 256 rows: 256 GiB); without it a run continues with
-            empty memories at document starts.
-          stacked_layers: of the model: see `Stack`; it is saved with the arrays, so that they can be read layer by layer.
+          save_context: whether the context is saved. It can be far larger than the parameters (a memory of 262144 for
+            256 rows: 256 GiB); without it a run continues with empty memories at document starts.
+          stacked_layers: of the model: see `Stack`; it is saved with the arrays, so that they can be read layer by
+            layer.
         """
         _quiet_orbax()
-        self._folder, self._save_context = workdir / FOLDER, save_context
+        self._folder = workdir / FOLDER
+        self._save_context = save_context
         self._stacked_layers = {name: list(layers) for name, layers in (stacked_layers or {}).items()}
         if jax.process_index() == 0:
-            # What a killed process was writing. Orbax's own cleaning runs beside the program and fails if that ends early.
+            # What a killed process was writing. Orbax's own cleaning runs in a thread, which fails if the program ends.
             for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
                 unfinished.rmtree()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
@@ -168,7 +171,8 @@ class Checkpointer:
             for path, checksum in _named_checksums(found[name]).items():
                 if checksum != data["checksums"][name][path]:
                     raise UserError(self._damaged(step, f"does not have the checksum it was saved with ({path})"))
-        return Restored(TrainState(**found["state"], context=found.get("context")), data["rows"])
+        state = dataclasses.replace(abstract, **found["state"], context=found.get("context"))
+        return Restored(state, data["rows"])
 
     def _damaged(self, step: int, what: str) -> str:
         older = [other for other in self.steps if other < step]
@@ -179,7 +183,7 @@ class Checkpointer:
 
 
 def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
-    """Everything but the context of a checkpoint, as host arrays of single layers by path, whatever model they belong to.
+    """Everything but the context of a checkpoint, as host arrays of single layers by path, of any model.
 
     Paths are `params/embedder/table`, `params/layer_03/mlp/up/kernel`, `step` and so on. Changes nothing there.
 
@@ -299,7 +303,10 @@ def _checksums(leaves: list[jax.Array]) -> list[Checksum]:
 
 
 def _checksum(array: jax.Array) -> Checksum:
-    """Sum of the array's elements, their bits mixed with their place one to one: any single flipped bit changes it, and an exchange of elements all but surely does."""
+    """Sum of the array's elements, their bits mixed with their place by a bijection.
+
+    Any single flipped bit changes it, and an exchange of two elements changes it almost certainly.
+    """
     if array.dtype == jnp.bool_:
         bits = array.astype(jnp.uint32)
     else:

@@ -26,7 +26,8 @@ class BatchConfig:
       segment_length: T, tokens of one segment.
       num_segments: U, consecutive segments of each row in one step; gradients reach through all of them.
       num_microbatches: parts into which the rows are split, one after the other, to save memory.
-      curriculum: pairs of a step and the num_segments from that step on; the rows stay as they are, the tokens of a step grow.
+      curriculum: pairs of a step and the num_segments from that step on; the rows stay as they are, the tokens of a
+        step grow.
     """
 
     tokens_per_step: int = 2048
@@ -40,15 +41,17 @@ class BatchConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"BatchConfig.{name} = {getattr(self, name)}: at least 1")
         starts = [start for start, _ in self.curriculum]
-        if starts != sorted(set(starts)) or any(min(stage) < 1 for stage in self.curriculum):
+        is_growing = starts == sorted(set(starts))
+        if not is_growing or any(min(stage) < 1 for stage in self.curriculum):
             raise UserError(
-                f"BatchConfig.curriculum = {self.curriculum}: pairs of a step, growing, and a number of segments, at least 1"
+                f"BatchConfig.curriculum = {self.curriculum}: pairs of a step, growing, and a number of segments, "
+                "at least 1"
             )
         tokens_per_row = self.segment_length * self.num_segments
         if self.tokens_per_step % tokens_per_row:
             raise UserError(
-                f"BatchConfig.tokens_per_step = {self.tokens_per_step} is not a multiple of the {tokens_per_row} tokens of a row "
-                f"(segment_length {self.segment_length} x num_segments {self.num_segments})"
+                f"BatchConfig.tokens_per_step = {self.tokens_per_step} is not a multiple of the {tokens_per_row} tokens "
+                f"of a row (segment_length {self.segment_length} x num_segments {self.num_segments})"
             )
         if self.num_rows % self.num_microbatches:
             raise UserError(
@@ -62,7 +65,11 @@ class BatchConfig:
 
     def segments_at(self, step: int) -> int:
         """U at a step, counted from 1."""
-        return next((segments for start, segments in reversed(self.curriculum) if start <= step), self.num_segments)
+        num_segments = self.num_segments
+        for start, segments in self.curriculum:
+            if start <= step:
+                num_segments = segments
+        return num_segments
 
     def tokens_at(self, step: int) -> int:
         """Targets of a step, counted from 1."""
@@ -81,9 +88,11 @@ class LoopConfig:
       seed: of initialisation, dropout and the order of documents.
       profile_steps: first and last step of a profiler trace, written to `workdir/profile`; empty for none.
       start_from: workdir of another run whose newest checkpoint this run starts from; empty for none.
-      evaluate_segments: how many segments back the answers of held-out samples lie, for a final table of accuracies; for data made of samples.
+      evaluate_segments: how many segments back the answers of held-out samples lie, for a final table of accuracies;
+        for data made of samples.
       start_optimizer: whether `start_from` also takes over the optimizer state and the step.
-      hang_seconds: a run that finishes no step for so long (compiling, restoring and saving included) is ended, to be started again; 0 for never.
+      hang_seconds: a run that finishes no step for so long (compiling, restoring and saving included) is ended, to be
+        started again; 0 for never.
       compilation_cache: folder that keeps compiled programs for the next start; empty for JAX's own setting.
     """
 
@@ -129,17 +138,21 @@ class Experiment:
         self.model.check(self.batch.segment_length)
 
     def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """The mesh over `devices` (default: all). Raises UserError where experiment and devices do not fit each other."""
+        """The mesh over `devices` (default: all).
+
+        Raises:
+          UserError: experiment and devices do not fit each other.
+        """
         mesh = self.mesh.make_mesh(devices)
         rows = self.batch.num_rows // self.batch.num_microbatches
         sharding.check_divides("rows of a microbatch", rows, mesh, "data")
         sharding.check_divides("LMConfig.num_heads", self.model.num_heads, mesh, "model")
-        for attention in {group.attention for group in self.model.groups if group.attention.memory_size}:
-            segments = attention.memory_size // self.batch.segment_length
-            sharding.check_divides(f"{type(attention).__name__}.memory_size in segments", segments, mesh, "memory")
-        if cache := self.model.continuous_cache:
-            segments = cache.memory_size // self.batch.segment_length
-            sharding.check_divides("ContinuousCache.memory_size in segments", segments, mesh, "memory")
+        memories = {group.attention for group in self.model.groups} | {self.model.continuous_cache}
+        for memory in memories:
+            if memory and memory.memory_size:
+                name = f"{type(memory).__name__}.memory_size in segments"
+                num_segments = memory.memory_size // self.batch.segment_length
+                sharding.check_divides(name, num_segments, mesh, "memory")
         return mesh
 
     def make_optimizer(self) -> optax.GradientTransformation:

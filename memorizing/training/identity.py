@@ -15,14 +15,14 @@ from memorizing.runtime.workdir import CONFIG, EXPERIMENT, VOCABULARY, read_reco
 from memorizing.training.checkpoint import FOLDER, FORMAT
 from memorizing.training.experiment import Experiment
 
-# What may change when a run goes on: its length, the machines it runs on, how rows are laid out.
+# The parts that may change when a run goes on: its length, the machines it runs on, how rows are laid out.
 _MAY_CHANGE = ("batch", "mesh", "loop")
 
 
 def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.Path:
-    """Creates the folder of a run, or checks that it holds this experiment, and writes there what the run is.
+    """Creates the folder of a run, or checks that it holds this experiment, and writes the files that describe the run.
 
-    That is `config.gin`, `experiment.json`, and `vocabulary.json` where the data is text.
+    These are `config.gin`, `experiment.json`, and `vocabulary.json` where the data is text.
 
     Raises:
       UserError: the folder cannot be written, or holds another experiment.
@@ -33,13 +33,17 @@ def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.P
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Without a checkpoint there is nothing yet that could be mixed up.
-        if record.exists() and any(child.name.isdigit() for child in (workdir / FOLDER).glob("*")):
+        if record.exists() and _has_checkpoint(workdir):
             _check_same(read_record(record), described, path)
         (workdir / CONFIG).write_text(config_text)
-        replace_text(record, json.dumps(described, indent=2) + "\n")
-        if text := text_of(experiment.data):
-            vocabulary = {name: getattr(text.vocabulary, name) for name in ("name", "size", "digest")}
-            replace_text(workdir / VOCABULARY, json.dumps(vocabulary, indent=2) + "\n")
+        _write_record(record, described)
+        text = text_of(experiment.data)
+        if text is not None:
+            vocabulary = text.vocabulary
+            _write_record(
+                workdir / VOCABULARY,
+                {"name": vocabulary.name, "size": vocabulary.size, "digest": vocabulary.digest},
+            )
     except OSError as error:
         raise UserError(f"--workdir={path}: cannot be written ({error.strerror or error})") from error
     return workdir
@@ -55,12 +59,22 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     return json.loads(json.dumps(flat))
 
 
+def _has_checkpoint(workdir: epath.Path) -> bool:
+    return any(child.name.isdigit() for child in (workdir / FOLDER).glob("*"))
+
+
+def _write_record(path: epath.Path, record: dict[str, Any]) -> None:
+    replace_text(path, json.dumps(record, indent=2) + "\n")
+
+
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of dataclasses and tuples, by their path."""
     if dataclasses.is_dataclass(value):
         kind = type(value).__name__
-        flat = {prefix or kind: kind}
+        name = prefix or kind
+        flat: dict[str, Any] = {name: kind}
         for field in dataclasses.fields(value):
-            flat |= _flatten(getattr(value, field.name), f"{prefix or kind}.{field.name}")
+            flat |= _flatten(getattr(value, field.name), f"{name}.{field.name}")
         return flat
     if isinstance(value, tuple):
         flat = {f"{prefix}.length": len(value)}
@@ -71,16 +85,18 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _check_same(there: dict[str, Any], here: dict[str, Any], path: str) -> None:
+    """Raises UserError unless two identities are equal; the message names the first difference."""
     if there.get("format") != FORMAT:
         raise UserError(
             f"--workdir={path} holds a run of another version of memorizing (format {there.get('format', 1)}, this one "
             f"has {FORMAT}): go on with that version, or choose another --workdir"
         )
-    changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    names = {**there, **here}
+    changed = [name for name in names if there.get(name) != here.get(name)]
     if changed:
-        name = changed[0]
+        first = changed[0]
         more = f" (and {len(changed) - 1} more differences)" if len(changed) > 1 else ""
         raise UserError(
             f"--workdir={path} holds another experiment: "
-            f"{name} is {there.get(name)!r} there and {here.get(name)!r} here{more}; choose another --workdir"
+            f"{first} is {there.get(first)!r} there and {here.get(first)!r} here{more}; choose another --workdir"
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from memorizing.array_typing import Tree
 from memorizing.errors import UserError
@@ -25,10 +26,13 @@ class InverseSquareRoot:
     peak: float = 1.0
     warmup_steps: int = 1000
 
-    def __call__(self, step: jax.Array) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32) + 1
-        warmup = jnp.minimum(1.0, step / max(self.warmup_steps, 1))
-        return self.peak * warmup * jax.lax.rsqrt(jnp.maximum(step, max(self.warmup_steps, 1)))
+    def __call__(self, step: ArrayLike) -> jax.Array:
+        warmup_steps = max(self.warmup_steps, 1)
+        # Steps are counted from 1 here, so that the first one has a learning rate.
+        count = jnp.asarray(step, jnp.float32) + 1
+        warmup = jnp.minimum(1.0, count / warmup_steps)
+        decay = jax.lax.rsqrt(jnp.maximum(count, warmup_steps))
+        return self.peak * warmup * decay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +53,18 @@ class Cosine:
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps < self.decay_steps:
             raise UserError(
-                f"Cosine.warmup_steps = {self.warmup_steps}: it has to end before Cosine.decay_steps = {self.decay_steps} (the run's STEPS)"
+                f"Cosine.warmup_steps = {self.warmup_steps}: it has to end before Cosine.decay_steps = "
+                f"{self.decay_steps} (the run's STEPS)"
             )
 
-    def __call__(self, step: jax.Array) -> jax.Array:
-        schedule = optax.warmup_cosine_decay_schedule(0.0, self.peak, self.warmup_steps, self.decay_steps, self.final)
+    def __call__(self, step: ArrayLike) -> ArrayLike:
+        schedule = optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=self.peak,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            end_value=self.final,
+        )
         return schedule(jnp.asarray(step) + 1)
 
 
@@ -78,8 +89,9 @@ class Adafactor:
 
     def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
         """The transformation of updates; for `stacked` see `by_layer`."""
+        clip = optax.clip_by_global_norm(self.max_gradient_norm)
         rule = optax.adafactor(self.learning_rate, momentum=self.momentum, decay_rate=self.decay_rate)
-        return optax.chain(optax.clip_by_global_norm(self.max_gradient_norm), by_layer(rule, stacked))
+        return optax.chain(clip, by_layer(rule, stacked))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +113,9 @@ class AdamW:
 
     def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
         """The transformation of updates; for `stacked` see `by_layer`."""
+        clip = optax.clip_by_global_norm(self.max_gradient_norm)
         rule = optax.adamw(self.learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=_is_matrix)
-        return optax.chain(optax.clip_by_global_norm(self.max_gradient_norm), by_layer(rule, stacked))
+        return optax.chain(clip, by_layer(rule, stacked))
 
 
 Optimizer = Adafactor | AdamW
@@ -114,7 +127,7 @@ def by_layer(rule: optax.GradientTransformation, stacked: Collection[str]) -> op
     Rules that look at a whole array (Adafactor's factors, its clipping and its parameter scale) would otherwise mix the
     layers of a group, and the result would depend on which layers happen to be stacked.
 
-    The optimizer state is a dict by group; that of several layers has their axis in front.
+    The optimizer state is a dict by group; the arrays of a group of several layers have the axis of layers in front.
 
     Args:
       rule: for the parameters of one layer.
@@ -127,8 +140,9 @@ def by_layer(rule: optax.GradientTransformation, stacked: Collection[str]) -> op
     def init(params: Tree) -> Tree:
         return {group: over_layers(group, rule.init)(params[group]) for group in params}
 
-    def update(updates: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        new_updates, new_state = {}, {}
+    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        new_updates = {}
+        new_state = {}
         for group in updates:
             update_group = over_layers(group, rule.update)
             new_updates[group], new_state[group] = update_group(updates[group], state[group], params[group])

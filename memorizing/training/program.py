@@ -23,20 +23,24 @@ class Program:
     """
 
     def __init__(self, experiment: Experiment, mesh: Mesh) -> None:
-        config, batch = experiment.model, experiment.batch
+        config = experiment.model
+        batch = experiment.batch
+        seed = experiment.loop.seed
         optimizer = experiment.make_optimizer()
+        # B, T
         size = (batch.num_rows, batch.segment_length)
         self.placement = RowPlacement(mesh, batch.num_rows)
         self.rows = self.placement.sharding
         self.abstract_state = abstract_train_state(config, optimizer, *size, mesh, experiment.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        seed = experiment.loop.seed
+        replicated = NamedSharding(mesh, PartitionSpec())
         self.init = jax.jit(lambda: init_train_state(config, optimizer, *size, seed), out_shardings=shardings)
         self.init_context = jax.jit(lambda: config.init_context(*size), out_shardings=shardings.context)
+        train_step = make_train_step(config, optimizer, batch.num_microbatches)
         self.step = jax.jit(
-            make_train_step(config, optimizer, batch.num_microbatches),
+            train_step,
             in_shardings=(shardings, self.rows),
             # Every process reads all metrics.
-            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+            out_shardings=(shardings, replicated),
             donate_argnums=0,
         )

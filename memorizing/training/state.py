@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, updates made.
       params: float32, by group of layers.
-      buffers: what layers keep besides, without rows and without gradient, by group of layers.
+      buffers: arrays of the layers that have no rows and get no gradient, by group of layers.
       opt_state: of the optimizer.
       rng: uint32 key data; the randomness of a step is this folded with the step.
       context: what the rows carry from segment to segment, memories included.
@@ -73,7 +75,9 @@ def abstract_train_state(
     variables = sharding.variable_shardings(mesh, boxed, mesh_config.parameter_rules)
     params = variables["params"]
     replicated = NamedSharding(mesh, PartitionSpec())
-    shardings = TrainState(
+    # The same tree with a sharding in the place of every array.
+    shardings = dataclasses.replace(
+        state,
         step=replicated,
         params=params,
         buffers=variables["buffers"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,62 +36,84 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step to jit: `(state, batch) -> (new state, metrics)`.
 
-    Gradients of a step reach through all its U segments, never into the context that it began with. With several
-    microbatches, rows of batch and context are split together and the gradients added: the result is that of the whole
-    batch to rounding. Only the buffers go from one microbatch to the next.
+    Gradients of a step reach through all its U segments, never into the context that the step began with.
 
-    Metrics: loss (nats per weighted token), loss_weight (their number), gradient_norm, and what the layers report,
-    averaged over segments and microbatches.
+    Metrics: loss (nats per weighted token), loss_weight (the sum of the weights), gradient_norm, and what the layers
+    report, averaged over segments and microbatches.
+
+    Args:
+      config: the model.
+      optimizer: of its parameters.
+      num_microbatches: parts of the batch whose gradients are computed one after the other, to save memory.
     """
-    gradient_of_loss = jax.grad(functools.partial(batch_loss, config), has_aux=True)
-
-    def accumulate(
-        params: Tree, batch: Batch, carried: Carried, rng: jax.Array
-    ) -> tuple[Tree, tuple[Carried, Metrics]]:
-        rngs = Rngs(rng, jnp.arange(batch.tokens.shape[0], dtype=jnp.int32))
-        # Losses of the parts are averaged, so each divides by its share of the weight of all rows.
-        weight = jnp.maximum(jnp.sum(batch.loss_weights), 1.0) / num_microbatches
-        if num_microbatches == 1:
-            return gradient_of_loss(params, batch, carried, rngs, weight)
-
-        def add(running: tuple, part: tuple) -> tuple[tuple, tuple[Context, Metrics]]:
-            total, buffers = running
-            part_batch, part_context, part_rows = part
-            part_rngs = rngs.replace(rows=part_rows)
-            gradient, (after, metrics) = gradient_of_loss(
-                params, part_batch, Carried(part_context, buffers), part_rngs, weight
-            )
-            total = jax.tree.map(lambda a, b: a + b / num_microbatches, total, gradient)
-            return (total, after.buffers), (after.context, metrics)
-
-        parts = context_lib.split_rows((batch, carried.context, rngs.rows), num_microbatches)
-        start = (jax.tree.map(jnp.zeros_like, params), carried.buffers)
-        (gradient, buffers), (contexts, metrics) = jax.lax.scan(add, start, parts)
-        metrics = jax.tree.map(lambda values: values.mean(axis=0), metrics)
-        return gradient, (Carried(context_lib.join_rows(contexts), buffers), metrics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        rngs = _step_rngs(state, num_rows=batch.tokens.shape[0])
         carried = Carried(state.context, state.buffers)
-        gradient, (after, metrics) = accumulate(state.params, batch, carried, rng)
+        gradient, carried, metrics = batch_gradient(config, state.params, batch, carried, rngs, num_microbatches)
+
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        metrics |= {"loss_weight": jnp.sum(batch.loss_weights), "gradient_norm": optax.tree.norm(gradient)}
-        new_state = state.replace(
-            step=state.step + 1, params=params, buffers=after.buffers, opt_state=opt_state, context=after.context
+
+        metrics["loss_weight"] = jnp.sum(batch.loss_weights)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=params,
+            buffers=carried.buffers,
+            opt_state=opt_state,
+            context=carried.context,
         )
         return new_state, metrics
 
     return train_step
 
 
+def _step_rngs(state: TrainState, num_rows: int) -> Rngs:
+    """Random numbers of a step: a function of the run's key and the step, so that a resumed run sees the same."""
+    run_key = jax.random.wrap_key_data(state.rng)
+    step_key = jax.random.fold_in(run_key, state.step)
+    return Rngs(step_key, rows=jnp.arange(num_rows, dtype=jnp.int32))
+
+
+def batch_gradient(
+    config: LMConfig, params: Tree, batch: Batch, carried: Carried, rngs: Rngs, num_microbatches: int
+) -> tuple[Tree, Carried, Metrics]:
+    """Gradient of the loss of a whole batch, what is carried to the next step, and metrics.
+
+    With several microbatches, the rows of batch and context are split together and the gradients are added: the result
+    equals that of the whole batch up to rounding. Only the buffers go from one microbatch to the next.
+    """
+    loss_gradient = jax.grad(functools.partial(batch_loss, config), has_aux=True)
+    # Gradients of microbatches are averaged, so each loss is divided by its share of the weight of all rows.
+    weight = jnp.maximum(jnp.sum(batch.loss_weights), 1.0) / num_microbatches
+    if num_microbatches == 1:
+        gradient, (carried, metrics) = loss_gradient(params, batch, carried, rngs, weight)
+        return gradient, carried, metrics
+
+    def add_microbatch(running: tuple[Tree, Tree], microbatch: tuple) -> tuple[tuple[Tree, Tree], tuple]:
+        total, buffers = running
+        part, context, rows = microbatch
+        part_rngs = dataclasses.replace(rngs, rows=rows)
+        gradient, (after, metrics) = loss_gradient(params, part, Carried(context, buffers), part_rngs, weight)
+        total = jax.tree.map(lambda total, part: total + part / num_microbatches, total, gradient)
+        return (total, after.buffers), (after.context, metrics)
+
+    microbatches = context_lib.split_rows((batch, carried.context, rngs.rows), num_microbatches)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (gradient, buffers), (contexts, metrics) = jax.lax.scan(add_microbatch, (zeros, carried.buffers), microbatches)
+    carried = Carried(context_lib.join_rows(contexts), buffers)
+    return gradient, carried, _mean_of_each(metrics)
+
+
 def batch_loss(
     config: LMConfig, params: Tree, batch: Batch, carried: Carried, rngs: Rngs, weight: Scalar
 ) -> tuple[Scalar, tuple[Carried, Metrics]]:
-    """Loss of U consecutive segments of each row, context and buffers carried from each to the next.
+    """Loss of U consecutive segments of each row, context and buffers carried from each segment to the next.
 
-    The reset of rows happens in here, inside the differentiated function: what a mechanism begins a document with may be
+    Rows are reset in here, inside the differentiated function: the state in which a mechanism begins a document may be
     a parameter.
 
     Args:
@@ -102,11 +125,14 @@ def batch_loss(
       weight: what the nats are divided by.
 
     Returns:
-      Nats divided by `weight`, plus the auxiliary losses' mean over segments; and what is carried on, and metrics.
+      The loss: nats divided by `weight`, plus the mean over segments of the auxiliary losses.
+      And what is carried on, and metrics.
     """
     num_segments = batch.tokens.shape[1]
 
-    def segment_loss(carried: Carried, segment_and_index: tuple) -> tuple[Carried, tuple]:
+    def segment_loss(
+        carried: Carried, segment_and_index: tuple[Batch, jax.Array]
+    ) -> tuple[Carried, tuple[Scalar, Metrics]]:
         segment, index = segment_and_index
         context = carried.context
         if config.recurrent_tokens:
@@ -118,19 +144,32 @@ def batch_loss(
             carried.buffers,
             Inputs(segment.tokens, segment.is_real, segment.start_of_document),
             context,
-            rngs.replace(key=jax.random.fold_in(rngs.key, index)),
+            dataclasses.replace(rngs, key=jax.random.fold_in(rngs.key, index)),
             update_buffers=True,
         )
-        nats = jnp.sum(next_token_nats(output.logits, segment.targets) * segment.loss_weights) / weight
+        assert output.context is not None, "a whole segment has a context for the next one"
         report = output.report
-        metrics = {"loss": nats * num_segments, **report.losses, **report.metrics}
+
+        # [B, T]
+        token_nats = next_token_nats(output.logits, segment.targets)
+        nats = jnp.sum(token_nats * segment.loss_weights) / weight
         loss = nats + sum(report.losses.values()) / num_segments
+        # The mean over segments of this `loss` is the sum of their nats.
+        metrics = {"loss": nats * num_segments, **report.losses, **report.metrics}
         return Carried(output.context, output.buffers), (loss, metrics)
 
     if num_segments > 1:
-        # Activations of one segment at a time: only what is carried is kept for each.
-        segment_loss = jax.checkpoint(segment_loss, policy=jax.checkpoint_policies.save_only_these_names(NEIGHBOURS))
+        # The backward pass computes the activations of one segment at a time again: of a segment, only what it carries
+        # on and the neighbours that it found are stored.
+        policy = jax.checkpoint_policies.save_only_these_names(NEIGHBOURS)
+        segment_loss = jax.checkpoint(segment_loss, policy=policy)
+    # [B, U, ...] -> [U, B, ...]
     segments = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
     inputs = (segments, jnp.arange(num_segments))
     carried, (losses, metrics) = jax.lax.scan(segment_loss, carried, inputs, unroll=num_segments == 1)
-    return losses.sum(), (carried, jax.tree.map(lambda values: values.mean(axis=0), metrics))
+    return losses.sum(), (carried, _mean_of_each(metrics))
+
+
+def _mean_of_each(metrics: Metrics) -> Metrics:
+    """Means of metrics over their first axis: segments, or microbatches."""
+    return jax.tree.map(lambda values: values.mean(axis=0), metrics)

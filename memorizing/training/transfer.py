@@ -5,6 +5,7 @@ The paper has a section on each. Parameters are matched layer by layer, however 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer
     saved = read_arrays(folder)
     fresh = {name: getattr(state, name) for name in names}
     filled = fit(fresh, saved, config.stack.stacked_layers, given, memory_parameters(config))
-    return state.replace(**jax.tree.map(_place, filled, fresh))
+    return dataclasses.replace(state, **jax.tree.map(_place, filled, fresh))
 
 
 def memory_parameters(config: LMConfig) -> set[str]:
@@ -66,7 +67,7 @@ def fit(
     """Saved arrays of single layers in the structure of a model.
 
     Args:
-      wanted: `{"params": ..., ...}`, leaves with shape and dtype.
+      wanted: `{"params": ..., ...}`; its leaves have a shape and a dtype.
       saved: arrays by path, such as `params/layer_03/mlp/up/kernel`.
       stacked_layers: of the model, see `Stack`.
       given: what the user gave, for the message.
@@ -115,4 +116,4 @@ def _least_length(config: LMConfig) -> int:
 
 
 def _place(array: np.ndarray | jax.Array, fresh: jax.Array) -> jax.Array:
-    return array if array is fresh else from_host(np.asarray(array), fresh.sharding)
+    return fresh if array is fresh else from_host(np.asarray(array), fresh.sharding)

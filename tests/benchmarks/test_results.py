@@ -1,4 +1,4 @@
-"""benchmarks/results.py: its rows are experiments that differ in what they say, and its figures are what they are called."""
+"""benchmarks/results.py: its rows are experiments that differ as they say, and its figures are what they are called."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def test_means_spreads_and_paired_differences(results):
     base = {0: _figures([2.0, 3.0], 10.0), 1: _figures([2.5, 3.5], 12.0), 2: _figures([9.0, 9.0], 90.0)}
     row = {0: _figures([1.0, 2.9], 8.0), 1: _figures([2.1, 3.6], 9.0)}
     difference = results.paired(row, base)
-    # By seed and document -1.0, -0.1 and -0.4, +0.1, weighted by 100 and 300 tokens; the base's third seed has no partner.
+    # By seed and document -1.0, -0.1 and -0.4, +0.1, weighted by 100 and 300 tokens; the base's third seed has no pair.
     by_seed = [-0.325, -0.025]
     assert difference["mean"] == pytest.approx(np.mean(by_seed))
     assert difference["spread"] == pytest.approx(0.3)
     assert difference["documents"] == 2 and difference["documents_better"] == 1
     low, high = difference["interval"]
-    # Resampled documents lie between the one that gains most and the one that gains least: means over seeds of -0.7 and 0.
+    # Resampled documents lie between those that gain most and least: means over seeds of -0.7 and 0.
     assert low == pytest.approx(-0.7) and high == pytest.approx(0.0, abs=1e-9)
     assert results.paired(row, {}) is None
     assert results._shown(difference) == "-0.1750 (0.3000) [-0.7000, +0.0000]"

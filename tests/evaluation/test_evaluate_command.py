@@ -1,4 +1,7 @@
-"""`memorizing evaluate`: whole documents with several memories, intervals over documents, two runs side by side; and every mistake in a line."""
+"""`memorizing evaluate`: whole documents with several memories, and intervals over documents.
+
+And two runs side by side, and every mistake in a line.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from tiny_texts import LENGTH, MEMORY, TinyTexts, expect_error, finished_run
 from memorizing import main
 from memorizing.config.runs import open_run
 from memorizing.evaluation import bootstrap
-from memorizing.evaluation.inspection.lookups import Document, read_document
+from memorizing.evaluation.inspection.lookups import DocumentTokens, read_document
 
 SIZES = (0, MEMORY, 64)
 
@@ -30,7 +33,10 @@ def result(workdir: str) -> dict:
 
 
 def test_every_document_counts_once_with_every_memory(workdir: str, result: dict):
-    """The losses are those of reading one document after another; weights and documents are the same for all memories."""
+    """The losses are those of reading one document after another.
+
+    Weights and documents are the same for all memories.
+    """
     assert list(result["evaluations"]) == [f"memory {size}" for size in SIZES]
     run, data = open_run(workdir), TinyTexts()
     assert result["step"] == run.step == 2
@@ -39,7 +45,7 @@ def test_every_document_counts_once_with_every_memory(workdir: str, result: dict
         config = run.experiment.model.with_memory_size(size or LENGTH)
         alone = [
             read_document(
-                config, run.params, {}, Document(data.document_tokens(i), 0), LENGTH, is_cleared=size == 0
+                config, run.params, {}, DocumentTokens(data.document_tokens(i), 0), LENGTH, is_cleared=size == 0
             ).nats.astype(np.float64)
             for i in range(3)
         ]
@@ -56,7 +62,10 @@ def test_every_document_counts_once_with_every_memory(workdir: str, result: dict
 
 
 def test_a_memory_changes_nothing_before_it_is_needed(result: dict):
-    """Bins that end before the smaller memory loses something have the same loss, up to the rounding of the search's products; later ones do not."""
+    """Bins that end before the smaller memory loses something have the same loss; later ones do not.
+
+    The same up to the rounding of the search's products.
+    """
     small, large = (
         [place["loss"] for place in result["evaluations"][f"memory {size}"]["by_position"]] for size in (MEMORY, 64)
     )
@@ -196,7 +205,7 @@ def test_a_damaged_record_is_told(workdir: str, capsys: pytest.CaptureFixture, n
 
 
 def test_intervals_cover_what_they_should():
-    """The share of 95% intervals, of 200 made-up corpora of 40 documents of very different length, that hold the true loss."""
+    """Of 200 made-up corpora of 40 documents of very different length: the share of intervals with the true loss."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):

@@ -1,4 +1,7 @@
-"""What a model is for: what a document showed long ago is remembered; and the evaluation that says so counts every token once."""
+"""What a model is for: what a document showed long ago is remembered.
+
+And the evaluation that says so counts every token once.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,9 @@ class Permutations(RepeatedPassages):
 def successor_model(memory_size: int) -> tuple[LMConfig, dict]:
     """A model whose weights are written by hand: to predict what followed the token when it was last seen.
 
-    The first half of the activations says which token this is, the second which one was before it. Layer 0 fills the second half: its bias looks one position back. Layer 1 asks
-    for a position whose previous token is this one, and answers with its token; the gate takes the memory's answer where there is any.
+    The first half of the activations says which token this is, the second which one was before it. Layer 0 fills the
+    second half: its bias looks one position back. Layer 1 asks for a position whose previous token is this one, and
+    answers with its token; the gate takes the memory's answer where there is any.
     """
     config = LMConfig(
         vocab_size=VOCAB,
@@ -79,7 +83,10 @@ def successor_model(memory_size: int) -> tuple[LMConfig, dict]:
     ids=["memory", "memory cleared", "memory shorter than the distance"],
 )
 def test_the_memory_is_what_predicts_later_passages(memory_size: int, ablation: str, remembers: bool):
-    """A passage comes again after 28 tokens, segments have 16: without the memory, or with one that has forgotten, these weights are worse than a guess."""
+    """A passage comes again after 28 tokens, segments have 16.
+
+    Without the memory, or with one that has forgotten, these weights are worse than a guess.
+    """
     config, params = successor_model(memory_size)
     source = Permutations(VOCAB, passage_length=28, num_passages=8, num_documents=3)
     mesh = MeshConfig().make_mesh(jax.devices()[:1])

@@ -1,4 +1,7 @@
-"""`memorizing inspect`: two memories agree as long as they hold the same; the neighbours on the page are those that the model attended to; and mistakes are told."""
+"""`memorizing inspect`: two memories agree as long as they hold the same.
+
+The neighbours on the page are those that the model attended to; and mistakes are told.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ from tiny_texts import TinyTexts, expect_error, finished_run
 
 from memorizing import main
 from memorizing.config.runs import open_run
-from memorizing.evaluation.inspection import page as inspection_page
-from memorizing.evaluation.inspection.lookups import Document, Inspection, Lookups, inspect
+from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, Lookups, inspect
+from memorizing.evaluation.inspection.page import kept_positions, make_page
 from memorizing.models.attention.full import FullCore
 from memorizing.models.attention.knn import KNNAttention, KNNCore
 from memorizing.models.attention.xl import XLCore
@@ -48,7 +51,10 @@ def document(num_tokens: int = 9 * LENGTH - 3, seed: int = 0) -> np.ndarray:
 def run(
     mechanism: Mechanism, memory_size: int, segments: np.ndarray, starts: list[bool]
 ) -> tuple[np.ndarray, Any, Any]:
-    """Logits [U, B, T, V]; what was passed to and came out of the attention cores, and what was handed out, by segment. Segments are [U, B, T]."""
+    """Logits [U, B, T, V], what was passed to and came out of the attention cores, and what was handed out, by segment.
+
+    Segments are [U, B, T].
+    """
     config, params = mechanism.config.with_memory_size(memory_size), mechanism.model.params
 
     @jax.jit
@@ -93,7 +99,10 @@ def two_documents(mechanism: Mechanism, memory_size: int) -> tuple[np.ndarray, A
 
 
 def test_logits_are_equal_as_long_as_the_smaller_memory_holds_everything(remembering: Mechanism):
-    """The exact form of the paper's figure 7, up to the rounding of the search's products, which may depend on M. The segment after the first M tokens still finds all of them."""
+    """The exact form of the paper's figure 7, up to the rounding of the search's products, which may depend on M.
+
+    The segment after the first M tokens still finds all of them.
+    """
     small, large = (two_documents(remembering, size)[0] for size in (SMALL, LARGE))
     covered = FIRST + SMALL // LENGTH + 1
     np.testing.assert_allclose(small[:covered], large[:covered], rtol=0, atol=1e-5)
@@ -101,7 +110,10 @@ def test_logits_are_equal_as_long_as_the_smaller_memory_holds_everything(remembe
 
 
 def test_neighbours_are_the_nearest_of_what_was_stored_and_what_was_attended_to(remembering: Mechanism):
-    """In the second document distances lead to its own nearest keys, and their values, by scale and scores, to the layer's output."""
+    """In the second document distances lead to its own nearest keys.
+
+    And their values, by scale and scores, to the layer's output.
+    """
     _, seen, handed = two_documents(remembering, SMALL)
     layout = remembering.config.recurrent_tokens
     own = slice(layout.num_tokens, layout.num_tokens + LENGTH) if layout else slice(None)
@@ -193,9 +205,11 @@ def neighbours_on(page: str, layer: int = 0) -> tuple[np.ndarray, np.ndarray, np
 def inspected() -> tuple[Mechanism, np.ndarray, Inspection, str]:
     mechanism = Mechanism("", XL, ((1, KNNAttention(SMALL, 4, XL)),))
     tokens = document()
-    inspection = inspect(mechanism.config, mechanism.model.params, {}, Document(tokens, 0), (SMALL, LARGE), LENGTH)
+    inspection = inspect(
+        mechanism.config, mechanism.model.params, {}, DocumentTokens(tokens, 0), (SMALL, LARGE), LENGTH
+    )
     pieces = [f"{token}\n".encode() for token in tokens]
-    return mechanism, tokens, inspection, inspection_page.make("title", inspection, pieces, {}, {})
+    return mechanism, tokens, inspection, make_page("title", inspection, pieces, {}, {})
 
 
 def test_the_page_shows_what_the_model_used(inspected: tuple):
@@ -237,17 +251,17 @@ def lookups(num_tokens: int, num_heads: int = 2, k: int = 4) -> Lookups:
 
 
 def test_a_long_document_keeps_what_fits():
-    """Of all tokens the losses; neighbours of those with the largest difference, and of others all over the document."""
+    """Of all tokens the losses; neighbours of those with the largest difference, and of others all over the text."""
     num_tokens, heads, k = 5000, 2, 4
     nats = np.random.default_rng(1).exponential(size=(2, num_tokens)).astype(np.float32)
     inspection = Inspection(np.ones(num_tokens, np.int32), (0, 4096), 8, nats, (lookups(num_tokens),))
-    assert inspection_page.kept_positions(inspection, 10**9).tolist() == list(range(1, num_tokens))
+    assert kept_positions(inspection, 10**9).tolist() == list(range(1, num_tokens))
     budget = 400 * heads * k * (2 + 2)
-    kept = inspection_page.kept_positions(inspection, budget)
+    kept = kept_positions(inspection, budget)
     assert 390 <= len(kept) <= 400 and (np.diff(kept) > 0).all()
     assert set(np.argsort(-np.abs(inspection.gain[1:]))[:200] + 1) <= set(kept)
     assert np.diff(kept).max() < 60
-    page = inspection_page.make("", inspection, [b"word "] * num_tokens, {}, {})
+    page = make_page("", inspection, [b"word "] * num_tokens, {}, {})
     _, distances, scores, _ = neighbours_on(page)
     np.testing.assert_array_equal(distances, inspection.lookups[0].distances[1:])
     np.testing.assert_allclose(np.nan_to_num(scores), np.maximum(inspection.lookups[0].scores[1:], 0), atol=1e-4)
@@ -259,7 +273,7 @@ def test_any_text_stands_on_the_page_as_it_is():
     pieces = [bytes([byte]) for byte in text.encode()]
     nats = np.zeros((2, len(pieces)), np.float32)
     inspection = Inspection(np.ones(len(pieces), np.int32), (0, 8), 8, nats, (lookups(len(pieces)),))
-    page = inspection_page.make("<b>{{DATA}}", inspection, pieces, {"<i>": "{{x"}, {"a": (b"png", '">')})
+    page = make_page("<b>{{DATA}}", inspection, pieces, {"<i>": "{{x"}, {"a": (b"png", '">')})
     data = data_of(page)
     assert "".join(data["table"][index] for index in unpacked(data["tokens"], "<u4")) == text
     assert "&lt;b&gt;{{DATA}}" in page and "<i>" not in page and "<b>" not in page
@@ -301,7 +315,7 @@ def test_a_document_of_the_corpus_and_a_file(
     assert copy["memorySizes"] == [8, 16]
     run = open_run(str(workdir))
     tokens = TinyTexts().vocabulary.encode(text)[:60]
-    expected = inspect(run.experiment.model, run.params, {}, Document(tokens, 0), (8, 16), 8)
+    expected = inspect(run.experiment.model, run.params, {}, DocumentTokens(tokens, 0), (8, 16), 8)
     np.testing.assert_array_equal([unpacked(nats, "<f4") for nats in copy["nats"]], expected.nats)
 
 

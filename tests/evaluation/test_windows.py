@@ -28,7 +28,10 @@ from memorizing.synthetic import RepeatedPassages
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Held-out documents of any lengths: a row takes the next one as soon as it has read its own, so that rows change documents at different times."""
+    """Held-out documents of any lengths: a row takes the next one as soon as it has read its own.
+
+    So rows change documents at different times.
+    """
 
     documents: tuple[tuple[int, ...], ...]
     vocab_size: int = 1000
@@ -118,7 +121,10 @@ def test_with_a_stride_of_the_width_the_document_is_cut_into_chunks(lengths: lis
 
 @pytest.mark.parametrize(("width", "stride"), [(8, 8), (8, 4), (8, 2), (6, 1)])
 def test_an_answer_is_in_view_up_to_the_promised_distance(width: int, stride: int):
-    """A token that a token `delta` before it determines: known everywhere for delta up to width - stride + 1, and not beyond, where a window begins its scored part."""
+    """A token that a token `delta` before it determines: known everywhere for delta up to width - stride + 1.
+
+    And not beyond, where a window begins its scored part.
+    """
     source = numbered([40])
 
     def known(delta: int) -> float:
@@ -141,7 +147,10 @@ def params(model: LMConfig) -> dict:
 
 
 def test_the_loss_is_that_of_a_forward_pass_over_each_tokens_window():
-    """Written out: for each token a window of its own from an empty context. Also of a model that would carry something from window to window."""
+    """Written out: for each token a window of its own from an empty context.
+
+    Also of a model that would carry something from window to window.
+    """
     width, stride = 6, 2
     model = LMConfig(40, 2, 8, 2, 4, 16, attention=XLAttention(window=6), initial_logit_scale=4.0)
     source = numbered([11, 5, 12, 1])

@@ -1,6 +1,9 @@
-"""Writing token by token gives what reading gives, for every mechanism, whatever the length of the prompt, across the borders of segments.
+"""Writing token by token gives what reading gives, for every mechanism.
 
-What a user relies on: the text that a model writes is drawn from the predictions that it was trained and evaluated for, and what it remembers of a text does not depend on
+Whatever the length of the prompt, and across the borders of segments.
+
+What a user relies on: the text that a model writes is drawn from the predictions that it was trained and evaluated for,
+and what it remembers of a text does not depend on
 whether it has read or written it.
 """
 
@@ -49,7 +52,8 @@ VARIANTS = (
     ),
 )
 ANYTHING = np.arange(VOCAB) > 0
-# Nothing, one token, a segment but for one input (the first input is the padding before a document), exactly one, and more than the memory of most of them holds.
+# Nothing, one token, a segment but for one input (the first input is the padding before a document), exactly one, and
+# more than the memory of most of them holds.
 PROMPT_LENGTHS = (0, 1, LENGTH - 2, LENGTH - 1, LENGTH, 3 * LENGTH + 3)
 
 

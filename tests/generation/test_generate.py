@@ -1,4 +1,7 @@
-"""`memorizing generate` and `memorizing.load`: a trained run reads texts, scores them as evaluation does, writes on, and keeps what it has read in a file."""
+"""`memorizing generate` and `memorizing.load`.
+
+A trained run reads texts, scores them as evaluation does, writes on, and keeps what it has read in a file.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`memorizing launch gke`: the JobSet is valid, exit codes become the right restarts, and what the program is given survives YAML and Kubernetes."""
+"""`memorizing launch gke`: the JobSet is valid, and exit codes become the right restarts.
+
+The arguments of the program survive YAML and Kubernetes.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def test_job_and_pod_are_valid(described: Job):
 
 @pytest.mark.parametrize("described", JOBS.values(), ids=JOBS)
 def test_job_set_is_valid(described: Job):
-    """By the types of JobSet: none of its fields is unknown, and names and actions are among those that the types document."""
+    """By the types of JobSet: all fields are known, and names and actions are among those that the types document."""
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="kubeflow-trainer-api is not installed")
     document = parsed(described)
     kept = models.JobsetV1alpha2JobSet.from_dict(copy.deepcopy(document)).to_dict()

@@ -1,4 +1,7 @@
-"""The whole of it: a real training run on two hosts, launched on stand-ins for Google's machines, which are taken away and sent SIGTERM."""
+"""A real training run on two hosts, launched on stand-ins for Google's machines.
+
+The machines are taken away and sent SIGTERM.
+"""
 
 from __future__ import annotations
 

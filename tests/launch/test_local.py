@@ -43,7 +43,7 @@ def test_processes_get_the_contract_and_their_arguments_untouched(here: Workplac
 
 
 def test_a_preempted_run_ends_like_an_undisturbed_one(here: Workplace):
-    """One process is killed, one asked to stop, one fails: the same state in the end, and only the kill and the failure count."""
+    """One process is killed, one asked to stop, one fails: the same final state; the kill and the failure count."""
     strikes = "1:1:7:SIGKILL 2:0:12:SIGTERM 3:2:20:1"
     ended = here.launch("local", "--hosts=3", "--grace=1", "--restarts=2", *here.trainer(STEPS, strikes))
     assert ended.returncode == 0, ended.stdout + ended.stderr

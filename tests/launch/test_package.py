@@ -22,7 +22,10 @@ MODULES = sorted(path.stem for path in LAUNCH.glob("*.py"))
 
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_import_only_each_other_and_yaml(module: str):
-    """Neither jax nor the library: what the launcher knows of a training process is its command line, its environment and its exit codes."""
+    """Neither jax nor the library.
+
+    The launcher knows the command line, the environment and the exit codes of a training process, and nothing else.
+    """
     imported = set()
     for node in ast.walk(ast.parse((LAUNCH / f"{module}.py").read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,7 @@
-"""`memorizing launch tpu-vm`: the command lines are right, machines that are taken away are asked for again, and the program ends as if nothing had happened."""
+"""`memorizing launch tpu-vm`: the command lines are right, and machines that are taken away are asked for again.
+
+The program ends as if nothing had happened.
+"""
 
 from __future__ import annotations
 
@@ -163,7 +166,11 @@ def test_only_failures_count(outcomes: list[Outcome], restarts: int):
 
 
 class Script:
-    """Answers for the supervisor in place of Google: what `describe` says in turn (None: there is no such request), and what the hosts say; the last answer stays."""
+    """Answers the supervisor in place of Google.
+
+    It is given what `describe` says in turn (None: there is no such request), and what the hosts say. The last answer
+    is repeated.
+    """
 
     def __init__(self, states: list[str | None], programs: list[str], fails: tuple[str, ...] = ()):
         self.states, self.programs, self.fails = states, programs, fails
@@ -245,7 +252,10 @@ FLAGS = ["tpu-vm", "--name=first", "--zone=europe-west4-a", f"--image={IMAGE}", 
 
 
 def test_a_preempted_job_ends_like_an_undisturbed_one(google: Workplace):
-    """Machines taken away, twice, SIGTERM and a kill: the machines are asked for again, the program starts on all of them, and only the kill counts."""
+    """Machines taken away, twice, SIGTERM and a kill.
+
+    The machines are asked for again, the program starts on all of them, and only the kill counts.
+    """
     strikes = "1:1:5:LOST 2:0:10:SIGTERM 3:1:15:LOST 4:0:20:SIGKILL"
     ended = google.launch(
         *(*FLAGS, "--slice=v4-16", "--restarts=1", "--grace=1", "--secret=NOTE=my-note"),

@@ -1,6 +1,7 @@
 """The Compressive Transformer (Rae et al. 2020): which states are kept, in which form, and what trains the compressor.
 
-What a user relies on: what leaves the memory is kept as one state for every `rate` positions, in the order of time and for this document only, and only the auxiliary loss
+What a user relies on: what leaves the memory is kept as one state for every `rate` positions, in the order of time and
+for this document only, and only the auxiliary loss
 shapes how.
 """
 
@@ -79,7 +80,10 @@ def inputs() -> tuple[jax.Array, CompressiveState]:
 
 @functools.cache
 def replay(compressor: str):
-    """`(starts [S, B], is_real [S, B, T]) -> states after each segment`; the layer's input at a position is its global time, in every channel."""
+    """`(starts [S, B], is_real [S, B, T]) -> states after each segment`.
+
+    The layer's input at a position is its global time, in every channel.
+    """
     attention = config(compressor)
     params = layer_params(attention)
 
@@ -239,7 +243,11 @@ def random_text(num_segments: int, rows: int = B) -> np.ndarray:
 
 
 def test_at_rate_one_a_compressor_that_changes_nothing_makes_a_transformer_xl():
-    """The mean of one state is the state: then the two memories are one cache of W + C positions, with the same parameters, whenever rows begin their documents."""
+    """The mean of one state is the state.
+
+    Then the two memories are one cache of W + C positions, with the same parameters, whenever rows begin their
+    documents.
+    """
     text, starts = random_text(9), np.zeros((9, B), bool)
     starts[[0, 0, 4], [0, 1, 1]] = True
     # A padded end, whose slots stay empty in both.
@@ -349,7 +357,10 @@ def test_nothing_to_train_is_no_loss(attention: CompressiveAttention):
     ("compressor", "loss"), [("conv", "attention"), ("dilated", "attention"), ("conv", "autoencoding")]
 )
 def test_the_auxiliary_loss_trains_the_compressor_and_nothing_else_does(compressor: str, loss: str):
-    """Though later segments of the step read what it compressed: their gradient would take the compressor away from the past for the sake of the next tokens."""
+    """Though later segments of the step read what it compressed.
+
+    Their gradient would take the compressor away from the past for the sake of the next tokens.
+    """
     model = language_model(config(compressor, loss), num_layers=1)
     # As many segments as it takes to fill both memories.
     num_segments = (W + RATE * C) // T + 1

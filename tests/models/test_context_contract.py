@@ -1,7 +1,11 @@
-"""Laws 1-5 of everything that carries context, for every mechanism of mechanisms.py, at the level of the language model.
+"""Laws 1-5 of everything that carries context, for every mechanism of mechanisms.py.
 
-What a user relies on: a new document starts as on a fresh model, whatever the row held before; a prediction never depends on a later token, on padding or on another row.
-Where nothing may change the tests ask for equal bits: the same compiled program runs on both inputs, so rounding is no excuse.
+At the level of the language model.
+
+What a user relies on: a new document starts as on a fresh model, whatever the row held before; a prediction never
+depends on a later token, on padding or on another row.
+Where nothing may change the tests ask for equal bits: the same compiled program runs on both inputs, so rounding is no
+excuse.
 """
 
 from __future__ import annotations
@@ -222,7 +226,10 @@ def test_two_segments_equal_one_of_twice_the_length(mechanism: Mechanism):
 
 
 def test_no_gradient_enters_or_leaves_what_is_carried(mechanism: Mechanism):
-    """Of the steps before nothing is left to differentiate: a gradient into the context would be lost work, one out of it a wrong update."""
+    """Of the steps before nothing is left to differentiate.
+
+    A gradient into the context would be lost work, one out of it a wrong update.
+    """
     if mechanism.gradient_reaches_context:
         pytest.skip("gradient flows within a step")
     model, tokens = mechanism.model, random_tokens(np.random.default_rng(0))

@@ -1,6 +1,7 @@
 """The external memory: what it holds after any history, what a query reads from it, and where gradients go.
 
-What a user relies on: each row remembers exactly the last M positions of its own document, the segment at hand not among them, and reads them by content alone.
+What a user relies on: each row remembers exactly the last M positions of its own document, the segment at hand not
+among them, and reads them by content alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ SCALE = jnp.array([4.0, 8.0])
 
 @functools.cache
 def replay(memory_size: int):
-    """`(starts [S, B], is_real [S, B, T]) -> (keys, values, valid)` before each segment reads; the key at a position is its global time, the value minus that."""
+    """`(starts [S, B], is_real [S, B, T]) -> (keys, values, valid)` before each segment reads.
+
+    The key at a position is its global time, the value minus that.
+    """
     config = KNNAttention(memory_size=memory_size)
 
     def segment(carry: tuple, inputs: tuple) -> tuple:
@@ -174,7 +178,11 @@ def dense(queries: np.ndarray, memory: Memory) -> np.ndarray:
 @pytest.mark.parametrize("k", [M, 5 * M], ids=["k = M", "k > M"])
 @pytest.mark.parametrize("num_slots", [M, 12], ids=["M = 4T", "M = 3T"])
 def test_all_slots_as_neighbours_is_dense_attention(num_slots: int, k: int):
-    """Design claim: the search only leaves out what has no weight; with every slot among the k it leaves out nothing. Also fewer valid slots than k."""
+    """Design claim.
+
+    The search only leaves out what has no weight; with every slot among the k it leaves out nothing. Also fewer valid
+    slots than k.
+    """
     rng = np.random.default_rng(0)
     queries, memory = random_queries(rng), random_memory(rng, num_slots)
     np.testing.assert_allclose(read(queries, SCALE, memory, k=k), dense(queries, memory), rtol=0, atol=2e-6)
@@ -267,7 +275,10 @@ def test_a_segment_is_read_by_the_next_one_and_never_by_itself():
 
 
 def test_the_gate_mixes_per_head():
-    """g near 1 is the memory, g near 0 the local attention, b = 0 the mean of both: the paper's form, not its mirror image."""
+    """g near 1 is the memory, g near 0 the local attention, b = 0 the mean of both.
+
+    The paper's form, not its mirror image.
+    """
     core, inputs = Core(), Core().inputs()
     memory, local, mean = (core(core.params(gate), *inputs)[0][0] for gate in (ONLY_MEMORY, -ONLY_MEMORY, 0.0))
     np.testing.assert_allclose(mean, (memory + local) / 2, rtol=0, atol=1e-6)

@@ -1,8 +1,11 @@
-"""The kNN layer against its equations, written out once more in float64 with loops and no library of ours: forward, and every gradient by finite differences.
+"""The kNN layer against its equations, written out once more in float64 with loops and no library of ours.
+
+Forward, and every gradient by finite differences.
 
 Wu et al. 2022, section 3, in numbers. For head n and query t, with unit queries and keys and the per-head scale s:
 
-  local    softmax over visible j <= t of s (q_t . k_j + bias(distance)), times v_j; the Transformer-XL cache comes before the segment
+  local    softmax over visible j <= t of s (q_t . k_j + bias(distance)), times v_j; the Transformer-XL cache comes
+  before the segment
   memory   softmax over the k slots with the greatest q_t . K_m of s (q_t . K_m), times V_m; no bias
   output   g * memory + (1 - g) * local, g = sigmoid(b), where the row's memory holds anything; else local
 """
@@ -36,7 +39,11 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def bucket(distance: int) -> int:
-    """T5: distances below BUCKETS / 2 have their own bucket, larger ones share logarithmic ones, from MAX_DISTANCE on the last."""
+    """T5.
+
+    Distances below BUCKETS / 2 have their own bucket, larger ones share logarithmic ones, from MAX_DISTANCE on the
+    last.
+    """
     exact = BUCKETS // 2
     if distance < exact:
         return distance
@@ -51,7 +58,10 @@ def attend(logits: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 class Reference:
-    """The layer for one input and one carried state. The neighbours are found once, for the given parameters: the search has no gradient."""
+    """The layer for one input and one carried state.
+
+    The neighbours are found once, for the given parameters: the search has no gradient.
+    """
 
     def __init__(self, x: np.ndarray, is_real: np.ndarray, state: KNNState, params: Params) -> None:
         self.x, self.is_real = x, is_real
@@ -117,7 +127,10 @@ LOCALS = {
 
 @pytest.fixture(params=LOCALS)
 def case(request: pytest.FixtureRequest) -> tuple:
-    """The layer, its parameters as numpy, its inputs. Row 0 has a full memory, row 1 two slots (fewer than k) and a padded end, row 2 has nothing yet."""
+    """The layer, its parameters as numpy, its inputs.
+
+    Row 0 has a full memory, row 1 two slots (fewer than k) and a padded end, row 2 has nothing yet.
+    """
     rng = np.random.default_rng(3)
     attention = KNNAttention(memory_size=M, num_neighbors=K, local=LOCALS[request.param])
 
@@ -176,7 +189,10 @@ def test_forward(case: tuple):
 
 
 def test_gradients(case: tuple):
-    """Every single derivative of a scalar of the output, against central differences of the reference: error O(step^2), about 1e-9 here."""
+    """Every single derivative of a scalar of the output, against central differences of the reference.
+
+    Error O(step^2), about 1e-9 here.
+    """
     layer, params, x, is_real, state = case
     weights = np.random.default_rng(4).normal(size=(B, T, D))
 

@@ -1,6 +1,9 @@
-"""The Recurrent Memory Transformer (Bulatov et al. 2022 and 2023): what memory tokens see, what they carry, and how far back the gradient goes through them.
+"""The Recurrent Memory Transformer (Bulatov et al.
 
-What a user relies on: the model learns through as many segments as was asked for, and through no more; memory tokens are seen by the segment and by nothing that outlives it but
+2022 and 2023): what memory tokens see, what they carry, and how far back the gradient goes through them.
+
+What a user relies on: the model learns through as many segments as was asked for, and through no more; memory tokens
+are seen by the segment and by nothing that outlives it but
 the next segment's memory tokens.
 """
 
@@ -140,7 +143,10 @@ def run(model: LMConfig, params: dict, start: jax.Array, context: Context) -> tu
 
 
 def test_initial_tokens_are_independent_vectors_like_embeddings():
-    """As many different directions as there are tokens: copies of one vector could only be told apart by their position."""
+    """As many different directions as there are tokens.
+
+    Copies of one vector could only be told apart by their position.
+    """
     initial = model_params(dataclasses.replace(language_model(RecurrentTokens(6)), embed_dim=64))[RECURRENT]["initial"]
     singular = np.linalg.svd(initial, compute_uv=False)
     assert singular[-1] > 0.1 * singular[0]
@@ -223,7 +229,10 @@ def cuts(num_segments: int, backward_segments: int) -> set[int]:
     [(2, 0), (2, 1), (3, 1), (4, 1), (5, -1), (5, 0), (5, 3), (5, 4), (5, 5)],
 )
 def test_gradient_reaches_back_exactly_as_far_as_it_is_let(num_segments: int, backward_segments: int):
-    """Of every segment's loss with respect to every segment's embedded tokens; the last to the first is what the truncation is about. Row 1 begins a document in segment 1."""
+    """Of every segment's loss with respect to every segment's embedded tokens.
+
+    The last to the first is what the truncation is about. Row 1 begins a document in segment 1.
+    """
     model = language_model(RecurrentTokens(R, backward_segments=backward_segments), num_layers=1)
     params = model_params(model)
     # Every row and segment has tokens of its own, so that their embeddings can be told apart.
@@ -280,7 +289,10 @@ CARRIERS = {
 
 @pytest.mark.parametrize("model", CARRIERS.values(), ids=CARRIERS)
 def test_segments_of_one_step_equal_steps_of_one_segment(model: LMConfig):
-    """The loss, what is reported and the context: how many segments make a step changes where the gradient goes, and nothing else."""
+    """The loss, what is reported and the context.
+
+    How many segments make a step changes where the gradient goes, and nothing else.
+    """
     num_segments = 4
     batch, context = make_batch(num_segments), model.init_context(B, T)
 

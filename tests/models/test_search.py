@@ -1,6 +1,7 @@
 """Every search finds the true neighbours, whatever the keys look like.
 
-Approximate search is a setting of the user's; the default has recall 1.0, and the levels and blocks that make it fast must not show in the result.
+Approximate search is a setting of the user's; the default has recall 1.0, and the levels and blocks that make it fast
+must not show in the result.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from memorizing.errors import UserError
 from memorizing.models.attention.base import normalize
-from memorizing.models.memory.search import ApproximateSearch, ExactSearch, recall, winners
+from memorizing.models.memory.search import ApproximateSearch, ExactSearch, best_of_all_shards, recall
 from memorizing.runtime.sharding import MeshConfig
 
 T, H, M = 6, 16, 768
@@ -111,7 +112,10 @@ small_integers = hnp.arrays(np.float32, (96, 2), elements=st.integers(-2, 2).map
 @settings(max_examples=25)
 @given(keys=small_integers, valid=hnp.arrays(bool, 96))
 def test_of_equal_scores_the_lower_slot_wins(search: ExactSearch, keys: np.ndarray, valid: np.ndarray):
-    """Ties decide what is retrieved where text repeats itself: the result must not depend on the sizes of blocks and groups."""
+    """Ties decide what is retrieved where text repeats itself.
+
+    The result must not depend on the sizes of blocks and groups.
+    """
     queries = np.array([[1, 0], [1, -1], [0, 0]], np.float32)
     reference = np.where(valid, queries @ keys.T, -np.inf)
     expected = np.argsort(-reference, axis=-1, kind="stable")[:, :8]
@@ -126,7 +130,7 @@ def test_recall_is_the_share_of_the_true_neighbours(kind: Callable, valid: np.nd
     """Of a search that overlooks every third slot, and of one that overlooks nothing."""
     rng, k = np.random.default_rng(0), 32
     keys, queries = (normalize(jnp.asarray(x, jnp.float32)) for x in (kind(rng), rng.normal(size=(T, H))))
-    measure = jax.jit(lambda found: recall(queries, keys, valid, found))
+    measure = jax.jit(lambda found: recall(queries, keys, jnp.asarray(valid), found))
     scores = np.where(valid, np.asarray(queries) @ np.asarray(keys).T, -np.inf)
     best = -np.sort(-scores, axis=-1)[:, :k]
     seen = -np.sort(-np.where(np.arange(M) % 3, scores, -np.inf), axis=-1)[:, :k]
@@ -139,29 +143,35 @@ def test_recall_is_the_share_of_the_true_neighbours(kind: Callable, valid: np.nd
 
 
 @pytest.fixture(scope="module")
-def sharded_winners() -> Callable:
-    """`scores [rows, M] -> [rows, M]`: the scores of the slots that the shards of a memory agree on, -inf for the others; each shard keeps k candidates."""
+def sharded_best() -> Callable:
+    """`scores [rows, M] -> [rows, M]`.
+
+    The scores of the slots that the shards of a memory agree on, -inf for the others; each shard keeps k candidates.
+    """
     mesh = MeshConfig(data=1, memory=4).make_mesh(jax.devices()[:4])
 
     def shard(scores: jax.Array) -> jax.Array:
         best, indices = jax.lax.top_k(scores, 5)
-        won = winners(best, 5, "memory")
-        return jnp.full(scores.shape, -jnp.inf).at[jnp.arange(len(scores))[:, None], indices].max(won)
+        agreed = best_of_all_shards(best, 5, "memory")
+        return jnp.full(scores.shape, -jnp.inf).at[jnp.arange(len(scores))[:, None], indices].max(agreed)
 
     return jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=P(None, "memory"), out_specs=P(None, "memory")))
 
 
 @given(scores=hnp.arrays(np.float32, (3, 32), elements=st.sampled_from([-np.inf, -np.inf, -1.0, 0.0, 1.0, 2.0])))
-def test_shards_agree_on_the_top_k_of_the_whole_memory(sharded_winners: Callable, scores: np.ndarray):
-    """With ties, and with shards that hold nothing: exactly the k slots that a search of the unsharded memory returns."""
+def test_shards_agree_on_the_top_k_of_the_whole_memory(sharded_best: Callable, scores: np.ndarray):
+    """With ties, and with shards that hold nothing.
+
+    Exactly the k slots that a search of the unsharded memory returns.
+    """
     expected = np.zeros(scores.shape, bool)
     np.put_along_axis(expected, np.argsort(-scores, axis=-1, kind="stable")[:, :5], True, axis=-1)
-    np.testing.assert_array_equal(sharded_winners(scores), np.where(expected, scores, -np.inf))
+    np.testing.assert_array_equal(sharded_best(scores), np.where(expected, scores, -np.inf))
 
 
-def test_unsharded_neighbours_all_win():
+def test_all_unsharded_neighbours_are_among_the_best():
     scores = jnp.array([[2.0, 1.0, -jnp.inf]])
-    np.testing.assert_array_equal(winners(scores, 3, None), scores)
+    np.testing.assert_array_equal(best_of_all_shards(scores, 3, None), scores)
 
 
 @pytest.mark.parametrize(

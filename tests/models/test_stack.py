@@ -1,4 +1,6 @@
-"""The stack of layers: what a layer is called, what it starts from and what it computes does not depend on how layers are scanned.
+"""The stack of layers.
+
+What a layer is called, what it starts from and what it computes does not depend on how layers are scanned.
 
 Also what comes with it: buffers, and random numbers by name.
 """

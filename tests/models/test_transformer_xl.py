@@ -1,6 +1,9 @@
-"""Transformer-XL against the paper's equation (Dai et al. 2019, section 3.3 and appendix B), and what its cache promises.
+"""Transformer-XL against the paper's equation (Dai et al.
 
-What a user relies on: reading a text segment by segment gives what reading it at once would give, as far back as the cached states reach through the layers, and no further.
+2019, section 3.3 and appendix B), and what its cache promises.
+
+What a user relies on: reading a text segment by segment gives what reading it at once would give, as far back as the
+cached states reach through the layers, and no further.
 """
 
 from __future__ import annotations
@@ -199,7 +202,10 @@ def test_segments_equal_one_pass_where_the_cache_holds_the_history(num_layers: i
 
 
 def test_what_was_dropped_from_the_cache_never_was():
-    """Shift invariance: the same text behind a segment of other text, which is not in the cache any more, gives the same logits."""
+    """Shift invariance.
+
+    The same text behind a segment of other text, which is not in the cache any more, gives the same logits.
+    """
     read, text, other = Reader(TransformerXLAttention(window=12)), random_text(12), random_text(4, seed=1)
     context = read.segment(other, read.config.init_context(2, 4)).context
     after_other = read(text, [4, 4, 4], context)
@@ -217,7 +223,10 @@ SEGMENT = 3
 def test_reaches_as_far_as_layers_times_window_and_not_further(
     mechanism: type, num_layers: int, window: int, same_length: bool
 ):
-    """The last segment's logits, when one earlier token is another: row i has its i-th token changed. Beyond the reach they are equal to the last bit."""
+    """The last segment's logits, when one earlier token is another.
+
+    Row i has its i-th token changed. Beyond the reach they are equal to the last bit.
+    """
     read = Reader(mechanism(window=window, same_length=same_length), num_layers)
     length = -(-(num_layers * window + SEGMENT) // SEGMENT + 1) * SEGMENT
     text = np.repeat(random_text(length, rows=1), length, axis=0)

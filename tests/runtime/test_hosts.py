@@ -1,7 +1,7 @@
 """A run over several hosts, each a real process with devices of its own.
 
-What a user relies on: how many machines a run has changes nothing but its speed; a signal to any of them saves the same step on all; one that fails takes the others with it at
-once, with an exit code that says whether starting again helps.
+What a user relies on: how many machines a run has changes nothing but its speed; a signal to any of them saves the same
+step on all; when one fails, all end at once, with an exit code that says whether starting again helps.
 """
 
 from __future__ import annotations
@@ -132,7 +132,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_hosts_change_nothing_but_the_speed(undisturbed: pathlib.Path, tmp_path: pathlib.Path):
-    """One process with as many devices has the same losses and evaluations, to rounding; and goes on from what two have saved."""
+    """One process with as many devices has the same losses and evaluations, to rounding.
+
+    And it goes on from what two processes have saved.
+    """
     alone = tmp_path / "alone"
     seldom = "--gin.LoopConfig.checkpoint_every=100"
     assert main._run([*COMMAND, seldom, f"--workdir={alone}"]) == 0
@@ -163,7 +166,10 @@ def test_four_hosts_of_eight_devices_go_on_from_two_of_four(undisturbed: pathlib
 
 
 def test_a_signal_to_one_host_saves_the_same_step_on_all(undisturbed: pathlib.Path, tmp_path: pathlib.Path):
-    """And started again on as many, every step is bit for bit the one of the undisturbed run; a second signal, this time to the first host."""
+    """Started again on as many hosts, every step equals, bit for bit, that of the undisturbed run.
+
+    A second signal goes to the first host.
+    """
     stops, programs = [], tmp_path / "programs"
     cache = f"--gin.LoopConfig.compilation_cache={programs}"
     for index in (1, 0):

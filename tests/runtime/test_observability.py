@@ -36,7 +36,7 @@ def event(time: float, name: str, **fields: float) -> dict:
 
 
 def test_goodput_tells_every_second_once(tmp_path: pathlib.Path):
-    """Three starts: the first is killed after step 30, of which 25 were saved; the second comes to nothing; the third finishes."""
+    """Three starts: the first is killed after step 30, with 25 saved; the second makes no step; the third finishes."""
     write(
         tmp_path / "events.jsonl",
         event(100, "start"),

@@ -1,7 +1,7 @@
-"""What lies where must not change what is computed: every mesh, rule and saving of memory gives the run of one device, to rounding.
+"""Sharding must not change what is computed: every mesh, rule and saving of memory gives the run of one device.
 
-Eight fake devices. The model has everything that is sharded in a way of its own: a Transformer-XL cache in stacked layers, an external memory, rows that begin documents at
-different times and end them with padding.
+Equal to rounding, on eight fake devices. The model has everything that is sharded in a way of its own: a Transformer-XL
+cache in stacked layers, an external memory, rows that begin documents at different times and end them with padding.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def test_optimizer_state_lies_where_its_parameters_lie():
     assert params["layers_00_01/mlp/up/kernel"].sharding.spec == P(None, "data", "model")
     moments = 0
     for path, leaf in paths(abstract.opt_state).items():
-        # 1/layers_00_01/0/mu/mlp/up/kernel: in the chain, of this group, in the rule's own chain, the first moment, of this parameter.
+        # 1/layers_00_01/0/mu/mlp/up/kernel: in the chain, of this group, in the rule's own chain, the first moment,
+        # of this parameter.
         if moment := re.fullmatch(r"\d+/(\w+)/\d+/(?:mu|nu)/(.+)", path):
             moments += 1
             assert leaf.sharding == params[f"{moment[1]}/{moment[2]}"].sharding, path
@@ -212,7 +213,10 @@ def test_two_dimensions_on_one_mesh_axis_are_a_bug():
 
 @pytest.mark.parametrize("optimizer", [Adafactor(), AdamW()], ids=["Adafactor", "AdamW"])
 def test_a_stack_is_updated_as_its_layers_would_be(optimizer: Adafactor | AdamW):
-    """Which layers are scanned together is a matter of compile time; Adafactor's factors, clipping and parameter scale must not see it."""
+    """Which layers are scanned together matters for compile time only.
+
+    Adafactor's factors, clipping and parameter scale must not depend on it.
+    """
     rng = np.random.default_rng(0)
 
     def tree() -> list[dict]:

@@ -104,7 +104,7 @@ def test_two_facts_at_any_offset_do_not_overlap() -> None:
 
 @pytest.mark.parametrize("task", [*WHEREABOUTS, Reasoning()], ids=lambda task: task.identity)
 def test_chance_is_what_the_question_alone_gives(task) -> None:
-    """The best answer to each question, without the facts, is right as often as `chance` says; all six places are answers."""
+    """The best answer to each question without the facts is right as often as `chance` says; all places are answers."""
     answers: dict[str, collections.Counter] = {}
     for index in range(3000):
         text = text_of(task, index, 1)[0]

@@ -1,4 +1,4 @@
-"""A curriculum over tasks hands out each task's own stream, one after the other, and goes on exactly wherever it was left."""
+"""A curriculum over tasks hands out each task's own stream, one after the other, and goes on wherever it was left."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A run that goes on is the run that never stopped: parameters, optimizer, randomness, context and the position of every row are saved and restored as one unit.
+"""A run that goes on equals the run that never stopped.
 
-And damage is told before it is trained on: which checkpoint, and the one before it.
+Parameters, optimizer, randomness, context and the position of every row are saved and restored as one unit. Damage is
+found before it is trained on; the message names the damaged checkpoint, and the one before it.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def test_what_is_restored_continues_bit_for_bit(run: Run, checkpointer: Checkpoi
 
 
 def test_saving_may_overlap_with_steps_that_donate_the_state(run: Run, tmp_path: pathlib.Path):
-    """The state's buffers are overwritten by the next step while the save is still under way: every checkpoint holds its own step all the same."""
+    """Every checkpoint holds its own step, although the next step overwrites the state during the save."""
     checkpointer = Checkpointer(epath.Path(tmp_path), keep=100)
     run.stream.set_state(run.positions[0])
     state = run.put(0)
@@ -208,7 +209,7 @@ def data_files(step: epath.Path, item: str) -> list[pathlib.Path]:
 @pytest.mark.parametrize("item", ["state", "context"])
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_damage_names_the_step_and_the_one_before(run: Run, saved: epath.Path, item: str, damage: str):
-    """Wherever it is. Orbax's files also hold bytes that are never read: there the restored state has to be the right one."""
+    """Wherever the damage is. Where it hits bytes of Orbax's files that are never read, the restored state is right."""
     caught = 0
     for file in data_files(saved / "checkpoints" / "6", item):
         content = file.read_bytes()
@@ -315,7 +316,10 @@ def test_two_exchanged_values_change_the_checksum(array: np.ndarray, first: int,
 def test_a_run_in_two_parts_is_the_run_in_one(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    """Here stopped in an evaluation, which it then makes up for. And with other rows, or without a saved context, it goes on with what it has, and says so."""
+    """Here it was stopped in an evaluation, which it then does again.
+
+    With other rows, or without a saved context, it goes on with what it has, and says so.
+    """
     experiment = with_loop(evaluate_every=4)
     train_and_evaluate(experiment, str(tmp_path / "whole"))
     read = RepeatedPassages.evaluation_batches

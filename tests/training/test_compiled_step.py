@@ -1,6 +1,7 @@
 """What the training step costs in memory and search, read off its compiled program.
 
-The external memory is the largest array of a run: a step that made a second copy of it would halve the memory that a device can hold.
+The external memory is the largest array of a run: a step that made a second copy of it would halve the memory that a
+device can hold.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""More segments a row as training goes on, and the accuracy that it is about: stages, stopping anywhere in them, answers, ablations."""
+"""More segments a row as training goes on, and the accuracy of answers: stages, stopping within them, ablations."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ EXPERIMENT = Experiment(
 
 
 def run(experiment: Experiment, workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stop_after: int = -1) -> bool:
-    """Starts or continues a run; it is told to stop while it reads that many batches (0: before it reads any). Whether it came to its end."""
+    """Starts or continues a run, and returns whether it came to its end.
+
+    It is told to stop while it reads that many batches (0: before it reads any).
+    """
     with monkeypatch.context() as patch:
         read, seek, num_read = SampleStream.__next__, SampleStream.__init__, 0
 
@@ -101,7 +104,7 @@ def run(experiment: Experiment, workdir: pathlib.Path, monkeypatch: pytest.Monke
 
 
 def contents(workdir: pathlib.Path) -> tuple[dict, dict]:
-    """The last checkpoint's arrays; the checksums of everything in it with the rows' positions, and the loss of every step."""
+    """The last checkpoint's arrays, the checksums of all of it with the rows' positions, and the loss of every step."""
     arrays = read_arrays(epath.Path(workdir))
     newest = max((workdir / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -255,7 +258,7 @@ def changed_by_the_fact(model: LMConfig, num_segments: int, ablation: str, num_r
 
 @pytest.mark.parametrize("num_segments", [2, 3])
 def test_answers_need_the_state_of_their_own_row(num_segments: int):
-    """So accuracy falls to chance where the state is reset, or is another row's: what is asked for is then not to be had from anywhere."""
+    """So accuracy falls to chance where the state is reset, or is another row's: it alone holds the answer."""
     assert changed_by_the_fact(CARRYING, num_segments, "none") == [0]
     assert changed_by_the_fact(CARRYING, num_segments, "state_reset") == []
     # The state goes to the next row before the segment with the answer.

@@ -1,4 +1,7 @@
-"""Four steps of a small model, number by number: whatever changes what training computes shows here, also where no promise is broken."""
+"""Four steps of a small model, number by number: any change of what training computes shows here.
+
+Also where no promise is broken.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, or go wrong, as processes of their own.
 
-What a user relies on: start the same command again until it exits with 0, and the result is, bit for bit, that of a run nothing ever happened to.
+What a user relies on: start the same command again until it exits with 0, and the result equals, bit for bit, that of
+an undisturbed run.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("peak", ["1e30", "1e39"])
 def test_an_absurd_learning_rate_is_a_failed_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, peak: str):
-    """Also where the parameters overflow in an update whose loss and gradient are finite: nothing is saved that is not."""
+    """Also where the parameters overflow in an update whose loss and gradient are finite: they are not saved."""
     assert main._run([*COMMAND, f"--workdir={tmp_path}", f"--gin.Cosine.peak={peak}"]) == 1
     error = capsys.readouterr().err
     assert "step " in error and "checkpoint" in error and len(error.splitlines()) <= 3

@@ -1,4 +1,7 @@
-"""Starting from another run: into a larger memory, and from a model without one (the paper's sections on both). What a memory adds starts fresh, everything else is the other run's."""
+"""Starting from another run: into a larger memory, and from a model without one (the paper has a section on each).
+
+What a memory adds starts fresh, everything else is the other run's.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What a memory did for one document: the loss of every token with a smaller and a larger memory, and what was retrieved.
+"""What a memory did for one document.
 
-The per-token difference and the look at retrieved neighbours are those of Wu et al. 2022, section 4.6 (their figure 7 and table 8).
+It tells the loss of every token with a smaller and a larger memory, and what was retrieved. The per-token difference
+and the look at retrieved neighbours are those of Wu et al. 2022, section 4.6 (their figure 7 and table 8).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Lookups:
       layer: its name.
       gate: float32 [N], share of the memory in the layer's output.
       scale: float32 [N], factor of the scores in the softmax.
-      distances: int32 [tokens, N, K], how many positions back the neighbour was stored; 0 where there is none. Best neighbour first.
+      distances: int32 [tokens, N, K], how many positions back the neighbour was stored; 0 where there is none. The best
+        neighbour comes first.
       scores: float32 [tokens, N, K], query . key, both of length 1; -inf where there is none.
     """
 
@@ -46,15 +48,20 @@ class Lookups:
     scores: np.ndarray
 
     def weights(self, positions: slice = slice(None)) -> np.ndarray:
-        """Attention to each neighbour, float32 [tokens, N, K]: the softmax over those of a head; 0 where there is none."""
+        """Attention to each neighbour, float32 [tokens, N, K]: the softmax over those of a head.
+
+        0 where there is no neighbour.
+        """
         scores = self.scores[positions]
         exists = scores > -np.inf
         logits = np.where(exists, scores, -1e30) * self.scale[None, :, None]
-        shifted = np.where(exists, np.exp(logits - logits.max(axis=-1, keepdims=True)), 0.0)
-        return (shifted / np.maximum(shifted.sum(axis=-1, keepdims=True), 1e-30)).astype(np.float32)
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        unnormalised = np.where(exists, np.exp(shifted), 0.0)
+        total = unnormalised.sum(axis=-1, keepdims=True)
+        return (unnormalised / np.maximum(total, 1e-30)).astype(np.float32)
 
 
-class Document(NamedTuple):
+class DocumentTokens(NamedTuple):
     """What is read.
 
     Attributes:
@@ -95,8 +102,13 @@ class Inspection:
         return min(self.memory_sizes[0] + self.segment_length, len(self.tokens))
 
 
-class Reading(NamedTuple):
-    """A document after it was read once: `nats` float32 [tokens], and the look-ups of every layer with a memory."""
+class DocumentReading(NamedTuple):
+    """What came of reading a document once.
+
+    Attributes:
+      nats: float32 [tokens], -log p of each token.
+      lookups: of every layer with an external memory; empty where they were not asked for.
+    """
 
     nats: np.ndarray
     lookups: tuple[Lookups, ...]
@@ -106,7 +118,7 @@ def inspect(
     config: LMConfig,
     params: Tree,
     buffers: Tree,
-    document: Document,
+    document: DocumentTokens,
     memory_sizes: tuple[int, int],
     segment_length: int,
     advance: Callable[[int], None] = lambda _: None,
@@ -135,12 +147,12 @@ def read_document(
     config: LMConfig,
     params: Tree,
     buffers: Tree,
-    document: Document,
+    document: DocumentTokens,
     segment_length: int,
     advance: Callable[[int], None] = lambda _: None,
     is_cleared: bool = False,
     keeps_lookups: bool = False,
-) -> Reading:
+) -> DocumentReading:
     """Reads a document once.
 
     Args:
@@ -149,11 +161,10 @@ def read_document(
       segment_length: T.
       advance: told after each segment how many tokens were read.
       is_cleared: empties the memory before each segment.
-      keeps_lookups: keeps what was retrieved.
+      keeps_lookups: returns what was retrieved.
     """
-    compiled = jax.jit(
-        functools.partial(_step, config, is_cleared=is_cleared, keeps_lookups=keeps_lookups), donate_argnums=2
-    )
+    step_of_model = functools.partial(_step, config, is_cleared=is_cleared, keeps_lookups=keeps_lookups)
+    compiled = jax.jit(step_of_model, donate_argnums=2)
 
     def step(context: Context, segment: Batch) -> tuple[tuple[PerToken, dict[str, Retrieved]], Context]:
         return compiled(params, buffers, context, segment)
@@ -164,12 +175,13 @@ def read_document(
     segments = document_segments(document.tokens, document.start_id, segment_length)
     context = config.init_context(1, segment_length)
     for index, ((segment_nats, retrieved), _) in enumerate(read_segments(step, context, segments)):
-        nats.append(segment_nats[0])
+        nats.append(np.asarray(segment_nats[0]))
         for layer, of_segment in retrieved.items():
             found.setdefault(layer, []).append(of_segment)
         advance(min(segment_length, num_tokens - index * segment_length))
-    lookups = tuple(_lookups(layer, parts, config.memory_sizes[layer], num_tokens) for layer, parts in found.items())
-    return Reading(np.concatenate(nats)[:num_tokens], lookups)
+    sizes = config.memory_sizes
+    lookups = [_lookups(layer, parts, sizes[layer], num_tokens) for layer, parts in found.items()]
+    return DocumentReading(np.concatenate(nats)[:num_tokens], tuple(lookups))
 
 
 def _step(
@@ -185,20 +197,31 @@ def _step(
     if is_cleared:
         context = config.map_memories(context, external_memory.cleared)
     output = language_model.apply(config, params, buffers, inputs_of(segment), context)
-    nats = jnp.where(segment.is_real, next_token_nats(output.logits, segment.targets), 0.0)
-    return (nats, dict(output.report.retrieved) if keeps_lookups else {}), output.context
+    # Only a decode step returns none.
+    assert output.context is not None
+    nats = next_token_nats(output.logits, segment.targets)  # [1, T]
+    nats = jnp.where(segment.is_real, nats, 0.0)
+    retrieved = dict(output.report.retrieved) if keeps_lookups else {}
+    return (nats, retrieved), output.context
 
 
 def _lookups(layer: str, parts: list[Retrieved], memory_size: int, num_tokens: int) -> Lookups:
     """What a layer retrieved in all segments of a document."""
-    distances, scores = [], []
+    distances = []
+    scores = []
     # The document began with the first segment: as many were processed before each as lie before it in the document.
     for index, part in enumerate(parts):
-        # [T, N, K]
-        slots, of_slots = part.neighbours.slots[0], part.neighbours.scores[0]
+        slots = part.neighbours.slots[0]  # [T, N, K]
+        of_slots = part.neighbours.scores[0]  # [T, N, K]
         length = len(slots)
-        back = positions_back(slots, index, memory_size, length) + np.arange(length)[:, None, None]
+        back_from_start = positions_back(slots, index, memory_size, length)
+        back = back_from_start + np.arange(length)[:, None, None]
         distances.append(np.where(of_slots > -np.inf, back, 0).astype(np.int32))
         scores.append(of_slots)
-    gate, scale = (np.asarray(each, np.float32) for each in (parts[0].gate, parts[0].scale))
-    return Lookups(layer, gate, scale, np.concatenate(distances)[:num_tokens], np.concatenate(scores)[:num_tokens])
+    return Lookups(
+        layer=layer,
+        gate=np.asarray(parts[0].gate, np.float32),
+        scale=np.asarray(parts[0].scale, np.float32),
+        distances=np.concatenate(distances)[:num_tokens],
+        scores=np.concatenate(scores)[:num_tokens],
+    )

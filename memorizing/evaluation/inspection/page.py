@@ -14,14 +14,18 @@ import numpy as np
 
 from memorizing.evaluation.inspection.lookups import Inspection, Lookups
 
-# Bytes that the neighbours may take before they are written as text, which makes them a third longer: the page stays under 20 MB.
+# Bytes that the neighbours may take before they are written as text, which makes them a third longer: the page stays
+# under 20 MB.
 NEIGHBOUR_BUDGET = 11_000_000
-# Scores lie in [-1, 1] up to rounding and are stored in this unit; NO_NEIGHBOUR stands for no neighbour.
-SCORE_UNIT, NO_NEIGHBOUR = 1 / 16384, -32768
+# Scores lie in [-1, 1] up to rounding and are stored as int16 in this unit.
+SCORE_UNIT = 1 / 16384
+NO_NEIGHBOUR = -32768
+_SCORE_TYPE = "<i2"
+_PACKAGE = "memorizing.evaluation.inspection"
 _TEMPLATE = "inspection.html"
 
 
-def make(
+def make_page(
     title: str,
     inspection: Inspection,
     pieces: Sequence[bytes],
@@ -49,38 +53,60 @@ def make(
         "noNeighbour": NO_NEIGHBOUR,
         "layers": [_layer(lookups, kept) for lookups in inspection.lookups],
     }
-    figures = "".join(
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{html.escape(alternative)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for caption, (png, alternative) in pictures.items()
+    figures = [_figure(caption, png, alternative) for caption, (png, alternative) in pictures.items()]
+    listed = [f"<dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd>" for label, value in facts.items()]
+    as_json = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return _filled_in(
+        {
+            "TITLE": html.escape(title),
+            "FACTS": "".join(listed),
+            "FIGURES": "".join(figures),
+            # `<` must not end the script that holds the data.
+            "DATA": as_json.replace("<", "\\u003c"),
+        }
     )
-    listed = "".join(f"<dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd>" for label, value in facts.items())
-    parts = {
-        "TITLE": html.escape(title),
-        "FACTS": listed,
-        "FIGURES": figures,
-        # `<` must not end the script that holds the data.
-        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
-    }
-    page = importlib.resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    # The template once, part after part: what is filled in may itself look like a place to fill.
-    head, *rest = page.split("{{")
-    return head + "".join(parts[name] + text for name, _, text in (piece.partition("}}") for piece in rest))
+
+
+def _figure(caption: str, png: bytes, alternative: str) -> str:
+    encoded = base64.b64encode(png).decode()
+    return (
+        f'<figure><img src="data:image/png;base64,{encoded}" alt="{html.escape(alternative)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def _filled_in(parts: Mapping[str, str]) -> str:
+    """The template, with a text in each of its places."""
+    template = importlib.resources.files(_PACKAGE).joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    # In one pass, part after part: what is filled in may itself look like a place to fill.
+    page, *pieces = template.split("{{")
+    for piece in pieces:
+        name, _, text = piece.partition("}}")
+        page += parts[name] + text
+    return page
 
 
 def kept_positions(inspection: Inspection, budget: int = NEIGHBOUR_BUDGET) -> np.ndarray:
-    """Positions whose neighbours the page keeps, int64, ascending: all that have any if they fit, else half of what fits by |Delta| and half at equal distances."""
-    something = np.flatnonzero(
-        np.any([(each.distances[..., 0] > 0).any(axis=-1) for each in inspection.lookups], axis=0)
+    """Positions whose neighbours the page shows, int64, ascending.
+
+    All that have any, if they fit. Else half of what fits are those with the largest |Delta|, and half lie at equal
+    distances.
+    """
+    # The best neighbour comes first: where it is missing, there is none.
+    has_neighbours = [(each.distances[..., 0] > 0).any(axis=-1) for each in inspection.lookups]
+    candidates = np.flatnonzero(np.any(has_neighbours, axis=0))
+    bytes_a_position = sum(
+        lookups.distances[0].size * (_distance_type(lookups).itemsize + np.dtype(_SCORE_TYPE).itemsize)
+        for lookups in inspection.lookups
     )
-    size = sum(each.distances[0].size * (_distance_type(each).itemsize + 2) for each in inspection.lookups)
-    room = max(budget // size, 1)
-    if len(something) <= room:
-        return something
-    by_gain = something[np.argsort(-np.abs(inspection.gain[something]), kind="stable")][: room // 2]
-    rest = np.setdiff1d(something, by_gain)
-    spread = rest[np.linspace(0, len(rest) - 1, room - len(by_gain)).astype(np.int64)]
-    return np.union1d(by_gain, spread)
+    room = max(budget // bytes_a_position, 1)
+    if len(candidates) <= room:
+        return candidates
+    order = np.argsort(-np.abs(inspection.gain[candidates]), kind="stable")
+    by_gain = candidates[order][: room // 2]
+    rest = np.setdiff1d(candidates, by_gain)
+    places = np.linspace(0, len(rest) - 1, room - len(by_gain)).astype(np.int64)
+    return np.union1d(by_gain, rest[places])
 
 
 def _text(pieces: Sequence[bytes]) -> dict[str, Any]:
@@ -89,13 +115,15 @@ def _text(pieces: Sequence[bytes]) -> dict[str, Any]:
     texts = [decoder.decode(piece) for piece in pieces]
     texts[-1] += decoder.decode(b"", final=True)
     table = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    return {"table": list(table), "tokens": _packed(np.array([table[text] for text in texts]), "<u4")}
+    indices = np.array([table[text] for text in texts])
+    return {"table": list(table), "tokens": _packed(indices, "<u4")}
 
 
 def _layer(lookups: Lookups, kept: np.ndarray) -> dict[str, Any]:
     scores = lookups.scores[kept]
     exists = scores > -np.inf
-    stored = np.where(exists, np.clip(np.round(np.where(exists, scores, 0) / SCORE_UNIT), -32767, 32767), NO_NEIGHBOUR)
+    in_units = np.round(np.where(exists, scores, 0) / SCORE_UNIT)
+    stored = np.where(exists, np.clip(in_units, -32767, 32767), NO_NEIGHBOUR)
     distance_type = _distance_type(lookups)
     return {
         "name": lookups.layer,
@@ -104,13 +132,15 @@ def _layer(lookups: Lookups, kept: np.ndarray) -> dict[str, Any]:
         "numNeighbours": lookups.distances.shape[-1],
         "distanceBytes": distance_type.itemsize,
         "distances": _packed(lookups.distances[kept], distance_type),
-        "scores": _packed(stored, "<i2"),
+        "scores": _packed(stored, _SCORE_TYPE),
     }
 
 
 def _distance_type(lookups: Lookups) -> np.dtype:
-    return np.dtype("<u2" if lookups.distances.max(initial=0) < 1 << 16 else "<u4")
+    is_short = lookups.distances.max(initial=0) < 1 << 16
+    return np.dtype("<u2" if is_short else "<u4")
 
 
 def _packed(array: np.ndarray, dtype: str | np.dtype) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, dtype).tobytes()).decode()
+    content = np.ascontiguousarray(array, dtype).tobytes()
+    return base64.b64encode(content).decode()

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
-from memorizing.array_typing import Activations, AxesTree, Clock, HeadScale, Keys, Queries, Tree, Values
+from memorizing.array_typing import (
+    Activations,
+    AxesTree,
+    Clock,
+    HeadScale,
+    Keys,
+    Queries,
+    Tree,
+    Values,
+)
 from memorizing.context import Layout, Report, Segment
 from memorizing.models import masks, positions
-from memorizing.models.layers import Einsum, MLPKind, NormKind
+from memorizing.models.layers import Einsum, MLPKind, NormKind, parameter
 from memorizing.models.memory.external_memory import Memory
 
 # Logit where nothing is visible: of weight 0 beside any other, and finite.
@@ -34,7 +43,8 @@ class LayerDims:
       dtype: of activations and of carried states.
       norm: of the residuals.
       mlp: kind of the MLP.
-      qk_norm: 'l2' normalises queries and keys to length 1 and learns the scale of the logits; 'none' takes 1 / sqrt(H).
+      qk_norm: 'l2' normalises queries and keys to length 1 and learns the scale of the logits; with 'none' the scale is
+        1 / sqrt(H).
       positions: 't5' adds a bias learned for each bucket of distances; 'none' leaves the order to the mask.
     """
 
@@ -57,13 +67,13 @@ class LayerDims:
 
 
 class Example(NamedTuple):
-    """A mechanism as it is held against others in tables of costs.
+    """A mechanism as tables of costs compare it with others.
 
     Attributes:
       name: short.
       meaning: a line that says what is carried, and where; it ends with "layer" where the layer's number is to follow.
       attention: the mechanism.
-      is_everywhere: whether it stands in every layer, or in one of the upper ones.
+      is_everywhere: whether it is in every layer, or in one of the upper ones.
     """
 
     name: str
@@ -73,12 +83,14 @@ class Example(NamedTuple):
 
 
 class Attention:
-    """A mechanism: a frozen dataclass that builds its layer, describes the state that the layer carries from segment to
-    segment, and answers whatever the rest of the library asks about it.
+    """A mechanism: a frozen dataclass that builds a layer and describes it to the rest of the library.
 
-    The three trees of a state have the same structure. The defaults are those of a mechanism without state whose layer
-    is a dot-product core between projections; a mechanism with projections of its own overrides `layer`, the others
-    provide `core`.
+    The layer carries a state from segment to segment. `init_state`, `state_axes` and `fresh_state` give three trees of
+    one structure, so the fields of a state class are arrays or `Any`: its instances also hold axis names, or what a
+    reset writes.
+
+    The defaults are those of a mechanism without state whose layer is a dot-product core between projections. A
+    mechanism with projections of its own overrides `layer`; the others provide `core`.
 
     Attributes:
       stackable: whether the states of several layers may be stacked for a scan (and copied in every step).
@@ -105,7 +117,7 @@ class Attention:
         return ()
 
     def prepare_state(self, state: Tree, clock: Clock) -> Tree:
-        """What is to be done with the state before a segment reads it, outside of all that is recomputed for the gradient.
+        """Brings the state up to date before a segment reads it; nothing here is recomputed for the gradient.
 
         Idempotent.
 
@@ -141,27 +153,28 @@ class Attention:
         raise NotImplementedError(f"{type(self).__name__} does not tell its FLOPs")
 
     def state_bytes(self, dims: LayerDims, segment_length: int) -> int:
-        """Bytes of what a layer carries for one row."""
+        """Bytes of the state of one layer for one row."""
         state = jax.eval_shape(lambda: self.init_state(dims, 1, segment_length))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        leaves = jax.tree.leaves(state)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     @classmethod
     def example(cls, segment_length: int) -> Example | None:
-        """What stands for the mechanism in tables of costs, in segments of this length; None to leave it out."""
+        """The mechanism as tables of costs show it, in segments of this length; None to leave it out."""
         return None
 
     # Its external memory, if it has one.
 
-    def with_memory_size(self, memory_size: int) -> Self:
-        """The same, which has the same parameters, with a memory of another size."""
+    def with_memory_size(self, memory_size: int) -> Attention:
+        """The same mechanism, with the same parameters, and a memory of another size."""
         return self
 
     def without_memory(self) -> Attention:
-        """What is left without the memory."""
+        """The mechanism that is left without the memory."""
         return self
 
     def map_memory(self, state: Tree, change: Callable[[Memory], Memory]) -> Tree:
-        """The same state with the memory changed, and with what waits to be written to it."""
+        """The same state with the memory changed, and everything that waits to be written to it."""
         return state
 
     def memory(self, state: Tree) -> Memory | None:
@@ -172,36 +185,61 @@ class Attention:
 class ProjectedAttention(nn.Module):
     """Projects to queries, keys and values, lets the mechanism's core attend, and projects back.
 
-    With L2-normalised queries and keys (`qk_norm` = 'l2'), keys that were stored long ago keep their magnitude.
+    With L2-normalised queries and keys (`qk_norm` = 'l2'), keys that were stored long ago have the magnitude of new
+    ones.
     """
 
     attention: Attention
     dims: LayerDims
 
     @nn.compact
-    def __call__(self, x: Activations, segment: Segment, state: Tree) -> tuple[Activations, Tree, Report]:
+    def __call__(
+        self,
+        x: Activations,
+        segment: Segment,
+        state: Tree,
+    ) -> tuple[Activations, Tree, Report]:
+        """See `Attention.layer`."""
         dims = self.dims
-        size = (dims.embed_dim, dims.num_heads, dims.head_dim)
-        axes = ("embed", "heads", "head_dim")
 
-        def project(name: str) -> jax.Array:
-            return Einsum("BTD,DNH->BTNH", size, axes, dims.dtype, name=name)(x)
+        def project(name: str) -> Float[Array, "B T N H"]:
+            projection = Einsum(
+                "BTD,DNH->BTNH",
+                shape=(dims.embed_dim, dims.num_heads, dims.head_dim),
+                axes=("embed", "heads", "head_dim"),
+                dtype=dims.dtype,
+                name=name,
+            )
+            return projection(x)
 
-        # [B, T, N, H]
-        queries, keys, values = project("query"), project("key"), project("value")
+        queries = project("query")
+        keys = project("key")
+        values = project("value")
         if dims.qk_norm == "l2":
-            queries, keys = normalize(queries), normalize(keys)
+            queries = normalize(queries)
+            keys = normalize(keys)
+
         core = self.attention.core(dims, name="core")
-        y, state, report = core(queries, keys, values, self._logit_scale(), segment, state)
-        y = Einsum("BTNH,NHD->BTD", size[1:] + size[:1], axes[1:] + axes[:1], dims.dtype, name="output")(y)
-        return y, state, report
+        scale = self._logit_scale()
+        y, state, report = core(queries, keys, values, scale, segment, state)
+
+        project_back = Einsum(
+            "BTNH,NHD->BTD",
+            shape=(dims.num_heads, dims.head_dim, dims.embed_dim),
+            axes=("heads", "head_dim", "embed"),
+            dtype=dims.dtype,
+            name="output",
+        )
+        return project_back(y), state, report
 
     def _logit_scale(self) -> HeadScale:
         dims = self.dims
+        shape = (dims.num_heads,)
         if dims.qk_norm == "none":
-            return jnp.full((dims.num_heads,), dims.head_dim**-0.5, jnp.float32)
-        initializer = nn.with_logical_partitioning(nn.initializers.constant(dims.initial_logit_scale), ("heads",))
-        return jnp.abs(self.param("scale", initializer, (dims.num_heads,), jnp.float32))
+            return jnp.full(shape, dims.head_dim**-0.5, jnp.float32)
+        initializer = nn.initializers.constant(dims.initial_logit_scale)
+        scale = parameter(self, "scale", initializer, shape, ("heads",))
+        return jnp.abs(scale)
 
 
 class T5Bias(nn.Module):
@@ -212,31 +250,56 @@ class T5Bias(nn.Module):
     max_distance: int
 
     @nn.compact
-    def __call__(self, segment: Segment, num_queries: int, num_keys: int) -> Float[Array, "N T S"]:
+    def __call__(
+        self,
+        segment: Segment,
+        num_queries: int,
+        num_keys: int,
+    ) -> Float[Array, "N T S"]:
+        """The bias of each query for each key; the queries are all positions of the segment, or some of them."""
         layout = segment.layout
-        initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-        boxed = nn.with_logical_partitioning(initializer, ("heads", None))
-        table = self.param("table", boxed, (self.num_heads, self.num_buckets), jnp.float32)
+        table = parameter(
+            self,
+            "table",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            shape=(self.num_heads, self.num_buckets),
+            axes=("heads", None),
+        )
         distances = positions.distances(layout.size, num_keys)
-        buckets = positions.t5_buckets(distances, self.num_buckets, self.max_distance, layout.bidirectional)
-        by_distance = segment.select(table[:, buckets], num_queries + num_keys - 1, axis=1)
+        buckets = positions.t5_buckets(
+            distances,
+            self.num_buckets,
+            self.max_distance,
+            layout.bidirectional,
+        )
+        # [N, R], R = S + T - 1
+        num_distances = num_queries + num_keys - 1
+        by_distance = segment.select(table[:, buckets], num_distances, axis=1)
         return positions.same_by_key(by_distance, num_queries, num_keys)
 
 
 def position_bias(
-    dims: LayerDims, num_buckets: int, max_distance: int, segment: Segment, num_queries: int, num_keys: int
+    dims: LayerDims,
+    num_buckets: int,
+    max_distance: int,
+    segment: Segment,
+    num_queries: int,
+    num_keys: int,
 ) -> Float[Array, "N T S"] | None:
-    """What is added to the logits for the positions of queries and keys; to be called in a module, whose `bias` it is.
+    """The bias of the logits for the positions of queries and keys.
+
+    To be called in a module: its submodule `bias` has the parameters.
 
     Args:
-      dims: of the layer; `positions` says which.
+      dims: of the layer; `positions` says which bias.
       num_buckets, max_distance: of T5's bias; the distance is in tokens.
       segment: whose positions, or some of them, the queries are.
       num_queries, num_keys: T, S.
     """
     if dims.positions == "none":
         return None
-    return T5Bias(dims.num_heads, num_buckets, max_distance, name="bias")(segment, num_queries, num_keys)
+    bias = T5Bias(dims.num_heads, num_buckets, max_distance, name="bias")
+    return bias(segment, num_queries, num_keys)
 
 
 def local_attention(
@@ -250,28 +313,59 @@ def local_attention(
     """softmax(scale * (q . k + bias)) v over the visible keys."""
     with jax.named_scope("local_attention"):
         # [B, N, T, S]
-        logits = jnp.einsum("BTNH,BSNH->BNTS", queries, keys, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "BTNH,BSNH->BNTS",
+            queries,
+            keys,
+            preferred_element_type=jnp.float32,
+        )
         if bias is not None:
             logits = logits + bias[None]
-        weights = attention_weights(logits * scale[None, :, None, None], mask)
-        return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(values.dtype), values)
+        logits = logits * scale[None, :, None, None]
+
+        weights = attention_weights(logits, mask)
+        weights = weights.astype(values.dtype)
+        return jnp.einsum("BNTS,BSNH->BTNH", weights, values)
 
 
-def normalize(x: Queries) -> Queries:
+def normalize(x: Float[Array, "*rest H"]) -> Float[Array, "*rest H"]:
     """x / |x| over the last axis, with the sum in float32."""
-    squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return (x * jax.lax.rsqrt(squares + 1e-6)).astype(x.dtype)
+    squares = jnp.square(x.astype(jnp.float32))
+    square_length = jnp.sum(squares, axis=-1, keepdims=True)
+    normalized = x * jax.lax.rsqrt(square_length + 1e-6)
+    return normalized.astype(x.dtype)
 
 
-def hide(cached: jax.Array, valid: Bool[Array, "B W"]) -> jax.Array:
+def hide(
+    cached: Shaped[Array, "B W *rest"],
+    valid: Bool[Array, "B W"],
+) -> Shaped[Array, "B W *rest"]:
     """Carried slots [B, W, ...] with zeros where they are empty, and no gradient.
 
-    Empty slots may hold anything, and what the mask turns into 0 * NaN would be NaN.
+    Empty slots may hold anything. A mask would turn NaN into 0 * NaN, which is NaN.
     """
-    return jnp.where(valid.reshape(valid.shape + (1,) * (cached.ndim - 2)), jax.lax.stop_gradient(cached), 0)
+    rest = (1,) * (cached.ndim - 2)
+    valid = valid.reshape(valid.shape + rest)
+    cached = jax.lax.stop_gradient(cached)
+    return jnp.where(valid, cached, 0)
 
 
-def visible_keys(segment: Segment, num_queries: int, valid: Bool[Array, "B W"] | None = None) -> Bool[Array, "B T S"]:
+def push(
+    slots: Shaped[Array, "B W *rest"],
+    entering: Shaped[Array, "B T *rest"],
+) -> Shaped[Array, "B W *rest"]:
+    """The last W of [slots; entering], oldest first, and no gradient."""
+    num_slots = slots.shape[1]
+    both = jnp.concatenate([slots, entering], axis=1)
+    last = both[:, -num_slots:]
+    return jax.lax.stop_gradient(last)
+
+
+def visible_keys(
+    segment: Segment,
+    num_queries: int,
+    valid: Bool[Array, "B W"] | None = None,
+) -> Bool[Array, "B T S"]:
     """Which of the keys [carried; segment] each query sees: those that the layout shows and that hold something.
 
     Every position sees at least itself, so that no row of the mask is empty.
@@ -281,21 +375,34 @@ def visible_keys(segment: Segment, num_queries: int, valid: Bool[Array, "B W"] |
       num_queries: T.
       valid: which of the carried keys hold something; None where nothing is carried.
     """
-    is_key = segment.is_real if valid is None else segment.with_cached(valid)
-    size, num_keys = segment.layout.size, is_key.shape[1]
-    seen = segment.select(masks.visible(segment.layout, num_keys - size), num_queries)
+    # [B, S]
+    holds_key = segment.is_real if valid is None else segment.with_cached(valid)
+    size = segment.layout.size
+    num_keys = holds_key.shape[1]
+    num_cached = num_keys - size
+
+    # [T, S]
+    shown = segment.select(masks.visible(segment.layout, num_cached), num_queries)
     itself = segment.select(masks.itself(size, num_keys), num_queries)
-    return seen[None] & is_key[:, None, :] | itself[None]
+
+    # [B, T, S]
+    seen = shown[None] & holds_key[:, None, :]
+    return seen | itself[None]
 
 
-def attention_weights(logits: Float[Array, "B N T S"], mask: Bool[Array, "B T S"]) -> Float[Array, "B N T S"]:
+def attention_weights(
+    logits: Float[Array, "B N T S"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B N T S"]:
     """softmax over the visible keys, float32.
 
     Args:
       logits: float32.
-      mask: true where a key is visible, as it is somewhere for every query.
+      mask: true where a key is visible; every query has a visible key.
     """
-    return jax.nn.softmax(jnp.where(mask[:, None], logits, _HIDDEN), axis=-1)
+    mask = mask[:, None]
+    visible_logits = jnp.where(mask, logits, _HIDDEN)
+    return jax.nn.softmax(visible_logits, axis=-1)
 
 
 def projection_flops(dims: LayerDims, layout: Layout) -> int:
@@ -305,8 +412,10 @@ def projection_flops(dims: LayerDims, layout: Layout) -> int:
 
 def attend_flops(dims: LayerDims, num_queries: int, num_keys: int) -> int:
     """FLOPs of all heads' softmax(q . k) v."""
-    scores = num_queries * num_keys * dims.num_heads
-    return 2 * matmul_flops(num_queries, dims.width, num_keys) + SOFTMAX_FLOPS * scores
+    num_scores = num_queries * num_keys * dims.num_heads
+    products = 2 * matmul_flops(num_queries, dims.width, num_keys)
+    softmax = SOFTMAX_FLOPS * num_scores
+    return products + softmax
 
 
 def matmul_flops(rows: int, inner: int, columns: int) -> int:

@@ -1,9 +1,12 @@
-"""Compressive Transformer (Rae et al. 2020): what leaves the Transformer-XL memory is compressed and kept for longer."""
+"""Compressive Transformer (Rae et al.
+
+2020): what leaves the memory of Transformer-XL is compressed, and stays longer.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -14,7 +17,15 @@ from jaxtyping import Array, Bool, Float
 from memorizing.array_typing import Activations, AxesTree, Scalar
 from memorizing.context import Layout, Report, Segment
 from memorizing.errors import UserError
-from memorizing.models.attention.base import Attention, Example, LayerDims, hide, matmul_flops, visible_keys
+from memorizing.models.attention.base import (
+    Attention,
+    Example,
+    LayerDims,
+    hide,
+    matmul_flops,
+    push,
+    visible_keys,
+)
 from memorizing.models.attention.transformer_xl import RelativeAttention, relative_attention_flops
 from memorizing.models.layers import Einsum
 
@@ -31,11 +42,11 @@ class CompressiveState:
       compressed_valid: bool [B, C].
     """
 
-    hidden: Float[Array, "B W D"]
-    valid: Bool[Array, "B W"]
-    usage: Float[Array, "B W"]
-    compressed: Float[Array, "B C D"]
-    compressed_valid: Bool[Array, "B C"]
+    hidden: Float[Array, "B W D"] | Any
+    valid: Bool[Array, "B W"] | Any
+    usage: Float[Array, "B W"] | Any
+    compressed: Float[Array, "B C D"] | Any
+    compressed_valid: Bool[Array, "B C"] | Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +60,8 @@ class CompressiveAttention(Attention):
       window: W, positions in the memory; a multiple of the segment length.
       compressed_size: C, compressed states.
       rate: positions that become one compressed state; divides the segment length.
-      compressor: 'mean', 'max', 'conv' (kernel and stride are the rate), 'dilated' (two dilated convolutions before it),
-        or 'most_used' (keeps the positions that were attended to most, as they are).
+      compressor: 'mean', 'max', 'conv' (kernel and stride are the rate), 'dilated' (two dilated convolutions before
+        'conv'), or 'most_used' (the positions that were attended to most stay as they are, the others are dropped).
       loss: 'attention' (reconstructs what the layer reads from the old states), 'autoencoding' (the old states
         themselves) or 'none'.
       loss_weight: factor of the auxiliary loss.
@@ -74,40 +85,59 @@ class CompressiveAttention(Attention):
             raise UserError(
                 f"CompressiveAttention.rate = {self.rate} does not divide the segment length {segment_length}"
             )
-        if self.compressed_size < segment_length // self.rate:
+        num_states = segment_length // self.rate
+        if self.compressed_size < num_states:
             raise UserError(
-                f"CompressiveAttention.compressed_size = {self.compressed_size} does not hold the "
-                f"{segment_length // self.rate} states of one segment (segment length {segment_length}, rate {self.rate})"
+                f"CompressiveAttention.compressed_size = {self.compressed_size} does not hold the {num_states} states "
+                f"of one segment (segment length {segment_length}, rate {self.rate})"
             )
 
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> CompressiveState:
+        memory = (batch_size, self.window)
+        compressed_memory = (batch_size, self.compressed_size)
         return CompressiveState(
-            hidden=jnp.zeros((batch_size, self.window, dims.embed_dim), dims.dtype),
-            valid=jnp.zeros((batch_size, self.window), bool),
-            usage=jnp.zeros((batch_size, self.window), jnp.float32),
-            compressed=jnp.zeros((batch_size, self.compressed_size, dims.embed_dim), dims.dtype),
-            compressed_valid=jnp.zeros((batch_size, self.compressed_size), bool),
+            hidden=jnp.zeros((*memory, dims.embed_dim), dims.dtype),
+            valid=jnp.zeros(memory, bool),
+            usage=jnp.zeros(memory, jnp.float32),
+            compressed=jnp.zeros((*compressed_memory, dims.embed_dim), dims.dtype),
+            compressed_valid=jnp.zeros(compressed_memory, bool),
         )
 
     def state_axes(self) -> AxesTree:
-        content, flags = ("batch", "length", "embed"), ("batch", "length")
-        return CompressiveState(content, flags, flags, content, flags)
+        content = ("batch", "length", "embed")
+        of_slots = ("batch", "length")
+        return CompressiveState(
+            hidden=content,
+            valid=of_slots,
+            usage=of_slots,
+            compressed=content,
+            compressed_valid=of_slots,
+        )
 
     def fresh_state(self) -> CompressiveState:
-        return CompressiveState(hidden=None, valid=False, usage=None, compressed=None, compressed_valid=False)
+        return CompressiveState(
+            hidden=None,
+            valid=False,
+            usage=None,
+            compressed=None,
+            compressed_valid=False,
+        )
 
     def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return CompressiveLayer(self, dims, name=name)
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
-        """Transformer-XL's attention over all that is remembered, and the compression of as many positions as enter.
+        """Transformer-XL's attention to both memories, and the compression of as many positions as enter.
 
-        Auxiliary losses are a matter of training.
+        Auxiliary losses are not part of it: they are computed in training only.
         """
-        # T / c windows of c positions each, D -> D: the rate drops out. 'dilated' has two convolutions of width 3 first.
+        num_carried = self.window + self.compressed_size
+        attention = relative_attention_flops(dims, layout, num_carried)
+        # T / c windows of c positions each, D -> D: the rate drops out. 'dilated' begins with two convolutions of width
+        # 3.
         kernel_widths = {"conv": 1, "dilated": 1 + 2 * 3}.get(self.compressor, 0)
         compression = kernel_widths * matmul_flops(layout.length, dims.embed_dim, dims.embed_dim)
-        return relative_attention_flops(dims, layout, self.window + self.compressed_size) + compression
+        return attention + compression
 
     @classmethod
     def example(cls, segment_length: int) -> Example:
@@ -123,39 +153,44 @@ class CompressiveLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Activations, segment: Segment, state: CompressiveState
+        self,
+        x: Activations,
+        segment: Segment,
+        state: CompressiveState,
     ) -> tuple[Activations, CompressiveState | None, Report]:
-        config, own = self.attention, segment.layout.own
-        # [B, W, D] and [B, C, D]
+        config = self.attention
+        # [B, W, D]
         hidden = hide(state.hidden, state.valid)
+        # [B, C, D]
         compressed = hide(state.compressed, state.compressed_valid)
+        # [B, C + W, D]
         carried = jnp.concatenate([compressed, hidden], axis=1)
         carried_valid = jnp.concatenate([state.compressed_valid, state.valid], axis=1)
+
+        # [B, T, S], S = C + W + T
         mask = visible_keys(segment, x.shape[1], carried_valid)
         relative = RelativeAttention(self.dims, name="relative")
-        # [B, T, D] and [B, N, T, S], S = C + W + T
         y, weights, kv_cache = relative(x, carried, mask, segment)
         if segment.decoding is not None:
             return y, None, Report(kv_cache=kv_cache)
 
-        # Attention that each slot of the memory has received so far, this segment's included.
-        # [B, S]
-        is_query = segment.is_real[:, None, :, None]
-        received = jnp.where(is_query, jax.lax.stop_gradient(weights), 0.0).sum(axis=(1, 2))
+        # [B, W], the attention that each slot of the memory has received so far, this segment's included.
+        received = _received(weights, segment)
         usage = state.usage + received[:, config.compressed_size : carried.shape[1]]
+
+        # The oldest segment of the memory [B, T, D], and its compressed states [B, P, D], P = T / rate.
         length = segment.layout.length
-        # The oldest segment of the memory [B, T, D], and what it becomes [B, T / rate, D].
         old = hidden[:, :length]
         old_valid = state.valid[:, :length]
-        new, new_valid = Compressor(config, self.dims, name="compressor")(old, old_valid, usage[:, :length])
-        losses = self._losses(relative, own(x), own(segment.is_real), old, new, old_valid)
+        compressor = Compressor(config, self.dims, name="compressor")
+        new, new_valid = compressor(old, old_valid, usage[:, :length])
 
-        def push(slots: jax.Array, entering: jax.Array) -> jax.Array:
-            return jax.lax.stop_gradient(jnp.concatenate([slots, entering], axis=1)[:, -slots.shape[1] :])
-
+        own_x = segment.layout.own(x)
+        is_real = segment.layout.own(segment.is_real)
+        losses = self._losses(relative, own_x, is_real, old, new, old_valid)
         new_state = CompressiveState(
-            hidden=push(hidden, own(x)),
-            valid=push(state.valid, own(segment.is_real)),
+            hidden=push(hidden, own_x),
+            valid=push(state.valid, is_real),
             usage=push(usage, jnp.zeros((x.shape[0], length), jnp.float32)),
             compressed=push(compressed, new),
             compressed_valid=push(state.compressed_valid, new_valid),
@@ -173,19 +208,26 @@ class CompressiveLayer(nn.Module):
     ) -> dict[str, Scalar]:
         """Mean square of what compression lost; a row whose oldest segment is empty adds nothing."""
         config = self.attention
-        if config.loss == "none" or config.compressor in ("mean", "max", "most_used"):
+        has_parameters = config.compressor in ("conv", "dilated")
+        if config.loss == "none" or not has_parameters:
             return {}
         if config.loss == "attention":
             error = relative.content(x, old) - relative.content(x, new)
             counts = is_real
         else:
-            error = Decompressor(config, self.dims, name="decompressor")(new) - old
+            decompressor = Decompressor(config, self.dims, name="decompressor")
+            error = decompressor(new) - old
             counts = old_valid
-        # [B, T] by position; padding asks for nothing.
-        squares = jnp.mean(jnp.square(error.astype(jnp.float32)).reshape(*x.shape[:2], -1), axis=2)
-        squares = jnp.sum(jnp.where(counts, squares, 0.0), axis=1) / jnp.maximum(jnp.sum(counts, axis=1), 1)
+
+        # [B, T], by position; padding asks for nothing.
+        squares = jnp.square(error.astype(jnp.float32))
+        squares = jnp.mean(squares.reshape(*x.shape[:2], -1), axis=2)
+        # [B], by row.
+        total = jnp.sum(jnp.where(counts, squares, 0.0), axis=1)
+        mean = total / jnp.maximum(jnp.sum(counts, axis=1), 1)
         has_old = jnp.all(old_valid, axis=1)
-        return {f"compression_{config.loss}": config.loss_weight * jnp.mean(jnp.where(has_old, squares, 0.0))}
+        loss = jnp.mean(jnp.where(has_old, mean, 0.0))
+        return {f"compression_{config.loss}": config.loss_weight * loss}
 
 
 class Compressor(nn.Module):
@@ -196,34 +238,53 @@ class Compressor(nn.Module):
 
     @nn.compact
     def __call__(
-        self, old: Activations, valid: Bool[Array, "B T"], usage: Float[Array, "B T"]
+        self,
+        old: Activations,
+        valid: Bool[Array, "B T"],
+        usage: Float[Array, "B T"],
     ) -> tuple[Float[Array, "B P D"], Bool[Array, "B P"]]:
         """Compresses; a compressed state is valid if all of its positions are."""
         config = self.config
-        if config.compressor == "most_used":
-            return _most_used(old, valid, usage, old.shape[1] // config.rate)
-        if config.compressor == "dilated":
-            initializer = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, "embed", None))
-            for index, dilation in enumerate((1, 2)):
-                convolution = nn.Conv(
-                    self.dims.embed_dim,
-                    (3,),
-                    kernel_dilation=dilation,
-                    kernel_init=initializer,
-                    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
-                    dtype=self.dims.dtype,
-                    name=f"dilated_{index}",
-                )
-                old = old + nn.relu(convolution(old))
         batch_size, length, width = old.shape
-        blocks = old.reshape(batch_size, length // config.rate, config.rate, width)
-        valid = valid.reshape(batch_size, length // config.rate, config.rate).all(axis=-1)
+        num_states = length // config.rate
+        if config.compressor == "most_used":
+            return _most_used(old, valid, usage, num_states)
+        if config.compressor == "dilated":
+            old = self._dilated(old)
+
+        # [B, P, rate, D]
+        blocks = old.reshape(batch_size, num_states, config.rate, width)
+        blocks_valid = valid.reshape(batch_size, num_states, config.rate)
+        new_valid = blocks_valid.all(axis=-1)
         if config.compressor == "mean":
-            return blocks.mean(axis=2), valid
+            return blocks.mean(axis=2), new_valid
         if config.compressor == "max":
-            return blocks.max(axis=2), valid
-        shape = (config.rate, width, width)
-        return Einsum("BPCD,CDE->BPE", shape, (None, "embed", None), self.dims.dtype, name="convolution")(blocks), valid
+            return blocks.max(axis=2), new_valid
+        convolution = Einsum(
+            "BPCD,CDE->BPE",
+            shape=(config.rate, width, width),
+            axes=(None, "embed", None),
+            dtype=self.dims.dtype,
+            name="convolution",
+        )
+        return convolution(blocks), new_valid
+
+    def _dilated(self, old: Activations) -> Activations:
+        """Two dilated convolutions of width 3, with residuals."""
+        kernel_init = nn.initializers.lecun_normal()
+        bias_init = nn.initializers.zeros
+        for index, dilation in enumerate((1, 2)):
+            convolution = nn.Conv(
+                self.dims.embed_dim,
+                kernel_size=(3,),
+                kernel_dilation=dilation,
+                kernel_init=nn.with_logical_partitioning(kernel_init, (None, "embed", None)),
+                bias_init=nn.with_logical_partitioning(bias_init, (None,)),
+                dtype=self.dims.dtype,
+                name=f"dilated_{index}",
+            )
+            old = old + nn.relu(convolution(old))
+        return old
 
 
 class Decompressor(nn.Module):
@@ -234,16 +295,38 @@ class Decompressor(nn.Module):
 
     @nn.compact
     def __call__(self, new: Float[Array, "B P D"]) -> Activations:
+        rate = self.config.rate
         batch_size, num_states, width = new.shape
-        shape = (width, self.config.rate, width)
-        blocks = Einsum("BPE,ECD->BPCD", shape, (None, None, "embed"), self.dims.dtype, name="convolution")(new)
-        return blocks.reshape(batch_size, num_states * self.config.rate, width)
+        convolution = Einsum(
+            "BPE,ECD->BPCD",
+            shape=(width, rate, width),
+            axes=(None, None, "embed"),
+            dtype=self.dims.dtype,
+            name="convolution",
+        )
+        # [B, P, rate, D]
+        blocks = convolution(new)
+        return blocks.reshape(batch_size, num_states * rate, width)
+
+
+def _received(weights: Float[Array, "B N T S"], segment: Segment) -> Float[Array, "B S"]:
+    """The attention that each key receives from the segment, summed over heads and queries; without gradient."""
+    is_query = segment.is_real[:, None, :, None]
+    weights = jax.lax.stop_gradient(weights)
+    of_queries = jnp.where(is_query, weights, 0.0)
+    return of_queries.sum(axis=(1, 2))
 
 
 def _most_used(
-    old: Activations, valid: Bool[Array, "B T"], usage: Float[Array, "B T"], num_kept: int
+    old: Activations,
+    valid: Bool[Array, "B T"],
+    usage: Float[Array, "B T"],
+    num_states: int,
 ) -> tuple[Float[Array, "B P D"], Bool[Array, "B P"]]:
     """The positions with the greatest usage, in the order of time."""
-    _, kept = jax.lax.top_k(usage, num_kept)
-    kept = jnp.sort(kept, axis=1)
-    return jnp.take_along_axis(old, kept[:, :, None], axis=1), jnp.take_along_axis(valid, kept, axis=1)
+    _, chosen = jax.lax.top_k(usage, num_states)
+    # [B, P]
+    chosen = jnp.sort(chosen, axis=1)
+    new = jnp.take_along_axis(old, chosen[:, :, None], axis=1)
+    new_valid = jnp.take_along_axis(valid, chosen, axis=1)
+    return new, new_valid

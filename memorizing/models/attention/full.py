@@ -48,15 +48,32 @@ class FullCore(nn.Module):
 
     @nn.compact
     def __call__(
-        self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: tuple
+        self,
+        queries: Queries,
+        keys: Keys,
+        values: Values,
+        scale: HeadScale,
+        segment: Segment,
+        state: tuple,
     ) -> tuple[Queries, tuple | None, Report]:
         config = self.attention
+        # [B, S, N, H]
         keys = segment.with_kv_cache("keys", keys)
         values = segment.with_kv_cache("values", values)
-        mask = visible_keys(segment, queries.shape[1])
-        num_queries, num_keys = queries.shape[1], keys.shape[1]
-        bias = position_bias(self.dims, config.num_buckets, config.max_distance, segment, num_queries, num_keys)
+        num_queries = queries.shape[1]
+        num_keys = keys.shape[1]
+
+        mask = visible_keys(segment, num_queries)
+        bias = position_bias(
+            self.dims,
+            config.num_buckets,
+            config.max_distance,
+            segment,
+            num_queries,
+            num_keys,
+        )
         y = local_attention(queries, keys, values, scale, bias, mask)
+
         if segment.decoding is not None:
             return y, None, Report(kv_cache={"keys": keys, "values": values})
         return y, state, Report()

@@ -11,15 +11,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float
 
 from memorizing.array_typing import AxesTree, Clock, HeadScale, Keys, Queries, Values
 from memorizing.context import Layout, Report, Segment
 from memorizing.errors import UserError
-from memorizing.models.attention.base import Attention, Example, LayerDims, attend_flops, matmul_flops
+from memorizing.models.attention.base import (
+    Attention,
+    Example,
+    LayerDims,
+    attend_flops,
+    matmul_flops,
+)
 from memorizing.models.attention.full import FullAttention
+from memorizing.models.layers import parameter
 from memorizing.models.memory import external_memory
-from memorizing.models.memory.external_memory import Memory, Reading, Retrieved, Search
-from memorizing.models.memory.search import ExactSearch
+from memorizing.models.memory.external_memory import Memory, Reading, Retrieved
+from memorizing.models.memory.search import ApproximateSearch, ExactSearch
 
 
 @struct.dataclass
@@ -29,9 +37,9 @@ class KNNState:
     Attributes:
       local: state of the local attention.
       memory: keys and values of all segments but the last, as far as M slots reach.
-      last_segment: the last segment's, T slots. They are written to the memory before the next segment reads it: at that
-        moment nothing needs the slots that they replace. Written in the step that computed them, they would force a
-        second copy of the memory, since that step's gradient still reads the old slots. (A step of several segments
+      last_segment: the last segment's, T slots. They are written to the memory before the next segment reads it: at
+        that moment nothing needs the slots that they replace. Written in the step that computed them, they would force
+        a second copy of the memory, since that step's gradient still reads the old slots. (A step of several segments
         cannot avoid such copies: its gradient reads the slots that each of its segments saw.)
     """
 
@@ -44,9 +52,10 @@ class KNNState:
 class KNNAttention(Attention):
     """y = g * attention to the k nearest slots of the memory + (1 - g) * local attention (section 3.1).
 
-    The gate g = sigmoid(b) is learned for each head. A segment is written to the memory before the next one reads it, so
-    that no query retrieves a token of its own segment. With a Transformer-XL cache the last W positions are both in the
-    cache and in the memory, as in the authors' code. Where the memory is empty the output is exactly the local attention.
+    The gate g = sigmoid(b) is learned for each head. A segment is written to the memory before the next one reads it,
+    so that no query retrieves a token of its own segment. With a Transformer-XL cache the last W positions are both in
+    the cache and in the memory, as in the authors' code. Where the memory is empty the output is exactly the local
+    attention.
 
     Such layers are not stacked: the memory is far too large to be copied every step.
 
@@ -64,7 +73,7 @@ class KNNAttention(Attention):
     memory_size: int = 8192
     num_neighbors: int = 32
     local: Attention = FullAttention()
-    search: Search = ExactSearch()
+    search: ExactSearch | ApproximateSearch = ExactSearch()
     initial_gate: float = 0.5
 
     def __post_init__(self) -> None:
@@ -85,13 +94,14 @@ class KNNAttention(Attention):
 
     @property
     def can_decode(self) -> bool:
-        """As its local attention."""
+        """Whether its local attention can."""
         return self.local.can_decode
 
     def check(self, segment_length: int) -> None:
         if self.memory_size % segment_length:
             below = self.memory_size // segment_length * segment_length
-            nearest = f"the nearest are {below} and {below + segment_length}" if below else f"at least {segment_length}"
+            above = below + segment_length
+            nearest = f"the nearest are {below} and {above}" if below else f"at least {segment_length}"
             raise UserError(
                 f"KNNAttention.memory_size = {self.memory_size} is not a multiple of the segment length "
                 f"{segment_length}: {nearest}"
@@ -102,32 +112,49 @@ class KNNAttention(Attention):
         def empty(num_slots: int) -> Memory:
             return external_memory.empty(batch_size, dims.num_heads, num_slots, dims.head_dim, dims.dtype)
 
-        local = self.local.init_state(dims, batch_size, segment_length)
-        return KNNState(local, empty(self.memory_size), empty(segment_length))
+        return KNNState(
+            local=self.local.init_state(dims, batch_size, segment_length),
+            memory=empty(self.memory_size),
+            last_segment=empty(segment_length),
+        )
 
     def state_axes(self) -> AxesTree:
         def axes(slots: str) -> Memory:
             content = ("batch", "heads", slots, "head_dim")
             return Memory(keys=content, values=content, valid=("batch", slots))
 
-        return KNNState(self.local.state_axes(), axes("memory"), axes("length"))
+        return KNNState(
+            local=self.local.state_axes(),
+            memory=axes("memory"),
+            last_segment=axes("length"),
+        )
 
     def fresh_state(self) -> KNNState:
         empty = Memory(keys=None, values=None, valid=False)
-        return KNNState(self.local.fresh_state(), empty, empty)
+        return KNNState(
+            local=self.local.fresh_state(),
+            memory=empty,
+            last_segment=empty,
+        )
 
     def prepare_state(self, state: KNNState, clock: Clock) -> KNNState:
         with jax.named_scope("external_memory_write"):
             memory = external_memory.write(state.memory, state.last_segment, clock - 1)
-        return state.replace(local=self.local.prepare_state(state.local, clock), memory=memory)
+        local = self.local.prepare_state(state.local, clock)
+        return dataclasses.replace(state, local=local, memory=memory)
 
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return KNNCore(self, dims, name=name)
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
-        """The local attention, the score of every slot, and attention to the k nearest; choosing them is no arithmetic."""
+        """The local attention, the score of every slot, and attention to the k nearest.
+
+        Choosing the nearest is no arithmetic.
+        """
+        local = self.local.flops(dims, layout)
         search = matmul_flops(layout.size, dims.width, self.memory_size)
-        return self.local.flops(dims, layout) + search + attend_flops(dims, layout.size, self.num_neighbors)
+        attend = attend_flops(dims, layout.size, self.num_neighbors)
+        return local + search + attend
 
     @classmethod
     def example(cls, segment_length: int) -> Example:
@@ -142,7 +169,11 @@ class KNNAttention(Attention):
         return self.local
 
     def map_memory(self, state: KNNState, change: Callable[[Memory], Memory]) -> KNNState:
-        return state.replace(memory=change(state.memory), last_segment=change(state.last_segment))
+        return dataclasses.replace(
+            state,
+            memory=change(state.memory),
+            last_segment=change(state.last_segment),
+        )
 
     def memory(self, state: KNNState) -> Memory:
         return state.memory
@@ -155,24 +186,47 @@ class KNNCore(nn.Module):
     dims: LayerDims
 
     def setup(self) -> None:
-        self.local = self.attention.local.core(self.dims)
-        # The local attention keeps the parameter names that it has without a memory: a finished model can get one.
+        config = self.attention
+        self.local = config.local.core(self.dims)
+        # The local attention has the same parameter names as without a memory: a finished model can get one.
         nn.share_scope(self, self.local)
-        bias = math.log(self.attention.initial_gate / (1 - self.attention.initial_gate))
-        initializer = nn.with_logical_partitioning(nn.initializers.constant(bias), ("heads",))
-        self.gate = self.param("gate", initializer, (self.dims.num_heads,), jnp.float32)
+
+        initial_bias = math.log(config.initial_gate / (1 - config.initial_gate))
+        initializer = nn.initializers.constant(initial_bias)
+        self.gate = parameter(self, "gate", initializer, (self.dims.num_heads,), ("heads",))
 
     def __call__(
-        self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: KNNState
+        self,
+        queries: Queries,
+        keys: Keys,
+        values: Values,
+        scale: HeadScale,
+        segment: Segment,
+        state: KNNState,
     ) -> tuple[Queries, KNNState | None, Report]:
         config = self.attention
-        y_local, local_state, local_report = self.local(queries, keys, values, scale, segment, state.local)
+        local_y, local_state, local_report = self.local(
+            queries,
+            keys,
+            values,
+            scale,
+            segment,
+            state.local,
+        )
         with jax.named_scope("external_memory"):
-            reading = external_memory.read(queries, scale, state.memory, config.num_neighbors, config.search)
+            reading = external_memory.read(
+                queries,
+                scale,
+                state.memory,
+                config.num_neighbors,
+                config.search,
+            )
+
         gate = nn.sigmoid(self.gate)
-        # [B, T, N, 1]
-        memory_share = jnp.where(reading.found[:, :, None, None], gate[None, None, :, None], 0.0).astype(y_local.dtype)
-        y = memory_share * reading.values + (1 - memory_share) * y_local
+        memory_share = _memory_share(gate, reading.found)
+        memory_share = memory_share.astype(local_y.dtype)
+        y = memory_share * reading.values + (1 - memory_share) * local_y
+
         report = self._report(local_report, reading, gate, scale, segment, state)
         if segment.decoding is not None:
             return y, None, report
@@ -181,8 +235,15 @@ class KNNCore(nn.Module):
         return y, KNNState(local_state, state.memory, last_segment), report
 
     def _report(
-        self, local: Report, reading: Reading, gate: HeadScale, scale: HeadScale, segment: Segment, state: KNNState
+        self,
+        local: Report,
+        reading: Reading,
+        gate: HeadScale,
+        scale: HeadScale,
+        segment: Segment,
+        state: KNNState,
     ) -> Report:
+        """What the local attention reports, and what the memory did."""
         metrics = {
             **local.metrics,
             "gate": jax.lax.stop_gradient(gate),
@@ -192,4 +253,11 @@ class KNNCore(nn.Module):
             metrics["search_recall"] = reading.recall
         neighbours = jax.tree.map(segment.layout.own, reading.neighbours)
         retrieved = jax.lax.stop_gradient(Retrieved(neighbours, gate, scale))
-        return local.replace(metrics=metrics, retrieved=retrieved)
+        return dataclasses.replace(local, metrics=metrics, retrieved=retrieved)
+
+
+def _memory_share(gate: HeadScale, found: Bool[Array, "B T"]) -> Float[Array, "B T N 1"]:
+    """The gate of each head, and 0 where the memory had nothing to find."""
+    found = found[:, :, None, None]
+    gate = gate[None, None, :, None]
+    return jnp.where(found, gate, 0.0)

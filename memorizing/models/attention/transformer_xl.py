@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -24,9 +24,10 @@ from memorizing.models.attention.base import (
     hide,
     matmul_flops,
     projection_flops,
+    push,
     visible_keys,
 )
-from memorizing.models.layers import Einsum
+from memorizing.models.layers import Einsum, parameter
 
 
 @struct.dataclass
@@ -38,13 +39,15 @@ class TransformerXLState:
       valid: bool [B, W].
     """
 
-    hidden: Float[Array, "B W D"]
-    valid: Bool[Array, "B W"]
+    hidden: Float[Array, "B W D"] | Any
+    valid: Bool[Array, "B W"] | Any
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerXLAttention(Attention):
-    """Attends to the segment and to cached hidden states, projected anew with today's weights; no gradient reaches the cache (section 3.2).
+    """Attends to the segment and to cached hidden states, projected anew with today's weights.
+
+    No gradient reaches the cache (section 3.2).
 
     Attributes:
       window: W, in positions. It may be another one at evaluation: no parameter depends on it.
@@ -63,11 +66,16 @@ class TransformerXLAttention(Attention):
             raise UserError(f"{self}: window has to be at least 1, clamp_distance at least 0")
 
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> TransformerXLState:
-        hidden = jnp.zeros((batch_size, self.window, dims.embed_dim), dims.dtype)
-        return TransformerXLState(hidden, jnp.zeros((batch_size, self.window), bool))
+        return TransformerXLState(
+            hidden=jnp.zeros((batch_size, self.window, dims.embed_dim), dims.dtype),
+            valid=jnp.zeros((batch_size, self.window), bool),
+        )
 
     def state_axes(self) -> AxesTree:
-        return TransformerXLState(hidden=("batch", "length", "embed"), valid=("batch", "length"))
+        return TransformerXLState(
+            hidden=("batch", "length", "embed"),
+            valid=("batch", "length"),
+        )
 
     def fresh_state(self) -> TransformerXLState:
         return TransformerXLState(hidden=None, valid=False)
@@ -92,24 +100,32 @@ class TransformerXLLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Activations, segment: Segment, state: TransformerXLState
+        self,
+        x: Activations,
+        segment: Segment,
+        state: TransformerXLState,
     ) -> tuple[Activations, TransformerXLState | None, Report]:
-        config, layout = self.attention, segment.layout
+        config = self.attention
+        layout = segment.layout
+        num_queries = x.shape[1]
         # [B, W, D]
         hidden = hide(state.hidden, state.valid)
+
         # [B, T, S], S = W + T
-        mask = visible_keys(segment, x.shape[1], state.valid)
+        mask = visible_keys(segment, num_queries, state.valid)
         if config.same_length:
-            near = masks.within(config.window, layout.size, mask.shape[2])
-            mask &= segment.select(near, x.shape[1])[None]
+            num_keys = mask.shape[2]
+            near = masks.within(config.window, layout.size, num_keys)
+            mask &= segment.select(near, num_queries)[None]
+
         relative = RelativeAttention(self.dims, config.clamp_distance, name="relative")
         y, _, kv_cache = relative(x, hidden, mask, segment)
+
         if segment.decoding is not None:
             return y, None, Report(kv_cache=kv_cache)
-        own = layout.own
         new_state = TransformerXLState(
-            hidden=jax.lax.stop_gradient(jnp.concatenate([hidden, own(x)], axis=1)[:, -config.window :]),
-            valid=jnp.concatenate([state.valid, own(segment.is_real)], axis=1)[:, -config.window :],
+            hidden=push(hidden, layout.own(x)),
+            valid=push(state.valid, layout.own(segment.is_real)),
         )
         return y, new_state, Report()
 
@@ -125,15 +141,37 @@ class RelativeAttention(nn.Module):
 
     def setup(self) -> None:
         dims = self.dims
-        size, axes = (dims.embed_dim, dims.num_heads, dims.head_dim), ("embed", "heads", "head_dim")
-        self.query, self.key, self.value = (Einsum("BTD,DNH->BTNH", size, axes, dims.dtype) for _ in range(3))
-        self.position = Einsum("RD,DNH->RNH", size, axes, dims.dtype)
-        self.output = Einsum("BTNH,NHD->BTD", size[1:] + size[:1], axes[1:] + axes[:1], dims.dtype)
-        initializer = nn.with_logical_partitioning(nn.initializers.normal(stddev=0.02), axes[1:])
-        self.u, self.v = (self.param(name, initializer, size[1:], jnp.float32) for name in ("u", "v"))
+        by_head = (dims.num_heads, dims.head_dim)
+        by_head_axes = ("heads", "head_dim")
+
+        def projection(equation: str) -> Einsum:
+            return Einsum(
+                equation,
+                shape=(dims.embed_dim, *by_head),
+                axes=("embed", *by_head_axes),
+                dtype=dims.dtype,
+            )
+
+        self.query = projection("BTD,DNH->BTNH")
+        self.key = projection("BTD,DNH->BTNH")
+        self.value = projection("BTD,DNH->BTNH")
+        self.position = projection("RD,DNH->RNH")
+        self.output = Einsum(
+            "BTNH,NHD->BTD",
+            shape=(*by_head, dims.embed_dim),
+            axes=(*by_head_axes, "embed"),
+            dtype=dims.dtype,
+        )
+        initializer = nn.initializers.normal(stddev=0.02)
+        self.u = parameter(self, "u", initializer, by_head, by_head_axes)
+        self.v = parameter(self, "v", initializer, by_head, by_head_axes)
 
     def __call__(
-        self, x: Activations, hidden: Float[Array, "B W D"], mask: Bool[Array, "B T S"], segment: Segment
+        self,
+        x: Activations,
+        hidden: Float[Array, "B W D"],
+        mask: Bool[Array, "B T S"],
+        segment: Segment,
     ) -> tuple[Activations, Float[Array, "B N T S"], dict[str, jax.Array]]:
         """Attends from x to [hidden; x].
 
@@ -146,48 +184,64 @@ class RelativeAttention(nn.Module):
         Returns:
           The output [B, T, D], the weights, and the KV cache.
         """
+        # [B, S, D]; in a decode step [B, 1, D].
         seen = x if segment.is_decode_step else jnp.concatenate([hidden, x], axis=1)
         # [B, S, N, H]
         keys = segment.with_kv_cache("keys", self.key(seen))
         values = segment.with_kv_cache("values", self.value(seen))
+        # [B, T, N, H]
         queries = self.query(x)
+        num_queries = x.shape[1]
         num_keys = keys.shape[1]
-        if segment.is_decode_step:
-            distances = segment.decoding.kv_cache["distances"]
-        else:
-            distances = self._distances(segment, num_keys)
+        distances = self._distances(segment, num_keys)
+
         with jax.named_scope("local_attention"):
             # [B, N, T, S]
-            logits = _dot(queries + self.u[None, None].astype(x.dtype), keys)
+            content_bias = self.u[None, None].astype(x.dtype)
+            content_logits = _dot(queries + content_bias, keys)
+
             # [B, N, T, R], R = S + T - 1
+            position_bias = self.v[None, None].astype(x.dtype)
             by_distance = jnp.einsum(
                 "BTNH,RNH->BNTR",
-                queries + self.v[None, None].astype(x.dtype),
-                segment.select(distances, x.shape[1] + num_keys - 1),
+                queries + position_bias,
+                segment.select(distances, num_queries + num_keys - 1),
                 preferred_element_type=jnp.float32,
             )
-            logits = logits + positions.by_key(by_distance, num_keys)
-            weights = attention_weights(logits * self.dims.head_dim**-0.5, mask)
+            position_logits = positions.by_key(by_distance, num_keys)
+
+            logits = content_logits + position_logits
+            logits = logits * self.dims.head_dim**-0.5
+            weights = attention_weights(logits, mask)
             y = jnp.einsum("BNTS,BSNH->BTNH", weights.astype(values.dtype), values)
-        return self.output(y), weights, {"keys": keys, "values": values, "distances": distances}
+
+        kv_cache = {"keys": keys, "values": values, "distances": distances}
+        return self.output(y), weights, kv_cache
 
     def content(self, x: Activations, hidden: Float[Array, "B W D"]) -> Float[Array, "B T N H"]:
         """Attention from x to hidden by content alone, everything visible (Rae et al. 2020, algorithm 2).
 
         Gradients reach `hidden` only: not x, and no parameter.
         """
-        queries = self.query(jax.lax.stop_gradient(x), frozen=True)
+        x = jax.lax.stop_gradient(x)
+        queries = self.query(x, frozen=True)
         keys = self.key(hidden, frozen=True)
         values = self.value(hidden, frozen=True)
-        weights = jax.nn.softmax(_dot(queries, keys) * self.dims.head_dim**-0.5, axis=-1).astype(values.dtype)
-        return jnp.einsum("BNTS,BSNH->BTNH", weights, values)
+        logits = _dot(queries, keys) * self.dims.head_dim**-0.5
+        weights = jax.nn.softmax(logits, axis=-1)
+        return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(values.dtype), values)
 
     def _distances(self, segment: Segment, num_keys: int) -> Float[Array, "R N H"]:
         """Every distance in the segment, encoded and projected: r of the equation."""
+        decoding = segment.decoding
+        if decoding is not None and decoding.kv_cache is not None:
+            return decoding.kv_cache["distances"]
         distances = positions.distances(segment.layout.size, num_keys)
         if self.clamp_distance:
             distances = distances.clip(max=self.clamp_distance)
-        return self.position(positions.sinusoids(distances, self.dims.embed_dim).astype(self.dims.dtype))
+        # [R, D]
+        encoded = positions.sinusoids(distances, self.dims.embed_dim)
+        return self.position(encoded.astype(self.dims.dtype))
 
 
 def relative_attention_flops(dims: LayerDims, layout: Layout, num_cached: int) -> int:
@@ -198,6 +252,7 @@ def relative_attention_flops(dims: LayerDims, layout: Layout, num_cached: int) -
     num_keys = num_cached + layout.size
     # From every query to every key, later ones included.
     num_distances = layout.size + num_keys - 1
+
     keys_and_values = matmul_flops(num_cached, dims.embed_dim, 2 * dims.width)
     encodings = matmul_flops(num_distances, dims.embed_dim, dims.width)
     position_term = matmul_flops(layout.size, dims.width, num_distances)
@@ -205,5 +260,13 @@ def relative_attention_flops(dims: LayerDims, layout: Layout, num_cached: int) -
     return attention + keys_and_values + encodings + position_term
 
 
-def _dot(queries: Float[Array, "B T N H"], keys: Float[Array, "B S N H"]) -> Float[Array, "B N T S"]:
-    return jnp.einsum("BTNH,BSNH->BNTS", queries, keys, preferred_element_type=jnp.float32)
+def _dot(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B S N H"],
+) -> Float[Array, "B N T S"]:
+    return jnp.einsum(
+        "BTNH,BSNH->BNTS",
+        queries,
+        keys,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,14 +1,17 @@
-"""A Transformer-XL cache (Dai et al. 2019) of keys and values: every position also sees the last W positions before its segment."""
+"""A Transformer-XL cache (Dai et al. 2019) of keys and values.
+
+Every position also sees the last W positions before its segment.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Shaped
 
 from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
 from memorizing.context import Layout, Report, Segment
@@ -23,6 +26,7 @@ from memorizing.models.attention.base import (
     local_attention,
     position_bias,
     projection_flops,
+    push,
     visible_keys,
 )
 
@@ -36,9 +40,9 @@ class XLState:
       valid: bool [B, W].
     """
 
-    keys: Keys
-    values: Values
-    valid: jax.Array
+    keys: Keys | Any
+    values: Values | Any
+    valid: Bool[Array, "B W"] | Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,8 @@ class XLAttention(Attention):
     Attributes:
       window: W, in positions.
       num_buckets, max_distance: T5's relative bias; the distance is in tokens.
-      same_length: lets every position see exactly the last W positions up to itself (a sliding window), instead of the whole cache.
+      same_length: lets every position see exactly the last W positions up to itself (a sliding window), instead of the
+        whole cache.
     """
 
     can_decode: ClassVar[bool] = True
@@ -67,12 +72,14 @@ class XLAttention(Attention):
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> XLState:
         shape = (batch_size, self.window, dims.num_heads, dims.head_dim)
         return XLState(
-            keys=jnp.zeros(shape, dims.dtype), values=jnp.zeros(shape, dims.dtype), valid=jnp.zeros(shape[:2], bool)
+            keys=jnp.zeros(shape, dims.dtype),
+            values=jnp.zeros(shape, dims.dtype),
+            valid=jnp.zeros(shape[:2], bool),
         )
 
     def state_axes(self) -> AxesTree:
-        axes = ("batch", "length", "heads", "head_dim")
-        return XLState(keys=axes, values=axes, valid=axes[:2])
+        content = ("batch", "length", "heads", "head_dim")
+        return XLState(keys=content, values=content, valid=("batch", "length"))
 
     def fresh_state(self) -> XLState:
         return XLState(keys=None, values=None, valid=False)
@@ -81,7 +88,8 @@ class XLAttention(Attention):
         return XLCore(self, dims, name=name)
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
-        return projection_flops(dims, layout) + attend_flops(dims, layout.size, self.window + layout.size)
+        num_keys = self.window + layout.size
+        return projection_flops(dims, layout) + attend_flops(dims, layout.size, num_keys)
 
     @classmethod
     def example(cls, segment_length: int) -> Example:
@@ -97,37 +105,56 @@ class XLCore(nn.Module):
 
     @nn.compact
     def __call__(
-        self, queries: Queries, keys: Keys, values: Values, scale: HeadScale, segment: Segment, state: XLState
+        self,
+        queries: Queries,
+        keys: Keys,
+        values: Values,
+        scale: HeadScale,
+        segment: Segment,
+        state: XLState,
     ) -> tuple[Queries, XLState | None, Report]:
-        config, layout = self.attention, segment.layout
+        config = self.attention
+        layout = segment.layout
         # [B, W, N, H]
         cached_keys = hide(state.keys, state.valid)
         cached_values = hide(state.values, state.valid)
         # [B, S, N, H], S = W + T
         all_keys = segment.with_kv_cache("keys", _after(cached_keys, keys, segment))
         all_values = segment.with_kv_cache("values", _after(cached_values, values, segment))
-        mask = visible_keys(segment, queries.shape[1], state.valid)
+        num_queries = queries.shape[1]
+        num_keys = all_keys.shape[1]
+
+        # [B, T, S]
+        mask = visible_keys(segment, num_queries, state.valid)
         if config.same_length:
-            near = masks.within(config.window, layout.size, mask.shape[2])
-            mask &= segment.select(near, queries.shape[1])[None]
-        num_queries, num_keys = queries.shape[1], all_keys.shape[1]
-        bias = position_bias(self.dims, config.num_buckets, config.max_distance, segment, num_queries, num_keys)
+            near = masks.within(config.window, layout.size, num_keys)
+            mask &= segment.select(near, num_queries)[None]
+        bias = position_bias(
+            self.dims,
+            config.num_buckets,
+            config.max_distance,
+            segment,
+            num_queries,
+            num_keys,
+        )
         y = local_attention(queries, all_keys, all_values, scale, bias, mask)
+
         if segment.decoding is not None:
             return y, None, Report(kv_cache={"keys": all_keys, "values": all_values})
-
-        def push(cached: jax.Array, own: jax.Array) -> jax.Array:
-            """The last W positions."""
-            return jax.lax.stop_gradient(jnp.concatenate([cached, layout.own(own)], axis=1)[:, -config.window :])
-
         new_state = XLState(
-            keys=push(cached_keys, keys),
-            values=push(cached_values, values),
-            valid=push(state.valid, segment.is_real),
+            keys=push(cached_keys, layout.own(keys)),
+            values=push(cached_values, layout.own(values)),
+            valid=push(state.valid, layout.own(segment.is_real)),
         )
         return y, new_state, Report()
 
 
-def _after(cached: jax.Array, own: jax.Array, segment: Segment) -> jax.Array:
-    """What the KV cache is given: [cached; own], and in a decode step, which finds the cached in it, only the own."""
-    return own if segment.is_decode_step else jnp.concatenate([cached, own], axis=1)
+def _after(
+    cached: Shaped[Array, "B W *rest"],
+    new: Shaped[Array, "B T *rest"],
+    segment: Segment,
+) -> Shaped[Array, "B S *rest"]:
+    """[cached; new] for `Segment.with_kv_cache`; in a decode step only `new`, since the KV cache has the others."""
+    if segment.is_decode_step:
+        return new
+    return jnp.concatenate([cached, new], axis=1)

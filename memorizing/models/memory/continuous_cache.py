@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,7 @@ from memorizing.array_typing import Activations, AxesTree, Clock, Logits, RealPo
 from memorizing.context import reset_rows
 from memorizing.errors import UserError
 from memorizing.models.attention.base import SOFTMAX_FLOPS, matmul_flops, normalize
+from memorizing.models.layers import parameter
 from memorizing.models.memory import external_memory
 from memorizing.models.memory import search as search_lib
 from memorizing.models.memory.external_memory import NEIGHBOURS, Memory, Search
@@ -51,8 +52,8 @@ class ContinuousCacheState:
 
     memory: Memory
     last_segment: Memory
-    last_key: Float[Array, "B D"]
-    has_last_key: Bool[Array, "B"]
+    last_key: Float[Array, "B D"] | Any
+    has_last_key: Bool[Array, "B"] | Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,7 @@ class ContinuousCache:
         """Stores the segment before. Idempotent; `clock` counts the segments processed."""
         with jax.named_scope("external_memory_write"):
             memory = external_memory.write(state.memory, state.last_segment, clock - 1, head_axis=None)
-        return state.replace(memory=memory)
+        return dataclasses.replace(state, memory=memory)
 
     def reset(self, state: ContinuousCacheState, start_of_document: RowFlags) -> ContinuousCacheState:
         """Empties the flagged rows."""
@@ -169,7 +170,7 @@ class ContinuousCache:
 
     def map_memory(self, state: ContinuousCacheState, change: Callable[[Memory], Memory]) -> ContinuousCacheState:
         """The same state with the memory changed, and with what waits to be written to it."""
-        return state.replace(memory=change(state.memory), last_segment=change(state.last_segment))
+        return dataclasses.replace(state, memory=change(state.memory), last_segment=change(state.last_segment))
 
     # What it computes.
 
@@ -230,14 +231,12 @@ class Mixture(nn.Module):
         theta = self._scalar("theta", config.theta + math.log(-math.expm1(-config.theta)))
         bias = jnp.broadcast_to(self._scalar("weight", weight_logit), hidden.shape[:2])
         if config.mixing == "gated":
-            initializer = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
-            gate = self.param("gate", initializer, hidden.shape[-1:], jnp.float32)
+            gate = parameter(self, "gate", nn.initializers.zeros, hidden.shape[-1:], ("embed",))
             bias = bias + jnp.einsum("BTD,D->BT", hidden.astype(jnp.float32), gate)
         return MixtureNumbers(nn.softplus(theta), bias)
 
     def _scalar(self, name: str, value: float) -> Scalar:
-        initializer = nn.with_logical_partitioning(nn.initializers.constant(value), ())
-        return self.param(name, initializer, (), jnp.float32)
+        return parameter(self, name, nn.initializers.constant(value), (), ())
 
 
 class Found(NamedTuple):
@@ -248,8 +247,8 @@ class Found(NamedTuple):
       tokens: int32 [B, T, K], what followed there.
     """
 
-    scores: Float[Array, "B T K"]
-    tokens: Int[Array, "B T K"]
+    scores: Float[Array, "B T K"] | Any
+    tokens: Int[Array, "B T K"] | Any
 
 
 def look_up(queries: Activations, memory: Memory, num_neighbors: int, search: Search) -> Found:
@@ -277,9 +276,9 @@ def _look_up_shard(
     with jax.named_scope("search"):
         rows = (jax.lax.stop_gradient(queries), keys, memory.valid)
         # [B, T, K]; row by row, since the scores of all rows at once would not fit beside a large memory.
-        scores, slots = jax.lax.map(lambda row: search.top_k(*row, num_neighbors), rows)
+        scores, slots = jax.lax.map(lambda row: search.top_k(row[0], row[1], row[2], num_neighbors), rows)
         scores, slots = checkpoint_name((scores, slots), NEIGHBOURS)
-        scores = search_lib.winners(scores, num_neighbors, axis_name)
+        scores = search_lib.best_of_all_shards(scores, num_neighbors, axis_name)
     is_neighbour = scores > -jnp.inf
     # What is no neighbour may hold anything, also NaN: the query's best slot, which comes first, stands in for it.
     slots = jnp.where(is_neighbour, slots, slots[..., :1])
@@ -288,7 +287,7 @@ def _look_up_shard(
     # The gradient gathers a row's keys again: those of all rows would be K times the size of the activations.
     @jax.checkpoint
     def with_gradient(row: tuple) -> Float[Array, "T K"]:
-        return external_memory.with_gradient(*row)
+        return external_memory.differentiable_scores(*row)
 
     # A query that meets an empty shard gets no gradient from whatever lies there.
     reading = jnp.where(holds_any[:, None, None], queries, 0)

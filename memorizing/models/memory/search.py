@@ -1,14 +1,15 @@
 """Top-k search of one head's memory: pure functions on matrices.
 
-Both searches return `-inf` as the score of a neighbour that does not exist (fewer valid slots than neighbours asked for). Scores are accumulated in float32 whatever the
-dtype of the keys, and float32 keys are multiplied as such: TPUs and GPUs would else round them first.
+Both searches return `-inf` as the score of a neighbour that does not exist (fewer valid slots than neighbours asked
+for). Scores are accumulated in float32 whatever the dtype of the keys, and float32 keys are multiplied as such: TPUs
+and GPUs would else round them first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,32 @@ from jaxtyping import Array, Bool, Float, Int
 from memorizing.errors import UserError
 
 _PRECISION = jax.lax.Precision.HIGHEST
+# Vectors have norm 1, and two programs may round the same product otherwise.
+_ROUNDING = 1e-5
 
 Scores = Float[Array, "T K"]
 Indices = Int[Array, "T K"]
+
+
+@runtime_checkable
+class Search(Protocol):
+    """A way to find the slots of a head's memory whose keys are nearest to a query.
+
+    Attributes:
+      is_exact: whether it always finds the true ones.
+    """
+
+    is_exact: ClassVar[bool]
+
+    def top_k(
+        self,
+        queries: Float[Array, "T H"],
+        keys: Float[Array, "M H"],
+        valid: Bool[Array, "M"],
+        k: int,
+    ) -> tuple[Scores, Indices]:
+        """Scores of the k best slots of each query in descending order, and their indices."""
+        ...
 
 
 class Groups(NamedTuple):
@@ -37,15 +61,31 @@ class Groups(NamedTuple):
     maximum: Float[Array, "T G"]
 
 
+class Block(NamedTuple):
+    """Consecutive slots of the memory, which are scored together; of several blocks, with an axis of blocks in front.
+
+    Attributes:
+      first_group: int32 scalar, index of its first group in the memory.
+      keys: [slots, H].
+      valid: bool [slots].
+    """
+
+    first_group: Int[Array, "*blocks"]
+    keys: Float[Array, "*blocks slots H"]
+    valid: Bool[Array, "*blocks slots"]
+
+
 @dataclasses.dataclass(frozen=True)
 class ExactSearch:
     """Finds exactly the k best slots (recall 1.0). Of equal scores the lower slot wins, as in `lax.top_k`.
 
-    Each of the k best scores lies in one of the k groups with the greatest maxima: blocks of slots are scored one after the other with a running choice of k groups, and only the
-    slots of the last choice are sorted. The defaults were the fastest of several on CPUs, for 256 and 1024 queries and 2048 to 65536 slots.
+    Each of the k best scores lies in one of the k groups with the greatest maxima: blocks of slots are scored one after
+    the other with a running choice of k groups, and only the slots of the last choice are sorted. The defaults were the
+    fastest of several on CPUs, for 256 and 1024 queries and 2048 to 65536 slots.
 
     Attributes:
-      block_scores: scores computed at a time for a head, at most: queries times the slots of a block, as many as stay in a cache.
+      block_scores: scores computed at a time for a head, at most: queries times the slots of a block, as many as stay
+        in a cache.
       group_size: slots of a group, at most.
     """
 
@@ -59,43 +99,55 @@ class ExactSearch:
             raise UserError(f"{self}: block_scores and group_size have to be at least 1")
 
     def top_k(
-        self, queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], k: int
+        self,
+        queries: Float[Array, "T H"],
+        keys: Float[Array, "M H"],
+        valid: Bool[Array, "M"],
+        k: int,
     ) -> tuple[Scores, Indices]:
-        num_queries, (num_slots, width) = len(queries), keys.shape
+        """Scores of the k best slots of each query in descending order, and their indices."""
+        num_queries = len(queries)
+        num_slots = len(keys)
         group_size = _largest_divisor(num_slots, self.group_size)
         num_groups = num_slots // group_size
         if num_groups <= k:
-            return _pad_neighbours(jax.lax.top_k(_scores(queries, keys, valid), min(k, num_slots)), k)
-        block_groups = _largest_divisor(num_groups, max(1, self.block_scores // (num_queries * group_size)))
-        num_blocks = num_groups // block_groups
+            all_scores = _scores(queries, keys, valid)
+            scores, indices = jax.lax.top_k(all_scores, min(k, num_slots))
+            return _pad_neighbours(scores, indices, k)
 
-        def add_block(best: Groups, block: tuple) -> tuple[Groups, None]:
-            first, block_keys, block_valid = block
-            scores = _scores(queries, block_keys, block_valid).reshape(num_queries, block_groups, group_size)
-            number = jnp.broadcast_to(first + jnp.arange(block_groups, dtype=jnp.int32), scores.shape[:2])
-            return _best_groups(best, Groups(number, scores, scores.max(axis=-1)), k), None
+        block_groups = self._groups_of_block(num_queries, num_groups, group_size)
 
-        none = Groups(
-            number=jnp.zeros((num_queries, k), jnp.int32),
-            scores=jnp.full((num_queries, k, group_size), -jnp.inf),
-            maximum=jnp.full((num_queries, k), -jnp.inf),
-        )
-        blocks = (
-            jnp.arange(num_blocks, dtype=jnp.int32) * block_groups,
-            keys.reshape(num_blocks, -1, width),
-            valid.reshape(num_blocks, -1),
-        )
+        def add_block(best: Groups, block: Block) -> tuple[Groups, None]:
+            groups = _score_block(queries, block, group_size)
+            return _best_groups(best, groups, k), None
+
+        none = _no_groups(num_queries, k, group_size)
+        blocks = _split(keys, valid, block_groups, group_size)
         # The first one outside the loop: what is carried then varies over a mesh as the blocks do.
-        best, _ = add_block(none, jax.tree.map(lambda leaf: leaf[0], blocks))
-        best, _ = jax.lax.scan(add_block, best, jax.tree.map(lambda leaf: leaf[1:], blocks))
-        scores, place = jax.lax.top_k(best.scores.reshape(num_queries, -1), k)
+        first_block = jax.tree.map(lambda leaf: leaf[0], blocks)
+        best, _ = add_block(none, first_block)
+        other_blocks = jax.tree.map(lambda leaf: leaf[1:], blocks)
+        best, _ = jax.lax.scan(add_block, best, other_blocks)
+
+        # [T, k * S]
+        candidates = best.scores.reshape(num_queries, -1)
+        scores, place = jax.lax.top_k(candidates, k)
         group = jnp.take_along_axis(best.number, place // group_size, axis=1)
-        return scores, group * group_size + place % group_size
+        indices = group * group_size + place % group_size
+        return scores, indices
+
+    def _groups_of_block(self, num_queries: int, num_groups: int, group_size: int) -> int:
+        """As many groups as fit into a block, in equal blocks."""
+        group_scores = num_queries * group_size
+        at_most = max(1, self.block_scores // group_scores)
+        return _largest_divisor(num_groups, at_most)
 
 
 @dataclasses.dataclass(frozen=True)
 class ApproximateSearch:
-    """TPU's partial reduction (Chern et al. 2022) through `lax.approx_max_k`; elsewhere, where that is an exact and slower search, the exact one.
+    """TPU's partial reduction (Chern et al. 2022) through `lax.approx_max_k`.
+
+    Elsewhere `approx_max_k` is an exact and slower search, so there the search is `ExactSearch`.
 
     Attributes:
       recall_target: expected share of the true top-k that is found.
@@ -112,45 +164,87 @@ class ApproximateSearch:
             )
 
     def top_k(
-        self, queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], k: int
+        self,
+        queries: Float[Array, "T H"],
+        keys: Float[Array, "M H"],
+        valid: Bool[Array, "M"],
+        k: int,
     ) -> tuple[Scores, Indices]:
-        of_tpu, elsewhere = functools.partial(self.partial_reduction, k=k), functools.partial(ExactSearch().top_k, k=k)
-        return jax.lax.platform_dependent(queries, keys, valid, tpu=of_tpu, default=elsewhere)
+        """Scores of the k best slots of each query in descending order, and their indices."""
+        on_tpu = functools.partial(self.partial_reduction, k=k)
+        elsewhere = functools.partial(ExactSearch().top_k, k=k)
+        return jax.lax.platform_dependent(
+            queries,
+            keys,
+            valid,
+            tpu=on_tpu,
+            default=elsewhere,
+        )
 
     def partial_reduction(
-        self, queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], k: int
+        self,
+        queries: Float[Array, "T H"],
+        keys: Float[Array, "M H"],
+        valid: Bool[Array, "M"],
+        k: int,
     ) -> tuple[Scores, Indices]:
-        """What `top_k` is on TPUs."""
-        # Queries beside each other, slots below: the TPU sorts what is left of them along this axis, and would else copy it into this order first.
-        scores = jnp.einsum("SH,TH->ST", keys, queries, precision=_PRECISION, preferred_element_type=jnp.float32)
+        """`top_k` as TPUs compute it."""
+        # Queries beside each other, slots below: the TPU sorts what is left of them along this axis, and would else
+        # copy it into this order first.
+        scores = jnp.einsum(
+            "SH,TH->ST",
+            keys,
+            queries,
+            precision=_PRECISION,
+            preferred_element_type=jnp.float32,
+        )
         scores = jnp.where(valid[:, None], scores, -jnp.inf)
-        found = jax.lax.approx_max_k(scores, min(k, len(keys)), reduction_dimension=0, recall_target=self.recall_target)
+        found = jax.lax.approx_max_k(
+            scores,
+            min(k, len(keys)),
+            reduction_dimension=0,
+            recall_target=self.recall_target,
+        )
         # Left to itself XLA transposes all that was sorted, and takes the k best from that.
-        best = [with_layout_constraint(leaf, Layout((0, 1))) for leaf in found]
-        return _pad_neighbours((best[0].T, best[1].T), k)
+        best_scores, best_indices = [with_layout_constraint(leaf, Layout((0, 1))) for leaf in found]
+        return _pad_neighbours(best_scores.T, best_indices.T, k)
 
 
 def recall(
-    queries: Float[Array, "T H"], keys: Float[Array, "M H"], valid: Bool[Array, "M"], found: Scores
+    queries: Float[Array, "T H"],
+    keys: Float[Array, "M H"],
+    valid: Bool[Array, "M"],
+    found: Scores,
 ) -> Float[Array, ""]:
-    """Share of the true K best of each query that a search found, 1 where there is nothing to find; without sorting anything.
+    """Share of the true K best of each query that a search found, 1 where there is nothing to find.
+
+    Nothing is sorted: a neighbour that was found is a true one if fewer than K slots have a better score.
 
     Args:
       queries, keys, valid: what was searched.
       found: [T, K] scores that the search returned.
     """
-    num_neighbors, scores = found.shape[-1], _scores(queries, keys, valid)
-    # The same product may be rounded otherwise in another program; vectors have norm 1.
-    better = jnp.sum(scores[:, None, :] > found[:, :, None] + 1e-5, axis=-1)
-    num_right = jnp.sum((found > -jnp.inf) & (better < num_neighbors), dtype=jnp.float32)
+    num_neighbors = found.shape[-1]
+    scores = _scores(queries, keys, valid)
+    # [T, K]
+    is_better = scores[:, None, :] > found[:, :, None] + _ROUNDING
+    num_better = jnp.sum(is_better, axis=-1)
+
+    is_right = (found > -jnp.inf) & (num_better < num_neighbors)
+    num_right = jnp.sum(is_right, dtype=jnp.float32)
     num_true = len(queries) * jnp.minimum(jnp.sum(valid), num_neighbors)
     return jnp.where(num_true > 0, num_right / jnp.maximum(num_true, 1), 1.0)
 
 
-def winners(scores: Float[Array, "*rows K"], k: int, axis_name: str | None) -> Float[Array, "*rows K"]:
-    """The scores of those of this shard's neighbours that are among the k best of all shards of the memory, -inf for the others; only scores are exchanged.
+def best_of_all_shards(
+    scores: Float[Array, "*rows K"],
+    k: int,
+    axis_name: str | None,
+) -> Float[Array, "*rows K"]:
+    """The scores of this shard's neighbours that are among the k best of all shards, -inf for its other neighbours.
 
-    Of equal scores the lower shard wins, then the earlier place in the shard's list, so that the result is the top-k of the whole memory.
+    Only scores are exchanged. Of equal scores the lower shard wins, then the earlier place in the shard's list, so that
+    the result is the top-k of the whole memory.
 
     Args:
       scores: this shard's k best, in descending order, -inf where there is none.
@@ -158,26 +252,96 @@ def winners(scores: Float[Array, "*rows K"], k: int, axis_name: str | None) -> F
     """
     if axis_name is None or jax.lax.axis_size(axis_name) == 1:
         return scores
+    *rows, num_own = scores.shape
+
     # [shards, *rows, K] -> [*rows, 1, shards * K]
-    everyone = jnp.moveaxis(jax.lax.all_gather(scores, axis_name), 0, -2)
-    everyone = everyone.reshape(*scores.shape[:-1], 1, -1)
-    mine = scores[..., :, None]
-    place = jax.lax.axis_index(axis_name) * scores.shape[-1] + jnp.arange(scores.shape[-1])
-    earlier = jnp.arange(everyone.shape[-1])[None, :] < place[:, None]
-    earlier = jnp.broadcast_to(earlier, (*scores.shape, everyone.shape[-1]))
-    rank = jnp.sum((everyone > mine) | ((everyone == mine) & earlier), axis=-1)
+    all_scores = jax.lax.all_gather(scores, axis_name)
+    all_scores = jnp.moveaxis(all_scores, 0, -2)
+    all_scores = all_scores.reshape(*rows, 1, -1)
+    num_all = all_scores.shape[-1]
+    # [*rows, K, 1]
+    own_scores = scores[..., :, None]
+
+    # [*rows, K, shards * K]
+    place = jax.lax.axis_index(axis_name) * num_own + jnp.arange(num_own)
+    is_earlier = jnp.arange(num_all)[None, :] < place[:, None]
+    is_earlier = jnp.broadcast_to(is_earlier, (*rows, num_own, num_all))
+    is_better = all_scores > own_scores
+    is_equal = all_scores == own_scores
+    is_before = is_better | (is_equal & is_earlier)
+
+    rank = jnp.sum(is_before, axis=-1)
     return jnp.where(rank < k, scores, -jnp.inf)
 
 
-def _scores(queries: Float[Array, "T H"], keys: Float[Array, "S H"], valid: Bool[Array, "S"]) -> Float[Array, "T S"]:
-    scores = jnp.einsum("TH,SH->TS", queries, keys, precision=_PRECISION, preferred_element_type=jnp.float32)
+def _scores(
+    queries: Float[Array, "T H"],
+    keys: Float[Array, "S H"],
+    valid: Bool[Array, "S"],
+) -> Float[Array, "T S"]:
+    """query . key, -inf for empty slots."""
+    scores = jnp.einsum(
+        "TH,SH->TS",
+        queries,
+        keys,
+        precision=_PRECISION,
+        preferred_element_type=jnp.float32,
+    )
     return jnp.where(valid[None, :], scores, -jnp.inf)
 
 
+def _split(
+    keys: Float[Array, "M H"],
+    valid: Bool[Array, "M"],
+    block_groups: int,
+    group_size: int,
+) -> Block:
+    """All blocks of a memory, each of `block_groups` groups."""
+    num_slots, width = keys.shape
+    num_blocks = num_slots // (block_groups * group_size)
+    return Block(
+        first_group=jnp.arange(num_blocks, dtype=jnp.int32) * block_groups,
+        keys=keys.reshape(num_blocks, -1, width),
+        valid=valid.reshape(num_blocks, -1),
+    )
+
+
+def _score_block(queries: Float[Array, "T H"], block: Block, group_size: int) -> Groups:
+    """The groups of a block with the scores of their slots."""
+    num_queries = len(queries)
+    num_groups = len(block.keys) // group_size
+    scores = _scores(queries, block.keys, block.valid)
+    # [T, G, S]
+    scores = scores.reshape(num_queries, num_groups, group_size)
+    number = block.first_group + jnp.arange(num_groups, dtype=jnp.int32)
+    return Groups(
+        number=jnp.broadcast_to(number, (num_queries, num_groups)),
+        scores=scores,
+        maximum=scores.max(axis=-1),
+    )
+
+
+def _no_groups(num_queries: int, num_groups: int, group_size: int) -> Groups:
+    """Groups of slots that do not exist."""
+    return Groups(
+        number=jnp.zeros((num_queries, num_groups), jnp.int32),
+        scores=jnp.full((num_queries, num_groups, group_size), -jnp.inf),
+        maximum=jnp.full((num_queries, num_groups), -jnp.inf),
+    )
+
+
 def _best_groups(earlier: Groups, later: Groups, k: int) -> Groups:
-    """The k groups with the greatest maxima, still in the order of the memory: of equal scores the lower slot comes first."""
-    number, scores, maximum = (jnp.concatenate(both, axis=1) for both in zip(earlier, later, strict=True))
-    place = jnp.sort(jax.lax.top_k(maximum, k)[1], axis=-1)
+    """The k groups with the greatest maxima, still in the order of the memory.
+
+    Of equal maxima the lower group comes first.
+    """
+    number = jnp.concatenate([earlier.number, later.number], axis=1)
+    scores = jnp.concatenate([earlier.scores, later.scores], axis=1)
+    maximum = jnp.concatenate([earlier.maximum, later.maximum], axis=1)
+
+    _, best = jax.lax.top_k(maximum, k)
+    # [T, k]
+    place = jnp.sort(best, axis=-1)
     return Groups(
         number=jnp.take_along_axis(number, place, axis=1),
         scores=jnp.take_along_axis(scores, place[:, :, None], axis=1),
@@ -185,10 +349,20 @@ def _best_groups(earlier: Groups, later: Groups, k: int) -> Groups:
     )
 
 
-def _pad_neighbours(found: tuple[Scores, Indices], k: int) -> tuple[Scores, Indices]:
-    missing = ((0, 0), (0, k - found[0].shape[-1]))
-    return jnp.pad(found[0], missing, constant_values=-jnp.inf), jnp.pad(found[1], missing)
+def _pad_neighbours(
+    scores: Float[Array, "T found"],
+    indices: Int[Array, "T found"],
+    k: int,
+) -> tuple[Scores, Indices]:
+    """The neighbours that were found, followed by neighbours that do not exist: k in all."""
+    num_missing = k - scores.shape[-1]
+    padding = ((0, 0), (0, num_missing))
+    scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
+    indices = jnp.pad(indices, padding)
+    return scores, indices
 
 
 def _largest_divisor(number: int, limit: int) -> int:
-    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
+    """The largest divisor of a number that is not above the limit."""
+    candidates = range(min(number, limit), 0, -1)
+    return next(divisor for divisor in candidates if number % divisor == 0)

@@ -134,7 +134,8 @@ def test_a_document_of_more_than_a_million_tokens():
     batches = stream(documents, num_rows=1, num_segments=100, segment_length=4096)
     whole = next(tokens for tokens in documents_of_row(take(batches, 5), 0) if len(tokens) > 3)
     assert whole == list(range(1_200_007))
-    # 500 segments, and the document has 293: every token is read once each time the row comes to it, a window at a time.
+    # 500 segments, and the document has 293: every token is read once each time the row comes to it, a window at a
+    # time.
     read = [(start, stop) for index, start, stop in documents.loaded if index == 0]
     assert max(stop - start for start, stop in read) == WINDOW
     assert sum(stop - start for start, stop in read) <= 2 * 1_200_007
