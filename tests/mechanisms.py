@@ -26,6 +26,7 @@ from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig, ModelOutput
 from memorizing.models.layers import Embedder
 from memorizing.models.losses import next_token_nats
+from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.training.state import init_variables
 
@@ -39,7 +40,7 @@ class Mechanism:
     Attributes:
       name: for the test's id.
       attention: of every layer that `attention_at` does not name.
-      attention_at, recurrent_tokens: as in `LMConfig`.
+      attention_at, recurrent_tokens, continuous_cache: as in `LMConfig`.
       carries_context: whether a segment sees anything of the segments before it.
       two_segments_equal_one: whether two segments of T give what one segment of 2T gives.
       gradient_reaches_context: whether gradient flows into the carried state (only ever within a step).
@@ -52,6 +53,7 @@ class Mechanism:
     carries_context: bool = True
     two_segments_equal_one: bool = False
     gradient_reaches_context: bool = False
+    continuous_cache: ContinuousCache | None = None
 
     @property
     def config(self) -> LMConfig:
@@ -66,6 +68,7 @@ class Mechanism:
             attention=self.attention,
             attention_at=self.attention_at,
             recurrent_tokens=self.recurrent_tokens,
+            continuous_cache=self.continuous_cache,
             initial_logit_scale=4.0,
         )
 
@@ -97,6 +100,15 @@ MECHANISMS = (
         attention_at=((1, KNNAttention(memory_size=2 * LENGTH, num_neighbors=4)),),
         recurrent_tokens=RecurrentTokens(num_tokens=2),
         gradient_reaches_context=True,
+    ),
+    Mechanism(
+        "continuous cache over full",
+        continuous_cache=ContinuousCache(memory_size=2 * LENGTH, num_neighbors=4, theta=4.0, weight=0.5),
+    ),
+    Mechanism(
+        "gated continuous cache over knn",
+        attention_at=((1, KNNAttention(memory_size=2 * LENGTH, num_neighbors=4)),),
+        continuous_cache=ContinuousCache(3 * LENGTH, num_neighbors=4, theta=4.0, weight=0.5, mixing="gated"),
     ),
     # That of docs/adding-a-mechanism.md.
     Mechanism("decaying average", attention=DecayingAverage(), two_segments_equal_one=True),

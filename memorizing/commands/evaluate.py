@@ -6,6 +6,7 @@ Or two runs, document by document.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -23,6 +24,7 @@ from memorizing.evaluation import plots, report
 from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator, num_rows_side_by_side
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.models.language_model import LMConfig
+from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.runtime import sharding
 from memorizing.runtime.json_lines import replace_text
 
@@ -31,7 +33,8 @@ FOLDER = "evaluation"
 DESCRIPTION = """\
 Evaluates a finished run on the held-out documents of its data: each once, whole, from an empty memory, the longest first.
 
-  memorizing evaluate                                        the demo's run, with no memory, its own, and one of four times the size
+  memorizing evaluate                                        the demo's run, with no memory, its own, and one of four times the size,
+                                                             and the controls: the memory of another document, a continuous cache
   memorizing evaluate --workdir=DIR --memory_sizes=0,1536,8192,65536    the same weights with other memories, without training
   memorizing evaluate --compare RUN_A RUN_B                  two runs, document by document
   memorizing evaluate --workdir=DIR --gin.CachedCorpus.path=CACHE       on another corpus with the same vocabulary
@@ -146,7 +149,7 @@ def _settings(finished: FinishedRun, memory_sizes: str | None) -> tuple[str, lis
         if memory_sizes:
             raise UserError(f"--memory_sizes={memory_sizes}: the model of {finished.workdir} has no external memory")
         reset = Setting("context reset every segment", None, model, "state_reset")
-        return "as trained", [reset, Setting("as trained", None, model)]
+        return "as trained", [reset, Setting("as trained", None, model), *_continuous_cache(finished)]
     own = model.memory_size
     sizes = _parsed(memory_sizes) if memory_sizes else [0, *_larger(finished, own)]
     segment_length = finished.experiment.batch.segment_length
@@ -154,7 +157,25 @@ def _settings(finished: FinishedRun, memory_sizes: str | None) -> tuple[str, lis
     settings = []
     for size in sorted({*sizes, own}):
         settings.append(reference if size == own else _with_memory(model, size, segment_length))
-    return reference.name, settings
+    if memory_sizes:
+        return reference.name, settings
+    if finished.experiment.data.num_eval_documents > 1:
+        settings.append(Setting("memory of another document", None, model, "memory_of_another_document"))
+    return reference.name, [*settings, *_continuous_cache(finished)]
+
+
+def _continuous_cache(finished: FinishedRun) -> list[Setting]:
+    """What a memory has to beat: the same weights with a cache that was not trained, in the place of their memory."""
+    model = finished.experiment.model
+    if text_of(finished.experiment.data) is None or model.continuous_cache:
+        return []
+    # A whole number of segments on every device.
+    unit = finished.experiment.batch.segment_length * finished.experiment.mesh.memory
+    baseline = ContinuousCache()
+    size = max((model.memory_size or baseline.memory_size) // unit, 1) * unit
+    cache = dataclasses.replace(baseline, memory_size=size)
+    with_cache = dataclasses.replace(model, continuous_cache=cache)
+    return [Setting("continuous cache", None, with_cache, "memory_of_layers_cleared")]
 
 
 def _with_memory(model: LMConfig, size: int, segment_length: int) -> Setting:

@@ -6,6 +6,7 @@ from memorizing.config.types import register
 from memorizing.evaluation.windows import Windows
 from memorizing.models.attention import MECHANISMS
 from memorizing.models.language_model import LMConfig
+from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
 from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.runtime.sharding import MeshConfig
@@ -33,6 +34,7 @@ for configurable in (
     LMConfig,
     *MECHANISMS,
     RecurrentTokens,
+    ContinuousCache,
     ExactSearch,
     ApproximateSearch,
     # Optimizers and schedules.

@@ -46,7 +46,8 @@ def segment_flops(config: LMConfig, segment_length: int) -> int:
     num_matrices = 3 if config.mlp.startswith("gated") else 2
     mlp = matmul_flops(layout.size, config.embed_dim, num_matrices * config.mlp_dim)
     logits = matmul_flops(segment_length, config.embed_dim, config.vocab_size)
-    return attention + config.num_layers * mlp + logits
+    cache = config.continuous_cache.flops(config.embed_dim, segment_length) if config.continuous_cache else 0
+    return attention + config.num_layers * mlp + logits + cache
 
 
 def _opt(num_layers: int, embed_dim: int, num_heads: int) -> LMConfig:

@@ -357,7 +357,8 @@ def _advice(experiment: Experiment, devices: list[Any], hbm: dict[str, int]) -> 
 
 def _memory_name(model: LMConfig) -> str:
     """What gin calls the mechanism that has the memory."""
-    return next(type(group.attention).__name__ for group in model.groups if group.attention.memory_size)
+    names = (type(group.attention).__name__ for group in model.groups if group.attention.memory_size)
+    return next(names, "ContinuousCache")
 
 
 def _is_new(change: _Change, experiment: Experiment, devices: list[Any]) -> bool:

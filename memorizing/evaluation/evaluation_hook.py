@@ -16,7 +16,9 @@ from memorizing.training.step import Metrics
 
 
 class EvaluationHook(Hook):
-    """Evaluates on the held-out documents every so many steps, and at the end with the memory and without it.
+    """Evaluates on the held-out documents every so many steps, and at the end also with other memories.
+
+    Those are an empty one, and that of another document.
 
     Attributes:
       final: the evaluations at the end, by name; empty before.
@@ -69,6 +71,8 @@ class EvaluationHook(Hook):
         self.final["as trained"] = self._evaluate(step)
         if self._has_memory:
             self.final["memory cleared"] = self._evaluate(step, "memory_cleared")
+            if self._data.num_eval_documents > 1:
+                self.final["memory of another document"] = self._evaluate(step, "memory_of_another_document")
         self._progress.say(_table(self.final))
 
     def _is_due(self, step: int) -> bool:
@@ -94,7 +98,7 @@ def _figures(values: Mapping[str, float]) -> str:
 
 
 def _table(evaluations: Mapping[str, Evaluation]) -> str:
-    lines = ["held-out documents, each once, whole:"]
+    lines, width = ["held-out documents, each once, whole:"], max(map(len, evaluations)) + 2
     for name, evaluation in evaluations.items():
-        lines.append(f"  {name + ':':<16}{_figures(evaluation.values())}")
+        lines.append(f"  {name + ':':<{width}}{_figures(evaluation.values())}")
     return "\n".join(lines)

@@ -13,20 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from memorizing.array_typing import PerToken, RowFlags, Tree
+from memorizing.array_typing import Logits, PerToken, RowFlags, Tree
 from memorizing.batch import Batch, DataSource, EvaluationBatch, text_of
 from memorizing.context import Context
+from memorizing.evaluation.another_document import OtherDocuments, with_memories_of
 from memorizing.evaluation.reading import inputs_of, read_segments
 from memorizing.models import language_model
 from memorizing.models.language_model import LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory import external_memory
+from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE
 from memorizing.runtime import sharding
 from memorizing.runtime.metrics import Values, perplexity
 from memorizing.runtime.sharding import RowPlacement
 
 # What may be done to the context before a segment, to measure what it is worth.
-Ablation = Literal["none", "memory_cleared", "memory_permuted", "state_reset", "state_shuffled"]
+Ablation = Literal[
+    "none",
+    "memory_cleared",
+    "memory_of_layers_cleared",
+    "memory_permuted",
+    "memory_of_another_document",
+    "state_reset",
+    "state_shuffled",
+]
 
 
 def ablate(config: LMConfig, ablation: Ablation, context: Context, segment: Batch) -> tuple[Context, RowFlags]:
@@ -35,6 +45,10 @@ def ablate(config: LMConfig, ablation: Ablation, context: Context, segment: Batc
     if ablation == "memory_cleared":
         # External memories are empty; local attention and caches keep theirs.
         return config.map_memories(context, external_memory.cleared), start
+    if ablation == "memory_of_layers_cleared":
+        # Of the memories only the continuous cache is left.
+        cache = {CONTINUOUS_CACHE: context[CONTINUOUS_CACHE]} if CONTINUOUS_CACHE in context else {}
+        return config.map_memories(context, external_memory.cleared) | cache, start
     if ablation == "memory_permuted":
         # What is found is no longer what belongs to it.
         return config.map_memories(context, external_memory.permuted), start
@@ -179,6 +193,11 @@ class Evaluator:
             donate_argnums=2,
             out_shardings=(None, shardings),
         )
+        self._step_beside = jax.jit(
+            functools.partial(_evaluation_step_beside, config),
+            donate_argnums=2,
+            out_shardings=(None, (shardings, shardings)),
+        )
 
     def with_model(self, config: LMConfig) -> Evaluator:
         """The same for another model."""
@@ -190,25 +209,33 @@ class Evaluator:
         Args:
           params, buffers: of the model; buffers stay as they are.
           source: where the documents come from.
-          ablation: what is done to the context before every segment.
+          ablation: what is done to the context before every segment; 'memory_of_another_document' takes a source of
+            two documents or more, and twice the time.
         """
+        size = (self._num_rows, self._segment_length)
+        others = OtherDocuments(source, *size) if ablation == "memory_of_another_document" else None
         sums = _Sums(self._segment_length)
         # Of several processes, each reads its own rows' documents.
         is_shared = jax.process_count() > 1
         rows = (self._rows.rows,) if is_shared else ()
 
-        def step(context: Context, segment: EvaluationBatch) -> tuple[tuple, Context]:
+        def step(context: Any, segment: EvaluationBatch) -> tuple[tuple, Any]:
             self._on_step()
             placed = self._rows.put(segment.batch)
-            result, context = self._step(params, buffers, context, placed, ablation=ablation)
+            if others:
+                beside = self._rows.put(others.beside(segment))
+                result, context = self._step_beside(params, buffers, context, (placed, beside))
+            else:
+                result, context = self._step(params, buffers, context, placed, ablation=ablation)
             if not is_shared:
                 return (result, *segment), context
             # ... and learns what came of the others', so that all have the same sums.
             place = self._rows.put((segment.document, segment.offset.astype(np.int32)))
             return self._rows.gather((result, placed, *place)), context
 
-        segments = source.evaluation_batches(self._num_rows, self._segment_length, *rows)
-        for result, _ in read_segments(step, self._init_context(), segments):
+        segments = source.evaluation_batches(*size, *rows)
+        context = (self._init_context(), self._init_context()) if others else self._init_context()
+        for result, _ in read_segments(step, context, segments):
             sums.add(*result)
         return sums.result(source)
 
@@ -264,9 +291,29 @@ def _evaluation_step(
     output = language_model.apply(config, params, buffers, inputs, context)
     # Only a decode step returns none.
     assert output.context is not None
-    nats = next_token_nats(output.logits, segment.targets)  # [B, T]
-    is_right = jnp.argmax(output.logits, axis=-1) == segment.targets  # [B, T]
-    return (nats, is_right), output.context
+    return _scores(output.logits, segment), output.context
+
+
+def _evaluation_step_beside(
+    config: LMConfig, params: Tree, buffers: Tree, contexts: tuple[Context, Context], batches: tuple[Batch, Batch]
+) -> tuple[tuple[PerToken, jax.Array], tuple[Context, Context]]:
+    """Reads a segment with the memories that other documents have written, and then a segment of these."""
+    own, other = contexts
+    segment: Batch
+    segment, beside = jax.tree.map(lambda leaf: leaf[:, 0], batches)
+    own = with_memories_of(config, own, other)
+    output = language_model.apply(config, params, buffers, inputs_of(segment), own)
+    of_other = language_model.apply(config, params, buffers, inputs_of(beside), other)
+    # Only a decode step returns none.
+    assert output.context is not None and of_other.context is not None
+    return _scores(output.logits, segment), (output.context, of_other.context)
+
+
+def _scores(logits: Logits, segment: Batch) -> tuple[PerToken, jax.Array]:
+    """-log p of the targets, and whether they are the most likely tokens; [B, T]."""
+    nats = next_token_nats(logits, segment.targets)
+    is_right = jnp.argmax(logits, axis=-1) == segment.targets
+    return nats, is_right
 
 
 class _Sums:

@@ -9,15 +9,17 @@ import jax
 import numpy as np
 
 from memorizing.batch import Batch
-from memorizing.context import Context, Inputs
+from memorizing.context import Inputs
 
 Segment = TypeVar("Segment")
 Result = TypeVar("Result")
+# A context, or several.
+Carried = TypeVar("Carried")
 
 
 def read_segments(
-    step: Callable[[Context, Segment], tuple[Result, Context]], context: Context, segments: Iterable[Segment]
-) -> Iterator[tuple[Result, Context]]:
+    step: Callable[[Carried, Segment], tuple[Result, Carried]], context: Carried, segments: Iterable[Segment]
+) -> Iterator[tuple[Result, Carried]]:
     """Passes segment after segment, the context carried from each to the next.
 
     A result is handed out one segment late, so that the device always has the next one to work on.

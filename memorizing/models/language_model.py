@@ -30,6 +30,7 @@ from memorizing.errors import UserError
 from memorizing.models import attention as attention_lib
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.layers import Embedder, MLPKind, NormKind, dropout, make_norm
+from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Mixture
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, written
 from memorizing.models.stack import LayerGroup, Stack, StackOutput, layer_name
@@ -49,6 +50,7 @@ class LMConfig:
         layers repeat.
       attention_at: pairs of a layer index, from 0, and its mechanism.
       recurrent_tokens: memory tokens around the whole stack, or None.
+      continuous_cache: a memory of the document's tokens that is mixed into the predictions, or None.
       dropout: probability, on the embedding and on the outputs of attention and MLP.
       initial_logit_scale: value at initialisation of the learned per-head scale of the attention logits.
       dtype: of activations and carried states; parameters are float32.
@@ -73,6 +75,7 @@ class LMConfig:
     mlp: MLPKind = "relu"
     qk_norm: Literal["l2", "none"] = "l2"
     positions: Literal["t5", "none"] = "t5"
+    continuous_cache: ContinuousCache | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim"):
@@ -91,7 +94,7 @@ class LMConfig:
                 f"LMConfig.attention_at names the layers {indices}: different indices from 0 to {self.num_layers - 1} "
                 f"(LMConfig.num_layers = {self.num_layers})"
             )
-        if self.qk_norm == "none" and self.has_memory:
+        if self.qk_norm == "none" and any(each.memory_size for each in self.stack.mechanisms):
             raise UserError(
                 "LMConfig.qk_norm = 'none': an external memory compares keys of different times, which have to have "
                 "the same length; use 'l2', or a model without a memory"
@@ -147,11 +150,13 @@ class LMConfig:
 
     @property
     def memory_sizes(self) -> dict[str, int]:
-        """Slots of every external memory, by layer."""
+        """Slots of every external memory, by layer; of the continuous cache by its own name."""
         sizes = {}
         for index, mechanism in enumerate(self.stack.mechanisms):
             if mechanism.memory_size:
                 sizes[layer_name(index)] = mechanism.memory_size
+        if self.continuous_cache:
+            sizes[CONTINUOUS_CACHE] = self.continuous_cache.memory_size
         return sizes
 
     @property
@@ -161,16 +166,19 @@ class LMConfig:
 
     @property
     def has_memory(self) -> bool:
-        """Whether any layer has an external memory."""
+        """Whether any layer has an external memory, or the whole a continuous cache."""
         return self.memory_size > 0
 
     def with_memory_size(self, memory_size: int) -> LMConfig:
         """The same model, which has the same parameters, with external memories of another size."""
-        return self._with_mechanisms(lambda attention: attention.with_memory_size(memory_size))
+        cache = self.continuous_cache and dataclasses.replace(self.continuous_cache, memory_size=memory_size)
+        resized = self._with_mechanisms(lambda attention: attention.with_memory_size(memory_size))
+        return dataclasses.replace(resized, continuous_cache=cache)
 
     def without_memory(self) -> LMConfig:
-        """The model whose layers with an external memory have their local attention alone."""
-        return self._with_mechanisms(lambda attention: attention.without_memory())
+        """The model without a continuous cache, whose layers with a memory have their local attention alone."""
+        local = self._with_mechanisms(lambda attention: attention.without_memory())
+        return dataclasses.replace(local, continuous_cache=None)
 
     def map_memories(self, context: Context, change: Callable[[Memory], Memory]) -> Context:
         """The same context with every external memory changed, and everything that waits to be written to it."""
@@ -178,6 +186,9 @@ class LMConfig:
         for group in self.groups:
             state = context[group.name]
             changed[group.name] = group.attention.map_memory(state, change)
+        if self.continuous_cache:
+            state = context[CONTINUOUS_CACHE]
+            changed[CONTINUOUS_CACHE] = self.continuous_cache.map_memory(state, change)
         return changed
 
     def memories(self, context: Context) -> list[Memory]:
@@ -187,6 +198,8 @@ class LMConfig:
             memory = group.attention.memory(context[group.name])
             if memory is not None:
                 memories.append(memory)
+        if self.continuous_cache:
+            memories.append(context[CONTINUOUS_CACHE].memory)
         return memories
 
     def without_context(self) -> LMConfig:
@@ -196,6 +209,7 @@ class LMConfig:
             attention=attention_lib.DEFAULT,
             attention_at=(),
             recurrent_tokens=None,
+            continuous_cache=None,
         )
 
     def _with_mechanisms(self, change: Callable[[Attention], Attention]) -> LMConfig:
@@ -211,6 +225,8 @@ class LMConfig:
         """Raises UserError if a mechanism cannot work with segments of this length."""
         for group in self.groups:
             group.attention.check(segment_length)
+        if self.continuous_cache:
+            self.continuous_cache.check(segment_length)
 
     def check_can_decode(self) -> None:
         """Raises UserError if a text cannot be generated, or scored, token by token."""
@@ -237,6 +253,13 @@ class LMConfig:
                 self.dims.dtype,
                 batch_size,
             )
+        if self.continuous_cache:
+            context[CONTINUOUS_CACHE] = self.continuous_cache.init_state(
+                self.embed_dim,
+                self.dims.dtype,
+                batch_size,
+                segment_length,
+            )
         return context | self.stack.init_states(batch_size, segment_length)
 
     def context_axes(self) -> AxesTree:
@@ -244,6 +267,8 @@ class LMConfig:
         axes: dict[str, Any] = {"clock": ()}
         if self.recurrent_tokens:
             axes[RECURRENT] = self.recurrent_tokens.state_axes()
+        if self.continuous_cache:
+            axes[CONTINUOUS_CACHE] = self.continuous_cache.state_axes()
         return axes | self.stack.state_axes()
 
     def prepare_context(self, context: Context, start_of_document: RowFlags) -> Context:
@@ -263,6 +288,9 @@ class LMConfig:
             prepared[group.name] = context_lib.reset_rows(state, fresh, start_of_document)
         if self.recurrent_tokens:
             prepared[RECURRENT] = self.recurrent_tokens.reset(context[RECURRENT], start_of_document)
+        if self.continuous_cache:
+            state = self.continuous_cache.prepare_state(context[CONTINUOUS_CACHE], context["clock"])
+            prepared[CONTINUOUS_CACHE] = self.continuous_cache.reset(state, start_of_document)
         return prepared
 
     def state_bytes(self, segment_length: int) -> int:
@@ -310,6 +338,8 @@ def init(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -
         memory_tokens = MemoryTokens(config.recurrent_tokens)
         state = config.recurrent_tokens.init_state(config.embed_dim, dtype, num_rows)
         created[RECURRENT] = memory_tokens.init(key(RECURRENT), x, state)
+    if config.continuous_cache and config.continuous_cache.has_parameters:
+        created[CONTINUOUS_CACHE] = Mixture(config.continuous_cache).init(key(CONTINUOUS_CACHE), x)
     params = {name: variables["params"] for name, variables in created.items()}
 
     layout = config.layout(segment_length)
@@ -362,12 +392,19 @@ def apply(
     # In a decode step x is the one position that is passed.
     own = x if is_decode_step else layout.own(x)
     logits = _apply_module(embedder, params["embedder"], own, method="decode")
-    new_context = _next_context(config, context, layout, x, layers) if is_whole else None
-    return ModelOutput(logits, new_context, layers.buffers, layers.report)
+    report = layers.report
+    if config.continuous_cache:
+        mixture = _apply_module(Mixture(config.continuous_cache), params.get(CONTINUOUS_CACHE, {}), own)
+        logits, metrics = config.continuous_cache.mix(logits, own, context[CONTINUOUS_CACHE], mixture)
+        report = dataclasses.replace(report, metrics={**report.metrics, **metrics})
+
+    new_context = _next_context(config, inputs, context, layout, x, layers) if is_whole else None
+    return ModelOutput(logits, new_context, layers.buffers, report)
 
 
 def _next_context(
     config: LMConfig,
+    inputs: Inputs,
     context: Context,
     layout: Layout,
     x: Activations,
@@ -377,6 +414,7 @@ def _next_context(
 
     Args:
       config: the model.
+      inputs: this segment.
       context: of this segment.
       layout: of this segment.
       x: output of the last norm, [B, T, D].
@@ -386,6 +424,11 @@ def _next_context(
     new_context: Context = {"clock": clock, **layers.states}
     if config.recurrent_tokens:
         new_context[RECURRENT] = written(layout, x)
+    if config.continuous_cache:
+        state = context[CONTINUOUS_CACHE]
+        new_context[CONTINUOUS_CACHE] = config.continuous_cache.record(
+            state, layout.own(x), inputs.tokens, inputs.is_real
+        )
     return new_context
 
 

@@ -147,11 +147,11 @@ class Experiment:
         rows = self.batch.num_rows // self.batch.num_microbatches
         sharding.check_divides("rows of a microbatch", rows, mesh, "data")
         sharding.check_divides("LMConfig.num_heads", self.model.num_heads, mesh, "model")
-        mechanisms = {group.attention for group in self.model.groups}
-        for attention in mechanisms:
-            if attention.memory_size:
-                name = f"{type(attention).__name__}.memory_size in segments"
-                num_segments = attention.memory_size // self.batch.segment_length
+        memories = {group.attention for group in self.model.groups} | {self.model.continuous_cache}
+        for memory in memories:
+            if memory and memory.memory_size:
+                name = f"{type(memory).__name__}.memory_size in segments"
+                num_segments = memory.memory_size // self.batch.segment_length
                 sharding.check_divides(name, num_segments, mesh, "memory")
         return mesh
 

@@ -90,6 +90,31 @@ def test_what_is_left_in_the_workdir_and_told(workdir: str, result: dict, capsys
     assert f"{figures['perplexity']:.3f}  [{low:.3f}, {high:.3f}]" in told
 
 
+def test_the_controls_are_told_unless_sizes_are_named(
+    tmp_path: pathlib.Path, workdir: str, result: dict, capsys: pytest.CaptureFixture
+):
+    """With a cache of the run's own there is no baseline to hold it against but those of its memory."""
+    plain = finished_run(tmp_path / "plain", model_file="models/transformer_tiny.gin")
+    with_cache = "--gin.LMConfig.continuous_cache=@ContinuousCache()"
+    sized = f"--gin.ContinuousCache.memory_size={MEMORY}"
+    memories = ["memory 0", f"memory {MEMORY}", f"memory {4 * MEMORY}"]
+    for arguments, names in (
+        ([workdir], [*memories, "memory of another document", "continuous cache"]),
+        ([workdir, with_cache, sized], [*memories, "memory of another document"]),
+        ([plain], ["context reset every segment", "as trained", "continuous cache"]),
+        ([plain, with_cache, sized], [*memories, "memory of another document"]),
+    ):
+        folder, *bindings = arguments
+        assert main._run(["evaluate", f"--workdir={folder}", *bindings]) == 0
+        told = capsys.readouterr().out
+        summary = json.loads((pathlib.Path(folder) / "evaluation" / "evaluation.json").read_text())
+        assert list(summary["evaluations"]) == names
+        assert all(f"{name}: perplexity" in told for name in names)
+        if folder == workdir and not bindings:
+            trained = result["evaluations"][f"memory {MEMORY}"]["loss"]
+            assert summary["evaluations"][f"memory {MEMORY}"]["loss"] == pytest.approx(trained, rel=1e-6)
+
+
 def test_two_runs_document_by_document(
     tmp_path: pathlib.Path, workdir: str, result: dict, capsys: pytest.CaptureFixture
 ):

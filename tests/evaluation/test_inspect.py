@@ -34,7 +34,8 @@ from memorizing.models.memory.external_memory import positions_back
 from memorizing.models.memory.search import ExactSearch
 from memorizing.runtime.sharding import MeshConfig
 
-WITH_MEMORY = [mechanism for mechanism in MECHANISMS if mechanism.config.has_memory]
+# What is inspected are the look-ups of a layer.
+WITH_MEMORY = [mechanism for mechanism in MECHANISMS if "layer_01" in mechanism.config.memory_sizes]
 SMALL, LARGE = 2 * LENGTH, 5 * LENGTH
 
 

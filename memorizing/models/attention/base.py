@@ -29,7 +29,7 @@ from memorizing.models.memory.external_memory import Memory
 # Logit where nothing is visible: of weight 0 beside any other, and finite.
 _HIDDEN = jnp.finfo(jnp.float32).min
 # FLOPs for each score of a softmax: exponential, sum, division (Hoffmann et al. 2022, appendix F).
-_SOFTMAX_FLOPS = 3
+SOFTMAX_FLOPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,7 +414,7 @@ def attend_flops(dims: LayerDims, num_queries: int, num_keys: int) -> int:
     """FLOPs of all heads' softmax(q . k) v."""
     num_scores = num_queries * num_keys * dims.num_heads
     products = 2 * matmul_flops(num_queries, dims.width, num_keys)
-    softmax = _SOFTMAX_FLOPS * num_scores
+    softmax = SOFTMAX_FLOPS * num_scores
     return products + softmax
 
 

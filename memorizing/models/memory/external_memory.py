@@ -112,11 +112,6 @@ _MEMORY = Memory(
     values=P("data", "model", "memory", None),
     valid=P("data", "memory"),
 )
-_SEGMENT = Memory(
-    keys=P("data", "model"),
-    values=P("data", "model"),
-    valid=P("data"),
-)
 _READING = Reading(
     values=_QUERIES,
     found=P("data", None),
@@ -160,7 +155,7 @@ def read(
     """
     memory = jax.lax.stop_gradient(memory)
     read_shard = functools.partial(_read_shard, num_neighbors=num_neighbors, search=search)
-    read_sharded = _sharded(
+    read_sharded = sharded(
         read_shard,
         in_specs=(_QUERIES, P("model"), _MEMORY),
         out_specs=_READING,
@@ -168,18 +163,23 @@ def read(
     return read_sharded(queries, scale, memory)
 
 
-def write(memory: Memory, segment: Memory, clock: Clock) -> Memory:
+def write(memory: Memory, segment: Memory, clock: Clock, head_axis: str | None = "model") -> Memory:
     """Overwrites the T oldest slots with a segment; padding takes its slots too, but stays invalid.
 
     Args:
       memory: M slots, M a multiple of T (of T times the shards of the mesh axis `memory`).
       segment: T slots.
       clock: int32 scalar, segments written before, by all rows alike.
+      head_axis: mesh axis over which heads are sharded, None for none.
     """
-    write_sharded = _sharded(
+    slots = P("data", head_axis, "memory", None)
+    written = P("data", head_axis)
+    specs = Memory(keys=slots, values=slots, valid=P("data", "memory"))
+    segment_specs = Memory(keys=written, values=written, valid=P("data"))
+    write_sharded = sharded(
         _write_shard,
-        in_specs=(_MEMORY, _SEGMENT, P()),
-        out_specs=_MEMORY,
+        in_specs=(specs, segment_specs, P()),
+        out_specs=specs,
     )
     return write_sharded(memory, segment, clock)
 
@@ -374,7 +374,7 @@ def _attend_heads(
 
         # [T, K]
         found_scores = jnp.where(is_neighbour, head_scores, 0.0)
-        products = _differentiable_scores(found_scores, head_queries, all_keys, slots)
+        products = differentiable_scores(found_scores, head_queries, all_keys, slots)
         logits = scale[number % num_heads] * products
         logits = jnp.where(is_neighbour, logits, _NO_NEIGHBOUR)
 
@@ -406,7 +406,7 @@ def _attend_heads(
 
 
 @jax.custom_jvp
-def _differentiable_scores(
+def differentiable_scores(
     scores: Float[Array, "T K"],
     queries: Float[Array, "T H"],
     keys: Float[Array, "slots H"],
@@ -419,7 +419,7 @@ def _differentiable_scores(
     return scores
 
 
-@_differentiable_scores.defjvp
+@differentiable_scores.defjvp
 def _differentiable_scores_jvp(
     primals: tuple,
     tangents: tuple,
@@ -493,7 +493,7 @@ def _write_shard(
     )
 
 
-def _sharded(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+def sharded(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
     """`function(*args, axis_name)` on every shard of the mesh that is set, `axis_name` being the axis of the slots.
 
     Where no mesh is set: on the whole, with None.

@@ -1,0 +1,333 @@
+"""The continuous cache (Grave, Joulin and Usunier 2017): a memory of the tokens that followed, mixed into the output.
+
+It stands around the whole stack. The hidden state that predicts the next token is compared with those that predicted
+earlier tokens of the document; the tokens that followed the most similar ones get a share of the probability. Without
+parameters of its own it works on any finished model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from memorizing.array_typing import Activations, AxesTree, Clock, Logits, RealPositions, RowFlags, Scalar, Tokens
+from memorizing.context import reset_rows
+from memorizing.errors import UserError
+from memorizing.models.attention.base import SOFTMAX_FLOPS, matmul_flops, normalize
+from memorizing.models.layers import parameter
+from memorizing.models.memory import external_memory
+from memorizing.models.memory import search as search_lib
+from memorizing.models.memory.external_memory import NEIGHBOURS, Memory, Search
+from memorizing.models.memory.search import ExactSearch
+
+# The entry of the cache in parameters, context and reports.
+CONTINUOUS_CACHE = "continuous_cache"
+
+
+@struct.dataclass
+class ContinuousCacheState:
+    """Every token of the document under the hidden state that predicted it.
+
+    A slot holds an input of the model and the normalised hidden state of the position before. So a segment's slots are
+    known when the segment ends, and its last prediction is stored with the next segment, whose first input it is.
+
+    Attributes:
+      memory: slots of all segments but the last, as far as M reach: keys [B, 1, M, D] in the dtype of the activations,
+        values int32 [B, 1, M, 1], token ids.
+      last_segment: the last segment's T slots, which are written to the memory before the next segment reads it.
+      last_key: [B, D], of the last segment's last position.
+      has_last_key: bool [B], false where that position belongs to no document, or to another one.
+    """
+
+    memory: Memory
+    last_segment: Memory
+    last_key: Float[Array, "B D"] | Any
+    has_last_key: Bool[Array, "B"] | Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuousCache:
+    """p(next) = (1 - weight) * model(next) + weight * cache(next), where cache(next) sums exp(theta * query . key).
+
+    The sum is over those of the k nearest slots that hold the token, divided by that over all k. Queries and keys are
+    hidden states after the last norm, of length 1. A segment is stored before the next one reads: no position finds its
+    own target, nor a token of its own segment. Where the cache is empty the logits are exactly the model's.
+
+    Attributes:
+      memory_size: M, in tokens; a multiple of the segment length.
+      num_neighbors: k.
+      theta: how sharply similar positions are preferred.
+      weight: share of the cache in the prediction, between 0 and 1.
+      mixing: 'fixed' takes `theta` and `weight` as they are; 'learned' learns both, from these values on; 'gated'
+        learns theta, and a weight for each position that is a function of its hidden state.
+      search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
+    """
+
+    memory_size: int = 2048
+    num_neighbors: int = 32
+    theta: float = 15.0
+    weight: float = 0.3
+    mixing: Literal["fixed", "learned", "gated"] = "fixed"
+    search: Search = ExactSearch()
+
+    def __post_init__(self) -> None:
+        if self.memory_size < 1:
+            raise UserError(
+                f"ContinuousCache.memory_size = {self.memory_size}: at least one segment; without a cache set "
+                "LMConfig.continuous_cache = None"
+            )
+        if self.num_neighbors < 1:
+            raise UserError(f"ContinuousCache.num_neighbors = {self.num_neighbors}: at least 1")
+        if self.theta <= 0:
+            raise UserError(f"ContinuousCache.theta = {self.theta}: a number above 0")
+        if not 0 < self.weight < 1:
+            raise UserError(f"ContinuousCache.weight = {self.weight}: expected a number between 0 and 1")
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether anything of it is learned."""
+        return self.mixing != "fixed"
+
+    def check(self, segment_length: int) -> None:
+        """Raises UserError if the cache is not made of whole segments."""
+        if self.memory_size % segment_length:
+            below = self.memory_size // segment_length * segment_length
+            nearest = f"the nearest are {below} and {below + segment_length}" if below else f"at least {segment_length}"
+            raise UserError(
+                f"ContinuousCache.memory_size = {self.memory_size} is not a multiple of the segment length "
+                f"{segment_length}: {nearest}"
+            )
+
+    # What it carries.
+
+    def init_state(
+        self, embed_dim: int, dtype: jnp.dtype, batch_size: int, segment_length: int
+    ) -> ContinuousCacheState:
+        """The state of rows that have seen nothing."""
+
+        def empty(num_slots: int) -> Memory:
+            keys = jnp.zeros((batch_size, 1, num_slots, embed_dim), dtype)
+            tokens = jnp.zeros((batch_size, 1, num_slots, 1), jnp.int32)
+            return Memory(keys, tokens, jnp.zeros((batch_size, num_slots), bool))
+
+        last_key = jnp.zeros((batch_size, embed_dim), dtype)
+        return ContinuousCacheState(
+            empty(self.memory_size), empty(segment_length), last_key, jnp.zeros(batch_size, bool)
+        )
+
+    def state_axes(self) -> AxesTree:
+        """The logical axis names of every leaf of the state."""
+
+        def axes(slots: str) -> Memory:
+            content = ("batch", "one", slots, "embed")
+            return Memory(keys=content, values=content, valid=("batch", slots))
+
+        return ContinuousCacheState(axes("memory"), axes("length"), ("batch", "embed"), ("batch",))
+
+    def prepare_state(self, state: ContinuousCacheState, clock: Clock) -> ContinuousCacheState:
+        """Stores the segment before. Idempotent; `clock` counts the segments processed."""
+        with jax.named_scope("external_memory_write"):
+            memory = external_memory.write(state.memory, state.last_segment, clock - 1, head_axis=None)
+        return dataclasses.replace(state, memory=memory)
+
+    def reset(self, state: ContinuousCacheState, start_of_document: RowFlags) -> ContinuousCacheState:
+        """Empties the flagged rows."""
+        empty = Memory(keys=None, values=None, valid=False)
+        fresh = ContinuousCacheState(memory=empty, last_segment=empty, last_key=None, has_last_key=False)
+        return reset_rows(state, fresh, start_of_document)
+
+    def record(
+        self, state: ContinuousCacheState, hidden: Activations, tokens: Tokens, is_real: RealPositions
+    ) -> ContinuousCacheState:
+        """The state after a segment. No gradient flows into it.
+
+        Args:
+          state: that the segment has read.
+          hidden: [B, T, D], after the last norm.
+          tokens: int32 [B, T], the segment's inputs.
+          is_real: bool [B, T].
+        """
+        # [B, T, D]
+        keys = jax.lax.stop_gradient(normalize(hidden))
+        # An input was predicted by the position before it, the first one by the last of the segment before.
+        previous = jnp.concatenate([state.last_key[:, None], keys[:, :-1]], axis=1)
+        has_previous = jnp.concatenate([state.has_last_key[:, None], is_real[:, :-1]], axis=1)
+        last_segment = Memory(
+            keys=previous[:, None], values=tokens.astype(jnp.int32)[:, None, :, None], valid=is_real & has_previous
+        )
+        return ContinuousCacheState(state.memory, last_segment, keys[:, -1], is_real[:, -1])
+
+    def map_memory(self, state: ContinuousCacheState, change: Callable[[Memory], Memory]) -> ContinuousCacheState:
+        """The same state with the memory changed, and with what waits to be written to it."""
+        return dataclasses.replace(state, memory=change(state.memory), last_segment=change(state.last_segment))
+
+    # What it computes.
+
+    def mix(
+        self, logits: Logits, hidden: Activations, state: ContinuousCacheState, mixture: MixtureNumbers
+    ) -> tuple[Logits, dict[str, jax.Array]]:
+        """The logits with the cache mixed into them, and metrics.
+
+        Gradients reach the model's logits, the hidden states and the numbers of the mixture, never what is stored.
+
+        Args:
+          logits, hidden: float32 [B, T, V] and [B, T, D], the model's predictions and what they are made from.
+          state: as the segment reads it.
+          mixture: theta and weight.
+        """
+        theta, weight_logit = mixture
+        with jax.named_scope("external_memory"):
+            found = look_up(normalize(hidden), state.memory, self.num_neighbors, self.search)
+            mixed = mix_in(logits, found, theta, weight_logit)
+        metrics = {
+            f"{CONTINUOUS_CACHE}/memory_fill": jnp.mean(state.memory.valid, dtype=jnp.float32),
+            f"{CONTINUOUS_CACHE}/theta": jnp.asarray(theta, jnp.float32),
+            f"{CONTINUOUS_CACHE}/weight": jnp.mean(nn.sigmoid(weight_logit)),
+        }
+        return mixed, jax.lax.stop_gradient(metrics)
+
+    def flops(self, embed_dim: int, segment_length: int) -> int:
+        """Forward FLOPs of a segment of one row: the score of every slot, and the softmax over the k nearest."""
+        search = matmul_flops(segment_length, embed_dim, self.memory_size)
+        return search + SOFTMAX_FLOPS * segment_length * self.num_neighbors
+
+
+class MixtureNumbers(NamedTuple):
+    """How the cache is mixed into the prediction.
+
+    Attributes:
+      theta: factor of the scores; a number, or a float32 scalar where it is learned.
+      weight_logit: float32 [B, T], whose sigmoid is the weight of the cache.
+    """
+
+    theta: Scalar | float
+    weight_logit: Float[Array, "B T"]
+
+
+class Mixture(nn.Module):
+    """Theta and weight: as they are given, or learned."""
+
+    config: ContinuousCache
+
+    @nn.compact
+    def __call__(self, hidden: Activations) -> MixtureNumbers:
+        """Those of the positions whose hidden states [B, T, D] these are."""
+        config = self.config
+        weight_logit = math.log(config.weight / (1 - config.weight))
+        if not config.has_parameters:
+            return MixtureNumbers(config.theta, jnp.full(hidden.shape[:2], weight_logit))
+        # softplus of it is theta.
+        theta = self._scalar("theta", config.theta + math.log(-math.expm1(-config.theta)))
+        bias = jnp.broadcast_to(self._scalar("weight", weight_logit), hidden.shape[:2])
+        if config.mixing == "gated":
+            gate = parameter(self, "gate", nn.initializers.zeros, hidden.shape[-1:], ("embed",))
+            bias = bias + jnp.einsum("BTD,D->BT", hidden.astype(jnp.float32), gate)
+        return MixtureNumbers(nn.softplus(theta), bias)
+
+    def _scalar(self, name: str, value: float) -> Scalar:
+        return parameter(self, name, nn.initializers.constant(value), (), ())
+
+
+class Found(NamedTuple):
+    """The slots nearest to each query. Where slots are sharded, K is a multiple of k, and most of them are none.
+
+    Attributes:
+      scores: float32 [B, T, K], query . key; -inf where there is no neighbour.
+      tokens: int32 [B, T, K], what followed there.
+    """
+
+    scores: Float[Array, "B T K"] | Any
+    tokens: Int[Array, "B T K"] | Any
+
+
+def look_up(queries: Activations, memory: Memory, num_neighbors: int, search: Search) -> Found:
+    """Finds the k nearest slots of each query, on every shard of the mesh its own.
+
+    Args:
+      queries: [B, T, D], normalised as the keys are; the scores are differentiable functions of them.
+      memory: with one head.
+      num_neighbors: k.
+      search: how the nearest are found.
+    """
+    by_slot = P("data", None, "memory", None)
+    return external_memory.sharded(
+        functools.partial(_look_up_shard, num_neighbors=num_neighbors, search=search),
+        in_specs=(P("data", None, None), Memory(by_slot, by_slot, P("data", "memory"))),
+        out_specs=Found(P("data", None, "memory"), P("data", None, "memory")),
+    )(queries, jax.lax.stop_gradient(memory))
+
+
+def _look_up_shard(
+    queries: Activations, memory: Memory, axis_name: str | None, *, num_neighbors: int, search: Search
+) -> Found:
+    # [B, M, D], [B, M]
+    keys, tokens = memory.keys[:, 0], memory.values[:, 0, :, 0]
+    with jax.named_scope("search"):
+        rows = (jax.lax.stop_gradient(queries), keys, memory.valid)
+        # [B, T, K]; row by row, since the scores of all rows at once would not fit beside a large memory.
+        scores, slots = jax.lax.map(lambda row: search.top_k(row[0], row[1], row[2], num_neighbors), rows)
+        scores, slots = checkpoint_name((scores, slots), NEIGHBOURS)
+        scores = search_lib.best_of_all_shards(scores, num_neighbors, axis_name)
+    is_neighbour = scores > -jnp.inf
+    # What is no neighbour may hold anything, also NaN: the query's best slot, which comes first, stands in for it.
+    slots = jnp.where(is_neighbour, slots, slots[..., :1])
+    holds_any = jnp.any(memory.valid, axis=-1)
+
+    # The gradient gathers a row's keys again: those of all rows would be K times the size of the activations.
+    @jax.checkpoint
+    def with_gradient(row: tuple) -> Float[Array, "T K"]:
+        return external_memory.differentiable_scores(*row)
+
+    # A query that meets an empty shard gets no gradient from whatever lies there.
+    reading = jnp.where(holds_any[:, None, None], queries, 0)
+    products = jax.lax.map(with_gradient, (jnp.where(is_neighbour, scores, 0.0), reading, keys, slots))
+    scores = jnp.where(is_neighbour, products, -jnp.inf)
+    return Found(scores, jax.vmap(lambda of_row, slots: of_row[slots])(tokens, slots))
+
+
+def mix_in(logits: Logits, found: Found, theta: Scalar | float, weight_logit: Float[Array, "B T"]) -> Logits:
+    """Logits of (1 - weight) * softmax(logits) + weight * cache; the logits themselves where the cache is empty.
+
+    Of the vocabulary only those tokens are touched that were found. As logits are, these are log-probabilities but for
+    a constant of each position, log((1 - weight) / sum of exp(logits)), which the softmax takes away.
+
+    Args:
+      logits: float32 [B, T, V].
+      found: what the cache holds.
+      theta: factor of the scores.
+      weight_logit: float32 [B, T], whose sigmoid is the weight.
+    """
+    is_neighbour = found.scores > -jnp.inf
+    scaled = jnp.where(is_neighbour, theta * jnp.where(is_neighbour, found.scores, 0.0), _NO_NEIGHBOUR)
+    # [B, T, K]
+    weights = jnp.where(is_neighbour, jax.nn.softmax(scaled, axis=-1), 0.0)
+    # [B, T, K, K]: whether the second neighbour holds the token of the first.
+    is_same = (found.tokens[..., :, None] == found.tokens[..., None, :]) & is_neighbour[..., None, :]
+    # [B, T, K], the cache's probability of each neighbour's token
+    cached = jnp.sum(jnp.where(is_same, weights[..., None, :], 0.0), axis=-1)
+    # Every token once: at the first neighbour that holds it.
+    is_earlier = jnp.tri(found.tokens.shape[-1], k=-1, dtype=bool)[None, None]
+    is_first = is_neighbour & ~jnp.any(is_same & is_earlier, axis=-1) & (cached > 0)
+    # log(weight / (1 - weight)) is `weight_logit`.
+    cache = jax.nn.logsumexp(logits, axis=-1, keepdims=True) + weight_logit[..., None]
+    cache = cache + jnp.log(jnp.where(is_first, cached, 1.0))
+    # log(exp(logit) + exp(cache)) - logit
+    gain = jax.nn.softplus(cache - jnp.take_along_axis(logits, found.tokens, axis=-1))
+    # Over rows and positions by vmap: a scatter with batch dimensions stays on the device of its row.
+    add = jax.vmap(jax.vmap(lambda of_position, tokens, gain: of_position.at[tokens].add(gain)))
+    return add(logits, found.tokens, jnp.where(is_first, gain, 0.0))
+
+
+# Logit where there is no neighbour: of weight 0 beside any other, and finite for a query that has none.
+_NO_NEIGHBOUR = -1e30
