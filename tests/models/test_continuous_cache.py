@@ -195,7 +195,7 @@ def test_the_mixture_and_its_gradients_are_those_of_the_dense_one():
     rng = np.random.default_rng(0)
     logits, scores = rng.normal(size=(2, 5, 9)).astype(np.float32), rng.normal(size=(2, 5, 6)).astype(np.float32)
     tokens, weight_logit = rng.integers(0, 9, (2, 5, 6)), rng.normal(size=(2, 5)).astype(np.float32)
-    targets = rng.integers(0, 9, (2, 5))
+    targets = jnp.asarray(rng.integers(0, 9, (2, 5)))
 
     def loss(mix: Any, logits: Any, scores: Any, theta: Any, weight_logit: Any) -> jax.Array:
         found = Found(scores, jnp.asarray(tokens))
