@@ -52,11 +52,12 @@ def loss_by_position(evaluations: Mapping[str, Evaluation], reference: str | Non
             axes[1].fill_between(middles, low, high, alpha=0.15, color=_color(index), linewidth=0)
     axes[0].set_ylabel("loss (nats per token)")
     axes[0].set_title("Held-out loss against position in the document")
-    axes[0].legend()
+    # Losses fall with the position: where the legend hides nothing.
+    axes[0].legend(fontsize="small", loc="upper right")
     for below in axes[1:]:
         below.axhline(0, color="gray", linewidth=0.8, linestyle="--")
         below.set_ylabel(f"less that of\n{reference}")
-        below.legend()
+        below.legend(fontsize="small")
     for each in axes:
         each.set_xscale("log")
     axes[-1].set_xlabel("position in the document (tokens)")
