@@ -59,13 +59,14 @@ def main() -> None:
     while state["step"] < int(flags["gin.steps"]):
         while any(step_of(peer) < state["step"] for peer in peers) and not stop.exists():
             time.sleep(STEP_S)
+        # A step more, and the other could reach its next interruption before this one has counted an attempt.
+        if stop.exists():
+            sys.exit(42)
         state = {"step": state["step"] + 1, "value": advance(state["value"], state["step"])}
         temporary = saved.with_suffix(".tmp")
         temporary.write_text(json.dumps(state))
         temporary.replace(saved)
         strike(strikes.get(f"{attempt}:{process}:{state['step']}"))
-        if stop.exists():
-            sys.exit(42)
         time.sleep(STEP_S)
 
 
