@@ -113,8 +113,7 @@ def full(model: LMConfig, context: Any) -> Any:
 
     def fill(memory: Memory) -> Memory:
         keys = jax.random.normal(jax.random.key(0), memory.keys.shape, memory.keys.dtype)
-        # Those of a continuous cache are token ids.
-        values = keys if memory.values.shape == keys.shape else memory.values
+        values = None if memory.values is None else keys
         return dataclasses.replace(memory, keys=normalize(keys), values=values, valid=jnp.ones_like(memory.valid))
 
     return model.map_memories(context, fill)

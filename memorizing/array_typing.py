@@ -32,6 +32,7 @@ PerToken = Float[Array, "B T"]
 # The external memory keeps heads before slots: a head's slots are then one contiguous matrix for the search.
 MemoryKeys = Float[Array, "B N M H"]
 MemoryValues = Float[Array, "B N M H"]
+MemoryTokens = Int[Array, "B M"]
 MemoryValidity = Bool[Array, "B M"]
 NeighbourScores = Float[Array, "B N T k"]
 NeighbourIndices = Int[Array, "B N T k"]

@@ -132,12 +132,16 @@ class Segment:
       decoding: how far the segment has been generated; None for a whole segment. A layer carries nothing on from a
         segment that is not whole: its new state is None.
       rngs: random numbers of this layer; None where nothing is random, as in evaluation.
+      tokens: int32 [B, length], the segment's own; in a decode step only the one token of the step, [B, 1].
+      clock: int32 scalar, segments processed before this one. A layer without a memory needs neither.
     """
 
     is_real: RealPositions
     layout: Layout = struct.field(pytree_node=False)
     decoding: Decoding | None = None
     rngs: Rngs | None = None
+    tokens: Int[Array, "B _"] | None = None
+    clock: Clock | None = None
 
     @property
     def is_decode_step(self) -> bool:
@@ -199,6 +203,21 @@ class Report:
     metrics: Mapping[str, jax.Array] = struct.field(default_factory=dict)
     kv_cache: Mapping[str, jax.Array] = struct.field(default_factory=dict)
     retrieved: Any = None
+
+    def with_part(self, name: str, part: Report) -> Report:
+        """The report of a model with that of one of its parts, whose losses and metrics are called `name/...`.
+
+        The model's `retrieved` is a dict by part.
+        """
+        losses = {f"{name}/{key}": value for key, value in part.losses.items()}
+        metrics = {f"{name}/{key}": value for key, value in part.metrics.items()}
+        retrieved = {} if part.retrieved is None else {name: part.retrieved}
+        return dataclasses.replace(
+            self,
+            losses={**self.losses, **losses},
+            metrics={**self.metrics, **metrics},
+            retrieved={**self.retrieved, **retrieved},
+        )
 
 
 def reset_rows(state: Tree, fresh: Tree, start_of_document: RowFlags) -> Tree:

@@ -89,6 +89,12 @@ MECHANISMS = (
         attention=XL,
         attention_at=((1, KNNAttention(memory_size=2 * LENGTH, num_neighbors=4, local=XL)),),
     ),
+    Mechanism(
+        "knn that stores what followed",
+        attention_at=(
+            (1, KNNAttention(2 * LENGTH, num_neighbors=4, stored_value="next", retrieval_loss=0.5, local=XL)),
+        ),
+    ),
     Mechanism("transformer-xl", attention=TransformerXLAttention(window=LENGTH), two_segments_equal_one=True),
     Mechanism("compressive", attention=CompressiveAttention(window=LENGTH, compressed_size=4, rate=4)),
     Mechanism("rmt", recurrent_tokens=RecurrentTokens(num_tokens=2), gradient_reaches_context=True),

@@ -385,7 +385,14 @@ def apply(
         memory_tokens = MemoryTokens(config.recurrent_tokens)
         x = _apply_module(memory_tokens, params[RECURRENT], x, context[RECURRENT], is_whole)
 
-    segment = Segment(layout.widen(inputs.is_real), layout, decoding, rngs)
+    segment = Segment(
+        is_real=layout.widen(inputs.is_real),
+        layout=layout,
+        decoding=decoding,
+        rngs=rngs,
+        tokens=inputs.tokens,
+        clock=context["clock"],
+    )
     layers = config.stack.apply(params, buffers, x, segment, context, update_buffers)
     x = _apply_module(_final_norm(config), params["final_norm"], layers.x)
 
@@ -395,8 +402,8 @@ def apply(
     report = layers.report
     if config.continuous_cache:
         mixture = _apply_module(Mixture(config.continuous_cache), params.get(CONTINUOUS_CACHE, {}), own)
-        logits, metrics = config.continuous_cache.mix(logits, own, context[CONTINUOUS_CACHE], mixture)
-        report = dataclasses.replace(report, metrics={**report.metrics, **metrics})
+        logits, of_cache = config.continuous_cache.mix(logits, own, context[CONTINUOUS_CACHE], mixture, segment)
+        report = report.with_part(CONTINUOUS_CACHE, of_cache)
 
     new_context = _next_context(config, inputs, context, layout, x, layers) if is_whole else None
     return ModelOutput(logits, new_context, layers.buffers, report)

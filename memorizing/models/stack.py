@@ -262,8 +262,12 @@ class Stack:
         """Parameters and buffers of a layer."""
         dims = self.dims
         x = jnp.zeros((num_rows, layout.size, dims.embed_dim), dims.dtype)
-        is_real = jnp.ones((num_rows, layout.size), bool)
-        segment = Segment(is_real, layout)
+        segment = Segment(
+            is_real=jnp.ones((num_rows, layout.size), bool),
+            layout=layout,
+            tokens=jnp.zeros((num_rows, layout.length), jnp.int32),
+            clock=jnp.zeros((), jnp.int32),
+        )
         state = attention.init_state(dims, num_rows, layout.length)
         variables = Block(attention, dims).init(key, x, segment, state)
         return dict(variables)
@@ -515,24 +519,17 @@ def _add_run(
     """The output with that of one more run; what layers report gets their names."""
     states = dict(output.states)
     buffers = dict(output.buffers)
-    losses = dict(output.report.losses)
-    metrics = dict(output.report.metrics)
-    kv_cache: dict[str, Any] = dict(output.report.kv_cache)
-    retrieved = dict(output.report.retrieved)
+    report = output.report
 
     for group in run.groups:
         of_group = outputs[group.name]
         states[group.name] = of_group.state
         if of_group.buffers:
             buffers[group.name] = of_group.buffers
-        kv_cache[group.name] = of_group.report.kv_cache
-        for name, report in _reports(group, of_group.report):
-            losses |= {f"{name}/{key}": value for key, value in report.losses.items()}
-            metrics |= {f"{name}/{key}": value for key, value in report.metrics.items()}
-            if report.retrieved is not None:
-                retrieved[name] = report.retrieved
-
-    report = Report(losses, metrics, kv_cache, retrieved)
+        kv_cache: dict[str, Any] = {**report.kv_cache, group.name: of_group.report.kv_cache}
+        report = dataclasses.replace(report, kv_cache=kv_cache)
+        for name, of_layer in _reports(group, of_group.report):
+            report = report.with_part(name, of_layer)
     return StackOutput(x, states, buffers, report)
 
 

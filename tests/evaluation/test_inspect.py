@@ -156,14 +156,16 @@ def test_slots_are_dated_rightly():
         np.testing.assert_array_equal(position - positions_back(valid, clock, num_slots, length), stored)
         assert len(valid) == min(position, num_slots)
         new = jnp.arange(position, position + length, dtype=jnp.float32)[None, :, None, None]
-        segment = external_memory.of_segment(new, new, jnp.ones((1, length), bool))
+        segment = external_memory.of_segment(new, new, jnp.zeros((1, length), jnp.int32), jnp.ones((1, length), bool))
         memory = external_memory.write(memory, segment, jnp.asarray(clock))
 
 
 def test_a_sharded_memory_hands_out_the_same_neighbours():
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    memory = external_memory.Memory(draw(4, 2, 24, 8), draw(4, 2, 24, 8), jnp.asarray(rng.random((4, 24)) < 0.6))
+    tokens = jnp.zeros((4, 24), jnp.int32)
+    valid = jnp.asarray(rng.random((4, 24)) < 0.6)
+    memory = external_memory.Memory(draw(4, 2, 24, 8), draw(4, 2, 24, 8), tokens, valid)
     inputs = draw(4, 6, 2, 8), jnp.ones(2), memory
 
     def found(neighbours: external_memory.Neighbours) -> list:

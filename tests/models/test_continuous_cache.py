@@ -22,7 +22,7 @@ from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory import external_memory
-from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Found, mix_in
+from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, mix_in
 from memorizing.runtime import sharding
 
 CACHE = ContinuousCache(memory_size=3 * LENGTH, num_neighbors=4, theta=5.0, weight=0.4)
@@ -183,10 +183,10 @@ def test_segments_of_two_lengths_agree_where_both_have_stored_the_same():
 # What is learned.
 
 
-def dense_mix(logits: jax.Array, found: Found, theta: Any, weight_logit: jax.Array) -> jax.Array:
+def dense_mix(logits: jax.Array, tokens: jax.Array, scaled: jax.Array, weight_logit: jax.Array) -> jax.Array:
     """The mixture as it is written: a distribution of the cache over the whole vocabulary."""
-    weights = jax.nn.softmax(theta * found.scores)
-    cached = jnp.sum(weights[..., None] * jax.nn.one_hot(found.tokens, logits.shape[-1]), axis=-2)
+    weights = jax.nn.softmax(scaled)
+    cached = jnp.sum(weights[..., None] * jax.nn.one_hot(tokens, logits.shape[-1]), axis=-2)
     weight = jax.nn.sigmoid(weight_logit)[..., None]
     return jnp.log((1 - weight) * jax.nn.softmax(logits) + weight * cached)
 
@@ -198,8 +198,7 @@ def test_the_mixture_and_its_gradients_are_those_of_the_dense_one():
     targets = jnp.asarray(rng.integers(0, 9, (2, 5)))
 
     def loss(mix: Any, logits: Any, scores: Any, theta: Any, weight_logit: Any) -> jax.Array:
-        found = Found(scores, jnp.asarray(tokens))
-        mixed = jax.nn.log_softmax(mix(logits, found, theta, weight_logit))
+        mixed = jax.nn.log_softmax(mix(logits, jnp.asarray(tokens), theta * scores, weight_logit))
         return next_token_nats(mixed, targets).sum() + jnp.sin(mixed).sum(), mixed
 
     arguments = (logits, scores, np.float32(3.0), weight_logit)
@@ -287,7 +286,7 @@ def test_a_reset_hides_what_is_stored_and_does_not_touch_it():
         old, new = getattr(state, name), getattr(reset, name)
         assert new.keys is old.keys and new.values is old.values
         assert not np.asarray(new.valid).any()
-    assert not np.asarray(reset.has_last_key).any()
+    assert not np.asarray(reset.last_key.valid).any()
 
 
 def test_state_and_axes_have_one_structure():
@@ -316,7 +315,7 @@ def test_its_values_can_be_permuted():
     (memory,) = WITH_CACHE.memories(context)
     (permuted,) = WITH_CACHE.memories(WITH_CACHE.map_memories(context, external_memory.permuted))
     valid = np.asarray(memory.valid)
-    before, after = (np.asarray(each.values)[:, 0, :, 0] for each in (memory, permuted))
+    before, after = (np.asarray(each.tokens) for each in (memory, permuted))
     for row in range(ROWS):
         np.testing.assert_array_equal(np.sort(before[row, valid[row]]), np.sort(after[row, valid[row]]))
     assert (before != after).any()

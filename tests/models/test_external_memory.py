@@ -39,6 +39,13 @@ B, T, N, H, M = 3, 4, 2, 8, 16
 DIMS = LayerDims(8, N, H, 16, 0.0, 1.0, jnp.dtype(jnp.float32))
 SCALE = jnp.array([4.0, 8.0])
 
+
+def segment(is_real: jax.Array) -> Segment:
+    """The third segment, of tokens from 0 to 8."""
+    tokens = jnp.asarray(np.random.default_rng(9).integers(0, 9, is_real.shape), jnp.int32)
+    return Segment(is_real, Layout(T), tokens=tokens, clock=jnp.asarray(2))
+
+
 # History: FIFO over M slots.
 
 
@@ -55,7 +62,7 @@ def replay(memory_size: int):
         start, is_real = inputs
         state = context_lib.reset_rows(config.prepare_state(state, clock), config.fresh_state(), start)
         time = jnp.broadcast_to((clock * T + jnp.arange(T)).astype(jnp.float32)[None, :, None, None], (B, T, N, H))
-        last_segment = external_memory.of_segment(time, -time, is_real)
+        last_segment = external_memory.of_segment(time, -time, jnp.zeros((B, T), jnp.int32), is_real)
         return (state.replace(last_segment=last_segment), clock + 1), state.memory
 
     @jax.jit
@@ -116,7 +123,8 @@ def random_memory(rng: np.random.Generator, num_slots: int = M, dtype: jnp.dtype
     keys, values = rng.normal(size=(2, B, N, num_slots, H))
     valid = np.zeros((B, num_slots), bool)
     valid[0], valid[1, [2, 5, 11]] = True, True
-    return Memory(normalize(jnp.asarray(keys, dtype)), jnp.asarray(values, dtype), jnp.asarray(valid))
+    tokens = jnp.asarray(rng.integers(0, 9, (B, num_slots)), jnp.int32)
+    return Memory(normalize(jnp.asarray(keys, dtype)), jnp.asarray(values, dtype), tokens, jnp.asarray(valid))
 
 
 def random_queries(rng: np.random.Generator, dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -143,7 +151,9 @@ def test_the_recall_of_a_search_that_is_not_exact_is_measured(mesh: MeshConfig |
 
     @functools.partial(jax.jit, static_argnums=0)
     def recall(search: Any, valid: jax.Array) -> jax.Array:
-        return external_memory.read(queries, SCALE, Memory(keys, keys, valid), k, search).recall
+        return external_memory.read(
+            queries, SCALE, Memory(keys, keys, jnp.zeros_like(valid, jnp.int32), valid), k, search
+        ).recall
 
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh.make_mesh()):
         full, empty = jnp.ones((4, M), bool), jnp.zeros((4, M), bool)
@@ -231,7 +241,7 @@ class Core:
         rng = np.random.default_rng(seed)
         queries, keys, values = (random_queries(rng) for _ in range(3))
         state = self.config.init_state(DIMS, B, T).replace(memory=random_memory(rng))
-        return queries, keys, values, SCALE, Segment(jnp.ones((B, T), bool), Layout(T)), state
+        return queries, keys, values, SCALE, segment(jnp.ones((B, T), bool)), state
 
     def params(self, gate: float = 0.0) -> dict:
         params = nn.unbox(self.config.core(DIMS).init(jax.random.key(0), *self.inputs())["params"])
@@ -393,8 +403,10 @@ def test_forgetting_empties_the_memory_and_keeps_the_cache():
 def test_permuted_memories_hold_the_same_values_under_other_keys():
     valid = np.arange(12) % 3 > 0
     values = np.where(valid[:, None], np.arange(12.0)[:, None], np.nan)
-    memory = Memory(*(jnp.asarray(np.broadcast_to(values, (2, 3, 12, 1))) for _ in range(2)), jnp.asarray([valid] * 2))
-    state = KNNState(local=(), memory=memory, last_segment=memory)
+    content = jnp.asarray(np.broadcast_to(values, (2, 3, 12, 1)))
+    tokens = jnp.asarray([np.arange(12)] * 2, jnp.int32)
+    memory = Memory(content, content, tokens, jnp.asarray([valid] * 2))
+    state = KNNState(local=(), memory=memory, last_segment=memory, last_key=())
     permuted = KNNAttention().map_memory(state, external_memory.permuted)
     for part in (permuted.memory, permuted.last_segment):
         np.testing.assert_array_equal(part.keys, memory.keys)

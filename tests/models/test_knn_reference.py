@@ -119,6 +119,11 @@ class Reference:
         return attend(np.array(logits), np.array([value for _, _, value in visible]))
 
 
+def segment(is_real: np.ndarray) -> Segment:
+    tokens = jnp.zeros(is_real.shape, jnp.int32)
+    return Segment(jnp.asarray(is_real), Layout(T), tokens=tokens, clock=jnp.zeros((), jnp.int32))
+
+
 LOCALS = {
     "full": FullAttention(num_buckets=BUCKETS, max_distance=MAX_DISTANCE),
     "xl": XLAttention(window=W, num_buckets=BUCKETS, max_distance=MAX_DISTANCE),
@@ -140,7 +145,7 @@ def case(request: pytest.FixtureRequest) -> tuple:
         return normalize(jnp.asarray(keys, jnp.float32)), jnp.asarray(values, jnp.float32), jnp.asarray(valid)
 
     keys, values, valid = stored(M, (M, 2, 0))
-    memory = Memory(keys.swapaxes(1, 2), values.swapaxes(1, 2), valid)
+    memory = Memory(keys.swapaxes(1, 2), values.swapaxes(1, 2), jnp.zeros((B, M), jnp.int32), valid)
     state = attention.init_state(DIMS, B, T).replace(memory=memory)
     if request.param == "xl":
         state = state.replace(local=XLState(*stored(W, (W, 3, 0))))
@@ -174,17 +179,13 @@ def as_numpy(tree: dict) -> Params:
 
 def test_the_parameters_are_these_and_no_others(case: tuple):
     layer, params, x, is_real, state = case
-    made = nn.unbox(
-        layer.init(jax.random.key(0), jnp.asarray(x, jnp.float32), Segment(jnp.asarray(is_real), Layout(T)), state)
-    )
+    made = nn.unbox(layer.init(jax.random.key(0), jnp.asarray(x, jnp.float32), segment(is_real), state))
     assert jax.tree.map(jnp.shape, made["params"]) == jax.tree.map(jnp.shape, as_flax(params))
 
 
 def test_forward(case: tuple):
     layer, params, x, is_real, state = case
-    y, _, _ = layer.apply(
-        {"params": as_flax(params)}, jnp.asarray(x, jnp.float32), Segment(jnp.asarray(is_real), Layout(T)), state
-    )
+    y, _, _ = layer.apply({"params": as_flax(params)}, jnp.asarray(x, jnp.float32), segment(is_real), state)
     np.testing.assert_allclose(y, Reference(x, is_real, state, params)(params), rtol=0, atol=1e-5)
 
 
@@ -197,9 +198,7 @@ def test_gradients(case: tuple):
     weights = np.random.default_rng(4).normal(size=(B, T, D))
 
     def loss(params: dict) -> jax.Array:
-        y, _, _ = layer.apply(
-            {"params": params}, jnp.asarray(x, jnp.float32), Segment(jnp.asarray(is_real), Layout(T)), state
-        )
+        y, _, _ = layer.apply({"params": params}, jnp.asarray(x, jnp.float32), segment(is_real), state)
         return jnp.sum(y * jnp.asarray(weights, jnp.float32))
 
     gradient = as_numpy(jax.jit(jax.grad(loss))(as_flax(params)))

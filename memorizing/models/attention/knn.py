@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -25,8 +25,9 @@ from memorizing.models.attention.base import (
 )
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.layers import parameter
-from memorizing.models.memory import external_memory
-from memorizing.models.memory.external_memory import Memory, Reading, Retrieved
+from memorizing.models.memory import external_memory, recall
+from memorizing.models.memory.external_memory import LastKey, Memory, Reading, Retrieved
+from memorizing.models.memory.recall import LookUps
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
 
 
@@ -41,11 +42,13 @@ class KNNState:
         that moment nothing needs the slots that they replace. Written in the step that computed them, they would force
         a second copy of the memory, since that step's gradient still reads the old slots. (A step of several segments
         cannot avoid such copies: its gradient reads the slots that each of its segments saw.)
+      last_key: the last segment's last one, where keys are stored with the next position's value; else ().
     """
 
     local: Any
     memory: Memory
     last_segment: Memory
+    last_key: LastKey | tuple[()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,10 @@ class KNNAttention(Attention):
       search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
       initial_gate: g at the start, between 0 and 1. A half, as the authors have it, takes half of the local attention
         away before the memory holds anything useful.
+      stored_value: 'own' stores a position's key with its value, as in the paper; 'next' with the value of the position
+        after it, so that a query which resembles the key gets what followed there.
+      retrieval_loss: factor of an auxiliary loss that teaches queries and keys to find positions which were followed by
+        the token that has to be predicted: see `recall.retrieval_loss`. The paper has none.
     """
 
     stackable: ClassVar[bool] = False
@@ -75,6 +82,8 @@ class KNNAttention(Attention):
     local: Attention = FullAttention()
     search: ExactSearch | ApproximateSearch = ExactSearch()
     initial_gate: float = 0.5
+    stored_value: Literal["own", "next"] = "own"
+    retrieval_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if self.memory_size < 1:
@@ -91,11 +100,18 @@ class KNNAttention(Attention):
             raise UserError(f"KNNAttention.num_neighbors = {self.num_neighbors}: at least 1")
         if not 0 < self.initial_gate < 1:
             raise UserError(f"KNNAttention.initial_gate = {self.initial_gate}: expected a number between 0 and 1")
+        if not 0 <= self.retrieval_loss < math.inf:
+            raise UserError(f"KNNAttention.retrieval_loss = {self.retrieval_loss}: a factor, 0 for no such loss")
 
     @property
     def can_decode(self) -> bool:
         """Whether its local attention can."""
         return self.local.can_decode
+
+    @property
+    def stores_next(self) -> bool:
+        """Whether keys are stored with the next position's value."""
+        return self.stored_value == "next"
 
     def check(self, segment_length: int) -> None:
         if self.memory_size % segment_length:
@@ -112,29 +128,28 @@ class KNNAttention(Attention):
         def empty(num_slots: int) -> Memory:
             return external_memory.empty(batch_size, dims.num_heads, num_slots, dims.head_dim, dims.dtype)
 
+        no_key = LastKey.empty(batch_size, dims.num_heads, dims.head_dim, dims.dtype)
         return KNNState(
             local=self.local.init_state(dims, batch_size, segment_length),
             memory=empty(self.memory_size),
             last_segment=empty(segment_length),
+            last_key=no_key if self.stores_next else (),
         )
 
     def state_axes(self) -> AxesTree:
-        def axes(slots: str) -> Memory:
-            content = ("batch", "heads", slots, "head_dim")
-            return Memory(keys=content, values=content, valid=("batch", slots))
-
         return KNNState(
             local=self.local.state_axes(),
-            memory=axes("memory"),
-            last_segment=axes("length"),
+            memory=external_memory.axes("memory"),
+            last_segment=external_memory.axes("length"),
+            last_key=LastKey.axes() if self.stores_next else (),
         )
 
     def fresh_state(self) -> KNNState:
-        empty = Memory(keys=None, values=None, valid=False)
         return KNNState(
             local=self.local.fresh_state(),
-            memory=empty,
-            last_segment=empty,
+            memory=Memory.fresh(),
+            last_segment=Memory.fresh(),
+            last_key=LastKey.fresh() if self.stores_next else (),
         )
 
     def prepare_state(self, state: KNNState, clock: Clock) -> KNNState:
@@ -231,8 +246,26 @@ class KNNCore(nn.Module):
         if segment.decoding is not None:
             return y, None, report
         own = segment.layout.own
-        last_segment = external_memory.of_segment(own(keys), own(values), own(segment.is_real))
-        return y, KNNState(local_state, state.memory, last_segment), report
+        look_ups = LookUps(own(queries), own(keys), scale, own(reading.neighbours.slots), own(reading.logits))
+        report = recall.add_to(
+            report, look_ups, state.memory, segment, config.retrieval_loss, stores_next=config.stores_next
+        )
+        last_segment, last_key = self._slots(keys, values, segment, state.last_key)
+        return y, KNNState(local_state, state.memory, last_segment, last_key), report
+
+    def _slots(
+        self,
+        keys: Keys,
+        values: Values,
+        segment: Segment,
+        before: LastKey | tuple[()],
+    ) -> tuple[Memory, LastKey | tuple[()]]:
+        """The segment's slots, and the key that waits for the next segment."""
+        own = segment.layout.own
+        content = (own(keys), own(values), segment.tokens, own(segment.is_real))
+        if not isinstance(before, LastKey):
+            return external_memory.of_segment(*content), ()
+        return external_memory.of_segment_with_next_values(*content, before)
 
     def _report(
         self,
@@ -252,7 +285,7 @@ class KNNCore(nn.Module):
         if not self.attention.search.is_exact:
             metrics["search_recall"] = reading.recall
         neighbours = jax.tree.map(segment.layout.own, reading.neighbours)
-        retrieved = jax.lax.stop_gradient(Retrieved(neighbours, gate, scale))
+        retrieved = jax.lax.stop_gradient(Retrieved(neighbours, gate, scale, stores_next=self.attention.stores_next))
         return dataclasses.replace(local, metrics=metrics, retrieved=retrieved)
 
 

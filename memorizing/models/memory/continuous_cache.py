@@ -19,16 +19,25 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from memorizing.array_typing import Activations, AxesTree, Clock, Logits, RealPositions, RowFlags, Scalar, Tokens
-from memorizing.context import reset_rows
+from memorizing.context import Report, Segment, reset_rows
 from memorizing.errors import UserError
 from memorizing.models.attention.base import SOFTMAX_FLOPS, matmul_flops, normalize
 from memorizing.models.layers import parameter
-from memorizing.models.memory import external_memory
+from memorizing.models.memory import external_memory, recall
 from memorizing.models.memory import search as search_lib
-from memorizing.models.memory.external_memory import NEIGHBOURS, Memory, Search
+from memorizing.models.memory.external_memory import (
+    NEIGHBOURS,
+    NO_NEIGHBOUR,
+    LastKey,
+    Memory,
+    Neighbours,
+    Retrieved,
+    Search,
+)
+from memorizing.models.memory.recall import LookUps
 from memorizing.models.memory.search import ExactSearch
 
 # The entry of the cache in parameters, context and reports.
@@ -43,17 +52,15 @@ class ContinuousCacheState:
     known when the segment ends, and its last prediction is stored with the next segment, whose first input it is.
 
     Attributes:
-      memory: slots of all segments but the last, as far as M reach: keys [B, 1, M, D] in the dtype of the activations,
-        values int32 [B, 1, M, 1], token ids.
+      memory: slots of all segments but the last, as far as M reach: one head whose keys are as wide as the model, and
+        no values but the tokens.
       last_segment: the last segment's T slots, which are written to the memory before the next segment reads it.
-      last_key: [B, D], of the last segment's last position.
-      has_last_key: bool [B], false where that position belongs to no document, or to another one.
+      last_key: that of the last segment's last position.
     """
 
     memory: Memory
     last_segment: Memory
-    last_key: Float[Array, "B D"] | Any
-    has_last_key: Bool[Array, "B"] | Any
+    last_key: LastKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +79,8 @@ class ContinuousCache:
       mixing: 'fixed' takes `theta` and `weight` as they are; 'learned' learns both, from these values on; 'gated'
         learns theta, and a weight for each position that is a function of its hidden state.
       search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
+      retrieval_loss: factor of an auxiliary loss, which brings the hidden states together that were followed by the
+        same token (TRIME): see `recall.retrieval_loss`.
     """
 
     memory_size: int = 2048
@@ -80,6 +89,7 @@ class ContinuousCache:
     weight: float = 0.3
     mixing: Literal["fixed", "learned", "gated"] = "fixed"
     search: Search = ExactSearch()
+    retrieval_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if self.memory_size < 1:
@@ -93,6 +103,8 @@ class ContinuousCache:
             raise UserError(f"ContinuousCache.theta = {self.theta}: a number above 0")
         if not 0 < self.weight < 1:
             raise UserError(f"ContinuousCache.weight = {self.weight}: expected a number between 0 and 1")
+        if not 0 <= self.retrieval_loss < math.inf:
+            raise UserError(f"ContinuousCache.retrieval_loss = {self.retrieval_loss}: a factor, 0 for no such loss")
 
     @property
     def has_parameters(self) -> bool:
@@ -117,23 +129,26 @@ class ContinuousCache:
         """The state of rows that have seen nothing."""
 
         def empty(num_slots: int) -> Memory:
-            keys = jnp.zeros((batch_size, 1, num_slots, embed_dim), dtype)
-            tokens = jnp.zeros((batch_size, 1, num_slots, 1), jnp.int32)
-            return Memory(keys, tokens, jnp.zeros((batch_size, num_slots), bool))
+            memory = external_memory.empty(batch_size, 1, num_slots, embed_dim, dtype)
+            return dataclasses.replace(memory, values=None)
 
-        last_key = jnp.zeros((batch_size, embed_dim), dtype)
         return ContinuousCacheState(
-            empty(self.memory_size), empty(segment_length), last_key, jnp.zeros(batch_size, bool)
+            memory=empty(self.memory_size),
+            last_segment=empty(segment_length),
+            last_key=LastKey.empty(batch_size, 1, embed_dim, dtype),
         )
 
     def state_axes(self) -> AxesTree:
         """The logical axis names of every leaf of the state."""
 
         def axes(slots: str) -> Memory:
-            content = ("batch", "one", slots, "embed")
-            return Memory(keys=content, values=content, valid=("batch", slots))
+            return dataclasses.replace(external_memory.axes(slots, heads="one", width="embed"), values=None)
 
-        return ContinuousCacheState(axes("memory"), axes("length"), ("batch", "embed"), ("batch",))
+        return ContinuousCacheState(
+            memory=axes("memory"),
+            last_segment=axes("length"),
+            last_key=LastKey.axes(heads="one", width="embed"),
+        )
 
     def prepare_state(self, state: ContinuousCacheState, clock: Clock) -> ContinuousCacheState:
         """Stores the segment before. Idempotent; `clock` counts the segments processed."""
@@ -143,8 +158,11 @@ class ContinuousCache:
 
     def reset(self, state: ContinuousCacheState, start_of_document: RowFlags) -> ContinuousCacheState:
         """Empties the flagged rows."""
-        empty = Memory(keys=None, values=None, valid=False)
-        fresh = ContinuousCacheState(memory=empty, last_segment=empty, last_key=None, has_last_key=False)
+        fresh = ContinuousCacheState(
+            memory=Memory.fresh(),
+            last_segment=Memory.fresh(),
+            last_key=LastKey.fresh(),
+        )
         return reset_rows(state, fresh, start_of_document)
 
     def record(
@@ -158,15 +176,12 @@ class ContinuousCache:
           tokens: int32 [B, T], the segment's inputs.
           is_real: bool [B, T].
         """
-        # [B, T, D]
-        keys = jax.lax.stop_gradient(normalize(hidden))
-        # An input was predicted by the position before it, the first one by the last of the segment before.
-        previous = jnp.concatenate([state.last_key[:, None], keys[:, :-1]], axis=1)
-        has_previous = jnp.concatenate([state.has_last_key[:, None], is_real[:, :-1]], axis=1)
-        last_segment = Memory(
-            keys=previous[:, None], values=tokens.astype(jnp.int32)[:, None, :, None], valid=is_real & has_previous
+        # [B, T, 1, D]
+        keys = normalize(hidden)[:, :, None]
+        last_segment, last_key = external_memory.of_segment_with_next_values(
+            keys, None, tokens, is_real, state.last_key
         )
-        return ContinuousCacheState(state.memory, last_segment, keys[:, -1], is_real[:, -1])
+        return ContinuousCacheState(state.memory, last_segment, last_key)
 
     def map_memory(self, state: ContinuousCacheState, change: Callable[[Memory], Memory]) -> ContinuousCacheState:
         """The same state with the memory changed, and with what waits to be written to it."""
@@ -175,9 +190,14 @@ class ContinuousCache:
     # What it computes.
 
     def mix(
-        self, logits: Logits, hidden: Activations, state: ContinuousCacheState, mixture: MixtureNumbers
-    ) -> tuple[Logits, dict[str, jax.Array]]:
-        """The logits with the cache mixed into them, and metrics.
+        self,
+        logits: Logits,
+        hidden: Activations,
+        state: ContinuousCacheState,
+        mixture: MixtureNumbers,
+        segment: Segment,
+    ) -> tuple[Logits, Report]:
+        """The logits with the cache mixed into them, and what the cache reports.
 
         Gradients reach the model's logits, the hidden states and the numbers of the mixture, never what is stored.
 
@@ -185,17 +205,33 @@ class ContinuousCache:
           logits, hidden: float32 [B, T, V] and [B, T, D], the model's predictions and what they are made from.
           state: as the segment reads it.
           mixture: theta and weight.
+          segment: whose own positions these are.
         """
-        theta, weight_logit = mixture
+        queries = normalize(hidden)
         with jax.named_scope("external_memory"):
-            found = look_up(normalize(hidden), state.memory, self.num_neighbors, self.search)
-            mixed = mix_in(logits, found, theta, weight_logit)
+            found = look_up(queries, state.memory, self.num_neighbors, self.search)
+            scaled = found.scaled(mixture.theta)
+            mixed = mix_in(logits, found.tokens, scaled, mixture.weight_logit)
+
+        weight = jnp.mean(nn.sigmoid(mixture.weight_logit))
+        theta = jnp.asarray(mixture.theta, jnp.float32)
         metrics = {
-            f"{CONTINUOUS_CACHE}/memory_fill": jnp.mean(state.memory.valid, dtype=jnp.float32),
-            f"{CONTINUOUS_CACHE}/theta": jnp.asarray(theta, jnp.float32),
-            f"{CONTINUOUS_CACHE}/weight": jnp.mean(nn.sigmoid(weight_logit)),
+            "memory_fill": jnp.mean(state.memory.valid, dtype=jnp.float32),
+            "theta": theta,
+            "weight": weight,
         }
-        return mixed, jax.lax.stop_gradient(metrics)
+        retrieved = Retrieved(found.neighbours, gate=weight[None], scale=theta[None], stores_next=True)
+        report = jax.lax.stop_gradient(Report(metrics=metrics, retrieved=retrieved))
+        if segment.decoding is not None:
+            return mixed, report
+        look_ups = LookUps(
+            queries=queries[:, :, None],
+            keys=queries[:, :, None],
+            scale=theta[None],
+            slots=found.neighbours.slots,
+            logits=scaled[:, :, None],
+        )
+        return mixed, recall.add_to(report, look_ups, state.memory, segment, self.retrieval_loss, stores_next=True)
 
     def flops(self, embed_dim: int, segment_length: int) -> int:
         """Forward FLOPs of a segment of one row: the score of every slot, and the softmax over the k nearest."""
@@ -240,15 +276,21 @@ class Mixture(nn.Module):
 
 
 class Found(NamedTuple):
-    """The slots nearest to each query. Where slots are sharded, K is a multiple of k, and most of them are none.
+    """The slots nearest to each query.
 
     Attributes:
-      scores: float32 [B, T, K], query . key; -inf where there is no neighbour.
+      neighbours: with one head; the scores are differentiable functions of the queries.
       tokens: int32 [B, T, K], what followed there.
     """
 
-    scores: Float[Array, "B T K"] | Any
+    neighbours: Neighbours
     tokens: Int[Array, "B T K"] | Any
+
+    def scaled(self, theta: Scalar | float) -> Float[Array, "B T K"]:
+        """theta * score of each neighbour, NO_NEIGHBOUR where there is none."""
+        scores = self.neighbours.scores[:, :, 0]
+        is_neighbour = scores > -jnp.inf
+        return jnp.where(is_neighbour, theta * jnp.where(is_neighbour, scores, 0.0), NO_NEIGHBOUR)
 
 
 def look_up(queries: Activations, memory: Memory, num_neighbors: int, search: Search) -> Found:
@@ -260,19 +302,21 @@ def look_up(queries: Activations, memory: Memory, num_neighbors: int, search: Se
       num_neighbors: k.
       search: how the nearest are found.
     """
-    by_slot = P("data", None, "memory", None)
     return external_memory.sharded(
         functools.partial(_look_up_shard, num_neighbors=num_neighbors, search=search),
-        in_specs=(P("data", None, None), Memory(by_slot, by_slot, P("data", "memory"))),
-        out_specs=Found(P("data", None, "memory"), P("data", None, "memory")),
+        in_specs=(P("data", None, None), external_memory.specs(memory, head_axis=None)),
+        out_specs=Found(
+            Neighbours(slots=P("data", None, None, "memory"), scores=P("data", None, None, "memory")),
+            tokens=P("data", None, "memory"),
+        ),
     )(queries, jax.lax.stop_gradient(memory))
 
 
 def _look_up_shard(
     queries: Activations, memory: Memory, axis_name: str | None, *, num_neighbors: int, search: Search
 ) -> Found:
-    # [B, M, D], [B, M]
-    keys, tokens = memory.keys[:, 0], memory.values[:, 0, :, 0]
+    # [B, M, D]
+    keys = memory.keys[:, 0]
     with jax.named_scope("search"):
         rows = (jax.lax.stop_gradient(queries), keys, memory.valid)
         # [B, T, K]; row by row, since the scores of all rows at once would not fit beside a large memory.
@@ -293,10 +337,17 @@ def _look_up_shard(
     reading = jnp.where(holds_any[:, None, None], queries, 0)
     products = jax.lax.map(with_gradient, (jnp.where(is_neighbour, scores, 0.0), reading, keys, slots))
     scores = jnp.where(is_neighbour, products, -jnp.inf)
-    return Found(scores, jax.vmap(lambda of_row, slots: of_row[slots])(tokens, slots))
+    tokens = external_memory.take_slots(memory.tokens, slots)
+    slots = external_memory.first_slot(memory, axis_name) + slots
+    return Found(Neighbours(slots[:, :, None], scores[:, :, None]), tokens)
 
 
-def mix_in(logits: Logits, found: Found, theta: Scalar | float, weight_logit: Float[Array, "B T"]) -> Logits:
+def mix_in(
+    logits: Logits,
+    tokens: Int[Array, "B T K"],
+    scaled: Float[Array, "B T K"],
+    weight_logit: Float[Array, "B T"],
+) -> Logits:
     """Logits of (1 - weight) * softmax(logits) + weight * cache; the logits themselves where the cache is empty.
 
     Of the vocabulary only those tokens are touched that were found. As logits are, these are log-probabilities but for
@@ -304,30 +355,25 @@ def mix_in(logits: Logits, found: Found, theta: Scalar | float, weight_logit: Fl
 
     Args:
       logits: float32 [B, T, V].
-      found: what the cache holds.
-      theta: factor of the scores.
+      tokens: int32 [B, T, K], what the cache found.
+      scaled: float32 [B, T, K], theta * score; NO_NEIGHBOUR where there is no neighbour.
       weight_logit: float32 [B, T], whose sigmoid is the weight.
     """
-    is_neighbour = found.scores > -jnp.inf
-    scaled = jnp.where(is_neighbour, theta * jnp.where(is_neighbour, found.scores, 0.0), _NO_NEIGHBOUR)
+    is_neighbour = scaled > NO_NEIGHBOUR
     # [B, T, K]
     weights = jnp.where(is_neighbour, jax.nn.softmax(scaled, axis=-1), 0.0)
     # [B, T, K, K]: whether the second neighbour holds the token of the first.
-    is_same = (found.tokens[..., :, None] == found.tokens[..., None, :]) & is_neighbour[..., None, :]
+    is_same = (tokens[..., :, None] == tokens[..., None, :]) & is_neighbour[..., None, :]
     # [B, T, K], the cache's probability of each neighbour's token
     cached = jnp.sum(jnp.where(is_same, weights[..., None, :], 0.0), axis=-1)
     # Every token once: at the first neighbour that holds it.
-    is_earlier = jnp.tri(found.tokens.shape[-1], k=-1, dtype=bool)[None, None]
+    is_earlier = jnp.tri(tokens.shape[-1], k=-1, dtype=bool)[None, None]
     is_first = is_neighbour & ~jnp.any(is_same & is_earlier, axis=-1) & (cached > 0)
     # log(weight / (1 - weight)) is `weight_logit`.
     cache = jax.nn.logsumexp(logits, axis=-1, keepdims=True) + weight_logit[..., None]
     cache = cache + jnp.log(jnp.where(is_first, cached, 1.0))
     # log(exp(logit) + exp(cache)) - logit
-    gain = jax.nn.softplus(cache - jnp.take_along_axis(logits, found.tokens, axis=-1))
+    gain = jax.nn.softplus(cache - jnp.take_along_axis(logits, tokens, axis=-1))
     # Over rows and positions by vmap: a scatter with batch dimensions stays on the device of its row.
     add = jax.vmap(jax.vmap(lambda of_position, tokens, gain: of_position.at[tokens].add(gain)))
-    return add(logits, found.tokens, jnp.where(is_first, gain, 0.0))
-
-
-# Logit where there is no neighbour: of weight 0 beside any other, and finite for a query that has none.
-_NO_NEIGHBOUR = -1e30
+    return add(logits, tokens, jnp.where(is_first, gain, 0.0))

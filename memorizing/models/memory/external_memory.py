@@ -25,12 +25,15 @@ from memorizing.array_typing import (
     HeadScale,
     Keys,
     MemoryKeys,
+    MemoryTokens,
     MemoryValidity,
     MemoryValues,
     NeighbourIndices,
     NeighbourScores,
     Queries,
     RealPositions,
+    RowFlags,
+    Tokens,
     Values,
 )
 from memorizing.models.memory import search as search_lib
@@ -39,7 +42,7 @@ from memorizing.models.memory.search import Indices, Scores, Search
 # Rematerialisation saves what has this name (see stack.py): the search then runs once a step.
 NEIGHBOURS = "neighbours"
 # Logit where there is no neighbour: of weight 0 beside any other, and finite for a query that has none.
-_NO_NEIGHBOUR = -1e30
+NO_NEIGHBOUR = -1e30
 # Queries of a head of which the recall of an approximate search is measured.
 _CHECKED_QUERIES = 8
 
@@ -49,13 +52,51 @@ class Memory:
     """M slots a row and head. A slot whose `valid` is false is empty, whatever its key and value hold.
 
     Attributes:
-      keys, values: [B, N, M, H] in the dtype of the activations.
+      keys, values: [B, N, M, H] in the dtype of the activations. Values are None where the tokens are all that is read.
+      tokens: int32 [B, M], the token of the position whose value it is.
       valid: bool [B, M].
     """
 
     keys: MemoryKeys | Any
     values: MemoryValues | Any
+    tokens: MemoryTokens | Any
     valid: MemoryValidity | Any
+
+    @classmethod
+    def fresh(cls) -> Memory:
+        """What a reset writes: see `context.reset_rows`."""
+        return cls(keys=None, values=None, tokens=None, valid=False)
+
+
+@struct.dataclass
+class LastKey:
+    """The key of a segment's last position, where a key is stored with the value of the position after it.
+
+    Attributes:
+      key: [B, N, H].
+      valid: bool [B], false where that position belongs to no document, or to another one.
+    """
+
+    key: Float[Array, "B N H"] | Any
+    valid: RowFlags | Any
+
+    @classmethod
+    def empty(cls, batch_size: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> LastKey:
+        """Before the first segment."""
+        return cls(
+            key=jnp.zeros((batch_size, num_heads, head_dim), dtype),
+            valid=jnp.zeros(batch_size, bool),
+        )
+
+    @classmethod
+    def axes(cls, heads: str = "heads", width: str = "head_dim") -> LastKey:
+        """The logical axis names of every leaf, given those of the axes N and H."""
+        return cls(key=("batch", heads, width), valid=("batch",))
+
+    @classmethod
+    def fresh(cls) -> LastKey:
+        """What a reset writes."""
+        return cls(key=None, valid=False)
 
 
 @struct.dataclass
@@ -80,11 +121,13 @@ class Retrieved:
       neighbours: those of the segment's own positions.
       gate: float32 [N], share of the memory in the layer's output.
       scale: float32 [N], factor of the scores in the softmax.
+      stores_next: whether a slot has the key of the position before its own.
     """
 
     neighbours: Neighbours
     gate: HeadScale | Any
     scale: HeadScale | Any
+    stores_next: bool = struct.field(pytree_node=False, default=False)
 
 
 class Reading(NamedTuple):
@@ -94,6 +137,8 @@ class Reading(NamedTuple):
       values: [B, T, N, H], zero where nothing was found.
       found: bool [B, T], whether the row had anything to find.
       neighbours: the neighbours that were found; costs nothing unless it is used.
+      logits: float32 [B, T, N, K], what the softmax over the neighbours is of, as functions of queries and scale;
+        NO_NEIGHBOUR where there is none.
       recall: float32 scalar, share of the true neighbours that the search found for a few queries of each device;
         exactly 1 for an exact search, which is not checked.
     """
@@ -101,21 +146,18 @@ class Reading(NamedTuple):
     values: Queries | Any
     found: Bool[Array, "B T"] | Any
     neighbours: Neighbours
+    logits: Float[Array, "B T N K"] | Any
     recall: Float[Array, ""] | Any
 
 
 # How arrays lie on a mesh.
 _QUERIES = P("data", None, "model", None)
 _NEIGHBOURS = P("data", None, "model", "memory")
-_MEMORY = Memory(
-    keys=P("data", "model", "memory", None),
-    values=P("data", "model", "memory", None),
-    valid=P("data", "memory"),
-)
 _READING = Reading(
     values=_QUERIES,
     found=P("data", None),
     neighbours=Neighbours(slots=_NEIGHBOURS, scores=_NEIGHBOURS),
+    logits=_NEIGHBOURS,
     recall=P(),
 )
 
@@ -132,6 +174,11 @@ def positions_back(slots: Any, clock: Any, num_slots: int, segment_length: int) 
     segment = slots // segment_length
     segments_back = 1 + (clock - 1 - segment) % num_segments
     return segments_back * segment_length - slots % segment_length
+
+
+def take_slots(of_slots: Int[Array, "B M"], slots: Int[Array, "B *rest"]) -> Int[Array, "B *rest"]:
+    """The entries of a table by slot, for each of some slots of the same row."""
+    return jax.vmap(lambda row, slots: row[slots])(of_slots, slots)
 
 
 def read(
@@ -157,7 +204,7 @@ def read(
     read_shard = functools.partial(_read_shard, num_neighbors=num_neighbors, search=search)
     read_sharded = sharded(
         read_shard,
-        in_specs=(_QUERIES, P("model"), _MEMORY),
+        in_specs=(_QUERIES, P("model"), specs(memory)),
         out_specs=_READING,
     )
     return read_sharded(queries, scale, memory)
@@ -172,28 +219,76 @@ def write(memory: Memory, segment: Memory, clock: Clock, head_axis: str | None =
       clock: int32 scalar, segments written before, by all rows alike.
       head_axis: mesh axis over which heads are sharded, None for none.
     """
-    slots = P("data", head_axis, "memory", None)
-    written = P("data", head_axis)
-    specs = Memory(keys=slots, values=slots, valid=P("data", "memory"))
-    segment_specs = Memory(keys=written, values=written, valid=P("data"))
     write_sharded = sharded(
         _write_shard,
-        in_specs=(specs, segment_specs, P()),
-        out_specs=specs,
+        in_specs=(specs(memory, head_axis), specs(segment, head_axis, slot_axis=None), P()),
+        out_specs=specs(memory, head_axis),
     )
     return write_sharded(memory, segment, clock)
 
 
-def of_segment(keys: Keys, values: Values, is_real: RealPositions) -> Memory:
-    """A segment's keys and values, [B, T, N, H], in the layout of a memory; gradients are stopped."""
-    # [B, N, T, H]
-    keys = keys.swapaxes(1, 2)
-    values = values.swapaxes(1, 2)
-    return Memory(
-        keys=jax.lax.stop_gradient(keys),
-        values=jax.lax.stop_gradient(values),
+def specs(memory: Memory, head_axis: str | None = "model", slot_axis: str | None = "memory") -> Memory:
+    """How a memory lies on a mesh: the tree of its partitions.
+
+    Args:
+      memory: some of its fields may be None.
+      head_axis, slot_axis: mesh axes over which heads and slots are sharded, None for none.
+    """
+    content = P("data", head_axis, slot_axis, None)
+    by_slot = P("data", slot_axis)
+    return jax.tree.map(lambda leaf: content if leaf.ndim == 4 else by_slot, memory)
+
+
+def of_segment(
+    keys: Keys,
+    values: Values | None,
+    tokens: Tokens,
+    is_real: RealPositions,
+) -> Memory:
+    """A segment's slots, each with the key and the value of one position; gradients are stopped.
+
+    Args:
+      keys, values: [B, T, N, H].
+      tokens: int32 [B, T].
+      is_real: bool [B, T].
+    """
+    slots = Memory(
+        keys=_heads_first(keys),
+        values=None if values is None else _heads_first(values),
+        tokens=tokens.astype(jnp.int32),
         valid=is_real,
     )
+    return jax.lax.stop_gradient(slots)
+
+
+def of_segment_with_next_values(
+    keys: Keys,
+    values: Values | None,
+    tokens: Tokens,
+    is_real: RealPositions,
+    before: LastKey,
+) -> tuple[Memory, LastKey]:
+    """A segment's slots, each with the value of a position and the key of the one before it.
+
+    So a query that resembles a key finds what followed there. A segment's slots are known when it ends, but for its
+    last key, which goes with the first value of the next segment.
+
+    Args:
+      keys, values, tokens, is_real: see `of_segment`.
+      before: last key of the segment before.
+
+    Returns:
+      The slots, and the segment's own last key.
+    """
+    keys = jax.lax.stop_gradient(keys)
+    keys_before = jnp.concatenate([before.key[:, None], keys[:, :-1]], axis=1)
+    has_key = jnp.concatenate([before.valid[:, None], is_real[:, :-1]], axis=1)
+    slots = of_segment(keys_before, values, tokens, is_real & has_key)
+    return slots, LastKey(keys[:, -1], is_real[:, -1])
+
+
+def _heads_first(array: Float[Array, "B T N H"]) -> Float[Array, "B N T H"]:
+    return array.swapaxes(1, 2)
 
 
 def cleared(memory: Memory) -> Memory:
@@ -210,8 +305,11 @@ def permuted(memory: Memory) -> Memory:
     rank = jnp.cumsum(memory.valid, axis=-1) - 1
     # [B, M]
     source = jnp.take_along_axis(random_order, jnp.maximum(rank, 0), axis=-1)
+    tokens = jnp.take_along_axis(memory.tokens, source, axis=1)
+    if memory.values is None:
+        return dataclasses.replace(memory, tokens=tokens)
     values = jnp.take_along_axis(memory.values, source[:, None, :, None], axis=2)
-    return dataclasses.replace(memory, values=values)
+    return dataclasses.replace(memory, values=values, tokens=tokens)
 
 
 def empty(
@@ -226,8 +324,16 @@ def empty(
     return Memory(
         keys=jnp.zeros(shape, dtype),
         values=jnp.zeros(shape, dtype),
+        tokens=jnp.zeros((batch_size, num_slots), jnp.int32),
         valid=jnp.zeros((batch_size, num_slots), bool),
     )
+
+
+def axes(slots: str, heads: str = "heads", width: str = "head_dim") -> Memory:
+    """The logical axis names of every leaf, given those of the axes M, N and H."""
+    content = ("batch", heads, slots, width)
+    by_slot = ("batch", slots)
+    return Memory(keys=content, values=content, tokens=by_slot, valid=by_slot)
 
 
 def _read_shard(
@@ -253,14 +359,14 @@ def _read_shard(
         )
         recall = jnp.ones(()) if search.is_exact else _recall(by_head, memory, scores)
         scores = search_lib.best_of_all_shards(scores, num_neighbors, axis_name)
-        slots = _first_slot(memory, axis_name) + indices
+        slots = first_slot(memory, axis_name) + indices
         neighbours = Neighbours(
             slots=slots.swapaxes(1, 2),
             scores=scores.swapaxes(1, 2),
         )
 
     with jax.named_scope("attend"):
-        attended, log_sum = _attend_heads(by_head, scale, memory, scores, indices)
+        attended, log_sum, logits = _attend_heads(by_head, scale, memory, scores, indices)
 
     # [B]
     found = jnp.any(memory.valid, axis=-1)
@@ -271,10 +377,10 @@ def _read_shard(
 
     found = jnp.broadcast_to(found[:, None], queries.shape[:2])
     values = attended.swapaxes(1, 2).astype(queries.dtype)
-    return Reading(values, found, neighbours, recall)
+    return Reading(values, found, neighbours, logits.swapaxes(1, 2), recall)
 
 
-def _first_slot(memory: Memory, axis_name: str | None) -> Int[Array, ""] | int:
+def first_slot(memory: Memory, axis_name: str | None) -> Int[Array, ""] | int:
     """The number of this shard's first slot in the whole memory."""
     if axis_name is None:
         return 0
@@ -348,10 +454,10 @@ def _attend_heads(
     memory: Memory,
     scores: NeighbourScores,
     indices: NeighbourIndices,
-) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"], NeighbourScores]:
     """Softmax attention to the neighbours with a score above -inf (0 where there is none).
 
-    Also returns the logarithm of its sum of exponentials in float32.
+    Also returns the logarithm of its sum of exponentials, and its logits, in float32.
     """
     num_rows, num_heads = queries.shape[:2]
     num_slots = memory.valid.shape[1]
@@ -363,7 +469,7 @@ def _attend_heads(
     # Neighbours are gathered row by row, and again for the gradient: those of all rows would be K times the size of the
     # activations.
     @jax.checkpoint
-    def attend_head(head: tuple) -> tuple[Float[Array, "T H"], Float[Array, "T"]]:
+    def attend_head(head: tuple) -> tuple[Float[Array, "T H"], Float[Array, "T"], Scores]:
         number, head_queries, head_scores, head_indices = head
         is_neighbour = head_scores > -jnp.inf
         first_slot = number * num_slots
@@ -376,7 +482,7 @@ def _attend_heads(
         found_scores = jnp.where(is_neighbour, head_scores, 0.0)
         products = differentiable_scores(found_scores, head_queries, all_keys, slots)
         logits = scale[number % num_heads] * products
-        logits = jnp.where(is_neighbour, logits, _NO_NEIGHBOUR)
+        logits = jnp.where(is_neighbour, logits, NO_NEIGHBOUR)
 
         weights = jax.nn.softmax(logits).astype(all_values.dtype)
         attended = jnp.einsum(
@@ -387,7 +493,7 @@ def _attend_heads(
         )
         attended = attended.astype(all_values.dtype)
         log_sum = jax.nn.logsumexp(logits, axis=-1)
-        return attended, log_sum
+        return attended, log_sum, logits
 
     # Queries of a row whose memory is empty meet whatever lies in a slot: they get nothing, and no gradient.
     holds_any = jnp.any(memory.valid, axis=-1)[:, None, None, None]
@@ -397,12 +503,13 @@ def _attend_heads(
         _flatten_heads(scores),
         _flatten_heads(indices),
     )
-    attended, log_sum = jax.lax.map(attend_head, heads, batch_size=num_heads)
+    attended, log_sum, logits = jax.lax.map(attend_head, heads, batch_size=num_heads)
     # [B, N, T, H] and [B, N, T]
     attended = _unflatten_heads(attended, num_rows, num_heads)
     log_sum = _unflatten_heads(log_sum, num_rows, num_heads)
+    logits = _unflatten_heads(logits, num_rows, num_heads)
     attended, log_sum = checkpoint_name((attended, log_sum), NEIGHBOURS)
-    return jnp.where(holds_any, attended, 0), log_sum
+    return jnp.where(holds_any, attended, 0), log_sum, logits
 
 
 @jax.custom_jvp
@@ -481,16 +588,14 @@ def _write_shard(
     is_on_shard = slot // shard_slots == shard
     first = slot % shard_slots
 
-    def update(slots: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+    def update(slots: jax.Array, new: jax.Array) -> jax.Array:
+        # [B, N, M, H] or [B, M]
+        axis = 2 if slots.ndim == 4 else 1
         old = jax.lax.dynamic_slice_in_dim(slots, first, length, axis)
         written = jnp.where(is_on_shard, new, old)
         return jax.lax.dynamic_update_slice_in_dim(slots, written, first, axis)
 
-    return Memory(
-        keys=update(memory.keys, segment.keys, axis=2),
-        values=update(memory.values, segment.values, axis=2),
-        valid=update(memory.valid, segment.valid, axis=1),
-    )
+    return jax.tree.map(update, memory, segment)
 
 
 def sharded(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:

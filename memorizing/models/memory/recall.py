@@ -1,0 +1,206 @@
+"""Whether a memory looks anything up: what the slots that it found lead to, as metrics and as an auxiliary loss.
+
+A slot is a *hit* where the token that followed its key is the one that has to be predicted. Targets are known within a
+segment, so that its last position has none and counts nowhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from memorizing.array_typing import Clock, HeadScale, Keys, Queries, RealPositions, Scalar, Tokens
+from memorizing.context import Report, Segment
+from memorizing.models.memory.external_memory import NO_NEIGHBOUR, Memory, take_slots
+
+# Of so many queries of a segment, at equal distances, a row is measured.
+_MEASURED_QUERIES = 8
+
+
+class SlotTokens(NamedTuple):
+    """What stood around the key of every slot.
+
+    Attributes:
+      read: int32 [B, M], the token that was read where the key was made.
+      followed: int32 [B, M], the token after it.
+    """
+
+    read: Int[Array, "B M"]
+    followed: Int[Array, "B M"]
+
+
+def slot_tokens(memory: Memory, tokens: Tokens, clock: Clock, stores_next: bool) -> SlotTokens:
+    """The tokens around the keys of a memory.
+
+    Args:
+      memory: as a segment reads it.
+      tokens: int32 [B, T], of that segment.
+      clock: int32 scalar, segments processed before it.
+      stores_next: whether a slot holds the key of the position before its own.
+    """
+    own = memory.tokens
+    if stores_next:
+        # The oldest slot gets the newest token here: what was read there is gone.
+        return SlotTokens(read=jnp.roll(own, 1, axis=1), followed=own)
+    num_slots = own.shape[1]
+    segment_length = tokens.shape[1]
+    newest = (clock * segment_length - 1) % num_slots
+    is_newest = jnp.arange(num_slots) == newest
+    # What followed the newest slot is the segment's first token.
+    followed = jnp.where(is_newest[None], tokens[:, :1], jnp.roll(own, -1, axis=1))
+    return SlotTokens(read=own, followed=followed)
+
+
+class Targets(NamedTuple):
+    """What each position of a segment has to predict, as far as the segment itself tells.
+
+    Attributes:
+      tokens: int32 [B, T].
+      known: bool [B, T], false at the last real position and after it.
+    """
+
+    tokens: Tokens
+    known: RealPositions
+
+
+def targets(tokens: Tokens, is_real: RealPositions) -> Targets:
+    """The targets of a segment's own positions."""
+    # The last position's is the first token, which is not used.
+    has_next = jnp.roll(is_real, -1, axis=1).at[:, -1].set(False)
+    return Targets(jnp.roll(tokens, -1, axis=1), is_real & has_next)
+
+
+class LookUps(NamedTuple):
+    """What the own positions of a segment looked up.
+
+    Attributes:
+      queries, keys: [B, T, N, H], both of length 1.
+      scale: float32 [N], factor of their products.
+      slots: int32 [B, T, N, K], of the neighbours that were found.
+      logits: float32 [B, T, N, K], before the softmax over K; NO_NEIGHBOUR where there is none.
+    """
+
+    queries: Queries
+    keys: Keys
+    scale: HeadScale
+    slots: Int[Array, "B T N K"]
+    logits: Float[Array, "B T N K"]
+
+
+def add_to(
+    report: Report,
+    look_ups: LookUps,
+    memory: Memory,
+    segment: Segment,
+    loss_factor: float,
+    stores_next: bool,
+) -> Report:
+    """The report with what the neighbours led to: metrics, and the auxiliary loss.
+
+    Args:
+      report: of the layer.
+      look_ups: of a whole segment.
+      memory: as the segment read it.
+      segment: it.
+      loss_factor: of the auxiliary loss; 0 for none.
+      stores_next: see `slot_tokens`.
+    """
+    assert segment.tokens is not None and segment.clock is not None, "a layer with a memory is told both"
+    wanted = targets(segment.tokens, segment.layout.own(segment.is_real))
+    around = slot_tokens(memory, segment.tokens, segment.clock, stores_next)
+    metrics = recall_metrics(look_ups, around, memory.valid, segment.tokens, wanted)
+    losses = dict(report.losses)
+    if loss_factor:
+        losses["retrieval_loss"] = loss_factor * retrieval_loss(look_ups, around.followed, wanted)
+    return dataclasses.replace(report, losses=losses, metrics={**report.metrics, **metrics})
+
+
+def recall_metrics(
+    look_ups: LookUps,
+    around: SlotTokens,
+    valid: Bool[Array, "B M"],
+    tokens: Tokens,
+    wanted: Targets,
+) -> dict[str, jax.Array]:
+    """How well a few queries of each row looked up; float32, means over them.
+
+    Args:
+      look_ups: of the segment.
+      around: tokens around the memory's keys.
+      valid: which slots hold anything.
+      tokens: int32 [B, T], of the segment.
+      wanted: what its positions have to predict.
+
+    Returns:
+      hit_share [N]: share of the neighbours that are hits.
+      hit_weight [N]: share of the attention that is on hits.
+      hit_chance: share of hits among all valid slots, which a search at random would find.
+      same_token_share [N]: share of the neighbours that were read where the same token was.
+      weight_entropy [N]: of the attention to the neighbours, in nats.
+    """
+    every = max(tokens.shape[1] // _MEASURED_QUERIES, 1)
+    all_of_segment = (look_ups.slots, look_ups.logits, tokens, *wanted)
+    slots, logits, tokens, target, known = (array[:, ::every] for array in all_of_segment)
+    # [B, Q]: queries that have a target and something to find.
+    counts = known & jnp.any(valid, axis=1)[:, None]
+    # [B, Q, N, K]
+    exists = (logits > NO_NEIGHBOUR) & counts[:, :, None, None]
+    is_hit = exists & (take_slots(around.followed, slots) == target[:, :, None, None])
+    is_same = exists & (take_slots(around.read, slots) == tokens[:, :, None, None])
+    weights = jnp.where(exists, jax.nn.softmax(logits, axis=-1), 0.0)
+    nats = -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1.0)), axis=-1)
+    # [B, Q, M]
+    is_candidate = counts[:, :, None] & valid[:, None, :]
+    would_hit = is_candidate & (around.followed[:, None, :] == target[:, :, None])
+
+    # Sums over everything but heads.
+    over = (0, 1, 3)
+    num_neighbours = jnp.maximum(jnp.sum(exists, axis=over), 1)
+    num_queries = jnp.maximum(jnp.sum(counts), 1)
+    metrics = {
+        "hit_share": jnp.sum(is_hit, axis=over) / num_neighbours,
+        "hit_weight": jnp.sum(weights * is_hit, axis=over) / num_queries,
+        "hit_chance": jnp.sum(would_hit) / jnp.maximum(jnp.sum(is_candidate), 1),
+        "same_token_share": jnp.sum(is_same, axis=over) / num_neighbours,
+        "weight_entropy": jnp.sum(nats, axis=(0, 1)) / num_queries,
+    }
+    return jax.lax.stop_gradient(metrics)
+
+
+def retrieval_loss(look_ups: LookUps, followed: Int[Array, "B M"], wanted: Targets) -> Scalar:
+    """-log of the attention to hits, among the neighbours found and the earlier positions of the segment.
+
+    That is the objective of TRIME (Zhong et al. 2022, equation 4 without the vocabulary) on the layer's own scores. The
+    segment's keys get a gradient, so that keys and queries learn to meet; the memory's are as they were stored. A
+    position at which there is no hit to be found counts nothing.
+
+    Args:
+      look_ups: of the segment.
+      followed: int32 [B, M], the token after the key of each slot.
+      wanted: what the positions have to predict.
+
+    Returns:
+      Nats a position and head.
+    """
+    num_rows, length, num_heads, _ = look_ups.queries.shape
+    products = jnp.einsum("BTNH,BSNH->BTNS", look_ups.queries, look_ups.keys, preferred_element_type=jnp.float32)
+    scores = products * look_ups.scale[None, None, :, None]
+    # What followed an earlier position is known: it is the next one at the latest.
+    is_earlier = jnp.tri(length, k=-1, dtype=bool)[None, :, None, :]
+    own_logits = jnp.where(is_earlier & wanted.known[:, None, None, :], scores, NO_NEIGHBOUR)
+
+    # [B, T, N, K + S]
+    logits = jnp.concatenate([look_ups.logits, own_logits], axis=-1)
+    own_tokens = jnp.broadcast_to(wanted.tokens[:, None, None, :], own_logits.shape)
+    found_tokens = take_slots(followed, look_ups.slots)
+    led_to = jnp.concatenate([found_tokens, own_tokens], axis=-1)
+    is_hit = (led_to == wanted.tokens[:, :, None, None]) & (logits > NO_NEIGHBOUR)
+
+    has_hit = jnp.any(is_hit, axis=-1) & wanted.known[:, :, None]
+    of_hits = jax.nn.logsumexp(jnp.where(is_hit, logits, NO_NEIGHBOUR), axis=-1)
+    nats = jax.nn.logsumexp(logits, axis=-1) - of_hits
+    return jnp.sum(jnp.where(has_hit, nats, 0.0)) / (num_rows * length * num_heads)
