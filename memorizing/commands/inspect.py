@@ -22,7 +22,6 @@ from memorizing.evaluation import plots
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, inspect
 from memorizing.evaluation.inspection.page import make_page
-from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE
 
 FOLDER = "inspection"
 MAX_TOKENS = 100_000
@@ -165,11 +164,6 @@ def _memory_sizes(finished: FinishedRun, given: str | None) -> tuple[int, int]:
     model = finished.experiment.model
     if not model.has_memory:
         raise UserError(f"the model of {finished.workdir} has no external memory: there is nothing to look into")
-    if not model.memory_sizes.keys() - {CONTINUOUS_CACHE}:
-        raise UserError(
-            f"the only memory of the model of {finished.workdir} is its continuous cache: what is shown are the look-ups "
-            "of layers"
-        )
     if given is None:
         return 0, model.memory_size
     sizes = [size.strip() for size in given.split(",")]

@@ -28,16 +28,17 @@ from memorizing.models.memory.external_memory import Retrieved, positions_back
 
 @dataclasses.dataclass(frozen=True)
 class Lookups:
-    """What the queries of one layer found, position by position of the document.
+    """What the queries of one layer, or of the continuous cache, found, position by position of the document.
 
     Position i is the one that predicts token i, having read token i - 1.
 
     Attributes:
       layer: its name.
-      gate: float32 [N], share of the memory in the layer's output.
+      gate: float32 [N], share of the memory in the layer's output, or of the cache in the predictions; the mean over
+        the document.
       scale: float32 [N], factor of the scores in the softmax.
-      distances: int32 [tokens, N, K], how many positions back the neighbour was stored; 0 where there is none. The best
-        neighbour comes first.
+      distances: int32 [tokens, N, K], how many positions back the neighbour's key was made; 0 where there is none. The
+        best neighbour comes first.
       scores: float32 [tokens, N, K], query . key, both of length 1; -inf where there is none.
     """
 
@@ -82,7 +83,7 @@ class Inspection:
       memory_sizes: the smaller memory (0 for none) and the larger, in tokens.
       segment_length: T.
       nats: float32 [2, tokens], -log p of each token with either.
-      lookups: of every layer with an external memory, with the larger one.
+      lookups: of every external memory, with the larger one.
     """
 
     tokens: np.ndarray
@@ -107,7 +108,7 @@ class DocumentReading(NamedTuple):
 
     Attributes:
       nats: float32 [tokens], -log p of each token.
-      lookups: of every layer with an external memory; empty where they were not asked for.
+      lookups: of every external memory; empty where they were not asked for.
     """
 
     nats: np.ndarray
@@ -215,12 +216,13 @@ def _lookups(layer: str, parts: list[Retrieved], memory_size: int, num_tokens: i
         of_slots = part.neighbours.scores[0]  # [T, N, K]
         length = len(slots)
         back_from_start = positions_back(slots, index, memory_size, length)
-        back = back_from_start + np.arange(length)[:, None, None]
+        # Of a slot that holds the key of the position before its own, the key counts.
+        back = back_from_start + np.arange(length)[:, None, None] + part.stores_next
         distances.append(np.where(of_slots > -np.inf, back, 0).astype(np.int32))
         scores.append(of_slots)
     return Lookups(
         layer=layer,
-        gate=np.asarray(parts[0].gate, np.float32),
+        gate=np.mean([part.gate for part in parts], axis=0, dtype=np.float32),
         scale=np.asarray(parts[0].scale, np.float32),
         distances=np.concatenate(distances)[:num_tokens],
         scores=np.concatenate(scores)[:num_tokens],
