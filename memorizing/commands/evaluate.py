@@ -6,7 +6,6 @@ Or two runs, document by document.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import time
@@ -20,11 +19,10 @@ from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
 from memorizing.config.runs import open_run
 from memorizing.errors import UserError
-from memorizing.evaluation import plots, report
+from memorizing.evaluation import baselines, plots, report
 from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator, num_rows_side_by_side
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.models.language_model import LMConfig
-from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.runtime import sharding
 from memorizing.runtime.json_lines import replace_text
 
@@ -149,7 +147,7 @@ def _settings(finished: FinishedRun, memory_sizes: str | None) -> tuple[str, lis
         if memory_sizes:
             raise UserError(f"--memory_sizes={memory_sizes}: the model of {finished.workdir} has no external memory")
         reset = Setting("context reset every segment", None, model, "state_reset")
-        return "as trained", [reset, Setting("as trained", None, model), *_continuous_cache(finished)]
+        return "as trained", [reset, Setting("as trained", None, model), *_baseline(finished)]
     own = model.memory_size
     sizes = _parsed(memory_sizes) if memory_sizes else [0, *_larger(finished, own)]
     segment_length = finished.experiment.batch.segment_length
@@ -161,21 +159,15 @@ def _settings(finished: FinishedRun, memory_sizes: str | None) -> tuple[str, lis
         return reference.name, settings
     if finished.experiment.data.num_eval_documents > 1:
         settings.append(Setting("memory of another document", None, model, "memory_of_another_document"))
-    return reference.name, [*settings, *_continuous_cache(finished)]
+    return reference.name, [*settings, *_baseline(finished)]
 
 
-def _continuous_cache(finished: FinishedRun) -> list[Setting]:
+def _baseline(finished: FinishedRun) -> list[Setting]:
     """What a memory has to beat: the same weights with a cache that was not trained, in the place of their memory."""
-    model = finished.experiment.model
-    if text_of(finished.experiment.data) is None or model.continuous_cache:
+    with_cache = baselines.with_continuous_cache(finished.experiment)
+    if with_cache is None:
         return []
-    # A whole number of segments on every device.
-    unit = finished.experiment.batch.segment_length * finished.experiment.mesh.memory
-    baseline = ContinuousCache()
-    size = max((model.memory_size or baseline.memory_size) // unit, 1) * unit
-    cache = dataclasses.replace(baseline, memory_size=size)
-    with_cache = dataclasses.replace(model, continuous_cache=cache)
-    return [Setting("continuous cache", None, with_cache, "memory_of_layers_cleared")]
+    return [Setting(baselines.CONTINUOUS_CACHE, None, with_cache, baselines.CACHE_ALONE)]
 
 
 def _with_memory(model: LMConfig, size: int, segment_length: int) -> Setting:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from memorizing.commands import experiment_flags
 from memorizing.config.files import find_file, shipped_files
 from memorizing.config.loading import load_experiment
-from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN
+from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN, UserError
+from memorizing.evaluation import baselines
 from memorizing.evaluation.train_and_evaluate import train_and_evaluate
 from memorizing.runtime import distributed
 from memorizing.runtime.failures import end_together
@@ -42,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", metavar="DIR", help="folder of the run (default: runs/NAME of the gin file, in the current folder)"
     )
     parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="then train the same model without its memory, in WORKDIR/without_memory, and say what the memory is worth",
+    )
+    parser.add_argument(
         "--restore_step", type=int, metavar="STEP", help="go on from this checkpoint and drop the later ones"
     )
 
@@ -54,10 +60,16 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
 def _run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     gin_files = options.gin_file or [DEFAULT_RUN]
     experiment, text = load_experiment(gin_files, bindings)
+    if options.compare and not experiment.model.has_memory:
+        raise UserError("--compare: the model has no external memory that it could be trained without")
     experiment_flags.use_devices(experiment.batch.num_rows // experiment.batch.num_microbatches)
     path = options.workdir or f"runs/{find_file(gin_files[-1]).stem}"
     try:
-        train_and_evaluate(experiment, path, text, options.restore_step)
+        trained = train_and_evaluate(experiment, path, text, options.restore_step)
+        if options.compare:
+            without, text = load_experiment(gin_files, [*bindings, baselines.WITHOUT_MEMORY])
+            distributed.say("\nthe same without a memory:")
+            distributed.say(baselines.worth(trained, train_and_evaluate(without, f"{path}/without_memory", text)))
     except Preempted as stopped:
         distributed.say(f"memorizing: {stopped}")
         return EXIT_START_AGAIN

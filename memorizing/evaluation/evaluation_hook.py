@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from memorizing.evaluation import baselines
 from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator
 from memorizing.runtime import distributed
 from memorizing.runtime.events import EventLog
@@ -18,7 +19,7 @@ from memorizing.training.step import Metrics
 class EvaluationHook(Hook):
     """Evaluates on the held-out documents every so many steps, and at the end also with other memories.
 
-    Those are an empty one, and that of another document.
+    Those are an empty one, that of another document, and a continuous cache that was not trained.
 
     Attributes:
       final: the evaluations at the end, by name; empty before.
@@ -44,6 +45,7 @@ class EvaluationHook(Hook):
         """
         self.final: dict[str, Evaluation] = {}
         self._data = experiment.data
+        self._with_cache = baselines.with_continuous_cache(experiment)
         self._has_memory = experiment.model.has_memory
         self._every = experiment.loop.evaluate_every
         self._num_steps = experiment.loop.num_steps
@@ -73,17 +75,32 @@ class EvaluationHook(Hook):
             self.final["memory cleared"] = self._evaluate(step, "memory_cleared")
             if self._data.num_eval_documents > 1:
                 self.final["memory of another document"] = self._evaluate(step, "memory_of_another_document")
+        if self._with_cache is not None:
+            cached = self._evaluator.with_model(self._with_cache)
+            evaluation = self._evaluate(step, baselines.CACHE_ALONE, cached, name="continuous_cache")
+            self.final[baselines.CONTINUOUS_CACHE] = evaluation
         self._progress.say(_table(self.final))
 
     def _is_due(self, step: int) -> bool:
         return bool(self._every) and step % self._every == 0 and 0 < step < self._num_steps
 
-    def _evaluate(self, step: int, ablation: Ablation = "none") -> Evaluation:
+    def _evaluate(
+        self, step: int, ablation: Ablation = "none", evaluator: Evaluator | None = None, name: str = ""
+    ) -> Evaluation:
+        """Evaluates and logs.
+
+        Args:
+          step: updates made.
+          ablation: what is done to the context.
+          evaluator: of another model; None for the one that is trained.
+          name: in the log; empty for that of the ablation.
+        """
         state = self._training.state
         with self._events.measure("evaluation", step=step):
-            evaluation = self._evaluator.run(state.params, state.buffers, self._data, ablation)
+            evaluation = (evaluator or self._evaluator).run(state.params, state.buffers, self._data, ablation)
         values = evaluation.values()
-        self._writer.write(step, "evaluation" if ablation == "none" else f"evaluation_{ablation}", values)
+        kind = "evaluation" if ablation == "none" else f"evaluation_{name or ablation}"
+        self._writer.write(step, kind, values)
         if step < self._num_steps:
             self._progress.say(f"held-out documents at step {step}: {_figures(values)}")
             self._progress.restart_clock(step)
@@ -98,7 +115,13 @@ def _figures(values: Mapping[str, float]) -> str:
 
 
 def _table(evaluations: Mapping[str, Evaluation]) -> str:
-    lines, width = ["held-out documents, each once, whole:"], max(map(len, evaluations)) + 2
+    """A line an evaluation; those with other memories with the difference that this makes."""
+    as_trained, *_ = evaluations.values()
+    width = max(map(len, evaluations)) + 2
+    lines = ["held-out documents, each once, whole:"]
     for name, evaluation in evaluations.items():
-        lines.append(f"  {name + ':':<{width}}{_figures(evaluation.values())}")
+        figures = _figures(evaluation.values())
+        if evaluation is not as_trained:
+            figures += f" ({baselines.percent(evaluation.loss - as_trained.loss)})"
+        lines.append(f"  {name + ':':<{width}}{figures}")
     return "\n".join(lines)

@@ -125,6 +125,7 @@ class Experiment:
 
     Attributes:
       model, data, batch, optimizer, mesh, loop: its parts.
+      without_memory: trains the model without its external memories, all else being equal: what they are held against.
     """
 
     data: DataSource
@@ -133,8 +134,11 @@ class Experiment:
     optimizer: Optimizer = AdamW()
     mesh: MeshConfig = MeshConfig()
     loop: LoopConfig = LoopConfig()
+    without_memory: bool = False
 
     def __post_init__(self) -> None:
+        if self.without_memory:
+            object.__setattr__(self, "model", self.model.without_memory())
         self.model.check(self.batch.segment_length)
 
     def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:

@@ -93,15 +93,15 @@ def test_what_is_left_in_the_workdir_and_told(workdir: str, result: dict, capsys
 def test_the_controls_are_told_unless_sizes_are_named(
     tmp_path: pathlib.Path, workdir: str, result: dict, capsys: pytest.CaptureFixture
 ):
-    """With a cache of the run's own there is no baseline to hold it against but those of its memory."""
+    """A cache that is the baseline itself is not told twice."""
     plain = finished_run(tmp_path / "plain", model_file="models/transformer_tiny.gin")
     with_cache = "--gin.LMConfig.continuous_cache=@ContinuousCache()"
     sized = f"--gin.ContinuousCache.memory_size={MEMORY}"
     memories = ["memory 0", f"memory {MEMORY}", f"memory {4 * MEMORY}"]
     for arguments, names in (
-        ([workdir], [*memories, "memory of another document", "continuous cache"]),
-        ([workdir, with_cache, sized], [*memories, "memory of another document"]),
-        ([plain], ["context reset every segment", "as trained", "continuous cache"]),
+        ([workdir], [*memories, "memory of another document", "continuous cache instead"]),
+        ([workdir, with_cache, sized], [*memories, "memory of another document", "continuous cache instead"]),
+        ([plain], ["context reset every segment", "as trained", "continuous cache instead"]),
         ([plain, with_cache, sized], [*memories, "memory of another document"]),
     ):
         folder, *bindings = arguments
