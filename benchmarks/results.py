@@ -1,14 +1,14 @@
-"""The rows of the paper's Table 4 on corpora of your own: no memory, a cache, a memory, both, and a larger memory.
+"""What memories are worth on corpora of your own, against the same model trained without one and against controls.
 
-python benchmarks/results.py --cache isabelle=FOLDER --cache github=FOLDER
-  [--steps=600] [--seeds=0,1] [--output=runs/results]
+python benchmarks/results.py --cache stdlib=FOLDER --cache isabelle=FOLDER
+  [--steps=400] [--seeds=0,1,2] [--runs=none,recall] [--output=runs/results]
 
 A FOLDER is a token cache as `memorizing prepare` makes it; the caches may have different vocabularies. Every row is
-trained by `memorizing train` and evaluated by `memorizing evaluate` on whole held-out documents, one process after the
-other, the first seed of all rows first. A row is benchmarks/results.gin and the bindings of ROWS; rows differ in
-nothing else but one gate per head. Finished runs are not run again, killed ones go on. OUTPUT/runs has the folders of
-the runs; results.md, results.json and results.png are made from the finished ones, with --report_only without running
-anything.
+trained and evaluated on whole held-out documents by `memorizing train`, one process after the other, the first seed of
+all rows first. A row is benchmarks/results.gin, which is the demo without its memory, and the bindings of ROWS; rows
+differ in nothing else but one gate per head and two numbers of a cache. Finished runs are not run again, killed ones go
+on. OUTPUT/runs has the folders of the runs; results.md, results.json and results.png are made from the finished ones,
+with --report_only without running anything.
 """
 
 from __future__ import annotations
@@ -29,25 +29,32 @@ from memorizing.benchmarks import measure
 from memorizing.data.tasks import task_name
 from memorizing.data.tokens import token_cache
 from memorizing.errors import EXIT_START_AGAIN
-from memorizing.evaluation import bootstrap
+from memorizing.evaluation import baselines, bootstrap
 from memorizing.evaluation.plots import COLORS, MARKERS
 
 GIN_FILE = pathlib.Path(__file__).with_suffix(".gin")
+# What `memorizing train` leaves in a run's folder.
+RESULT = "evaluation.json"
 
-XL = ("LOCAL=@XLAttention()", "XLAttention.window=128")
+WINDOW = ("LOCAL=@XLAttention()", "XLAttention.window=128")
 MEMORY = (
-    "LMConfig.attention_at=((1, @KNNAttention()),)",
+    "LMConfig.attention_at=((2, @KNNAttention()),)",
     "KNNAttention.local=%LOCAL",
     "KNNAttention.memory_size=2048",
     "KNNAttention.num_neighbors=32",
 )
+# As in gin/models/with_recall.gin, and what the demo adds.
+RECALL = (*MEMORY, "KNNAttention.stored_value=next", "KNNAttention.retrieval_loss=1.0")
+CACHE = ("LMConfig.continuous_cache=@ContinuousCache()", "ContinuousCache.mixing=learned")
+CLEARED = "memory cleared"
+ANOTHER = "memory of another document"
 
 
 class Row(NamedTuple):
     """A row of the table.
 
     Attributes:
-      title: memory and XL cache, as the table shows them.
+      title: as the table shows it.
       run: the folder of the run whose weights it has.
       bindings: of that run, over results.gin.
       setting: which setting of the run's evaluation the row shows.
@@ -60,20 +67,22 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row("no memory, no cache", "no_memory", ()),
-    Row("XL cache 128", "xl", XL),
-    Row("memory 2048", "memory", MEMORY, "memory 2048"),
-    Row("memory 2048, XL cache 128", "memory_xl", MEMORY + XL, "memory 2048"),
-    # The same weights as the row above, read with a larger memory, without further training.
-    Row("memory 8192, XL cache 128 (weights of the row above)", "memory_xl", MEMORY + XL, "memory 8192"),
+    Row("no memory", "none", ()),
+    Row("no memory, window of 128 more", "window", WINDOW),
+    Row("no memory, continuous cache, untrained", "none", (), baselines.CONTINUOUS_CACHE),
+    Row("kNN layer as in the paper", "paper", MEMORY),
+    Row("kNN layer, taught to look up", "recall", RECALL),
+    Row("... its memory cleared", "recall", RECALL, CLEARED),
+    Row("... with the memory of another document", "recall", RECALL, ANOTHER),
+    Row("kNN layer, taught, and continuous cache", "both", RECALL + CACHE),
+    Row("... their memories cleared", "both", RECALL + CACHE, CLEARED),
+    Row("... with the memories of another document", "both", RECALL + CACHE, ANOTHER),
 )
 
-# Pairs of rows that are compared, besides every row with the first: what a memory adds to a cache, what a cache adds to
-# a memory, and what a larger memory adds.
+# Pairs of rows that are compared, besides every row with the first.
 CONTRASTS = (
-    (3, 1, "memory, where there is a cache"),
-    (3, 2, "cache, where there is a memory"),
-    (4, 3, "larger memory"),
+    (4, 3, "teaching it"),
+    (7, 2, "both, against the untrained cache"),
 )
 
 
@@ -97,28 +106,19 @@ def flags(row: Row, cache: str, steps: int, seed: int) -> list[str]:
 
 
 def run_row(row: Row, cache: str, steps: int, seed: int, workdir: pathlib.Path, output: pathlib.Path) -> None:
-    """Trains and evaluates one row, unless that was done before."""
-    # Of a setting such as "memory 8192".
-    sizes = [other.setting.split()[1] for other in ROWS if other.run == row.run and "memory" in other.setting]
-    evaluation_flags = [f"--memory_sizes={','.join(sizes)}"] if sizes else []
-    stages = {
-        "train": (workdir / "evaluation.json", flags(row, cache, steps, seed)),
-        "evaluate": (workdir / "evaluation" / "evaluation.json", evaluation_flags),
-    }
+    """Trains and evaluates the run of a row, unless that was done before."""
     # The rows of one kind are the same program: it is compiled once.
     environment = {"JAX_COMPILATION_CACHE_DIR": str(output / "compiled")} | os.environ
-    for command, (result, arguments) in stages.items():
-        while _step(result) != steps:
-            command_line = [command, *arguments, f"--workdir={workdir}"]
-            print("$ memorizing " + " ".join(command_line), flush=True)
-            start = time.monotonic()
-            code = subprocess.run([sys.executable, "-m", "memorizing", *command_line], env=environment).returncode
-            seconds = round(time.monotonic() - start, 1)
-            record = {"run": workdir.name, "command": command, "seconds": seconds, "code": code}
-            with (output / "times.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            if code not in (0, EXIT_START_AGAIN):
-                sys.exit(f"{workdir.name}: memorizing {command} ended with exit code {code}")
+    while _step(workdir / RESULT) != steps:
+        command_line = ["train", *flags(row, cache, steps, seed), f"--workdir={workdir}"]
+        print("$ memorizing " + " ".join(command_line), flush=True)
+        start = time.monotonic()
+        code = subprocess.run([sys.executable, "-m", "memorizing", *command_line], env=environment).returncode
+        seconds = round(time.monotonic() - start, 1)
+        with (output / "times.jsonl").open("a") as file:
+            file.write(json.dumps({"run": workdir.name, "seconds": seconds, "code": code}) + "\n")
+        if code not in (0, EXIT_START_AGAIN):
+            sys.exit(f"{workdir.name}: memorizing train ended with exit code {code}")
 
 
 def _step(result: pathlib.Path) -> int | None:
@@ -128,28 +128,45 @@ def _step(result: pathlib.Path) -> int | None:
     return json.loads(result.read_text())["step"]
 
 
-def folder_of(output: pathlib.Path, corpus: str, run: str, seed: int) -> pathlib.Path:
+def folder_of(output: pathlib.Path, corpus: str, run: str, seed: int, steps: int) -> pathlib.Path:
     """The workdir of a run."""
-    return output / "runs" / f"{corpus}-{run}-seed{seed}"
+    return output / "runs" / f"{corpus}-{run}-{steps}-seed{seed}"
 
 
 def read_results(output: pathlib.Path, corpora: Iterable[str], seeds: Iterable[int], steps: int) -> dict[str, Any]:
     """The finished rows: `{corpus: {row title: {seed: figures}}}`.
 
-    The figures are those of `memorizing evaluate`, with the number of tokens of each document.
+    The figures are those at the end of `memorizing train`, with the number of tokens of each document, and what the
+    last logged steps say of look-ups.
     """
     results: dict[str, Any] = {}
     for corpus in corpora:
         rows: dict[str, dict[int, Any]] = {row.title: {} for row in ROWS}
         for row in ROWS:
             for seed in seeds:
-                path = folder_of(output, corpus, row.run, seed) / "evaluation" / "evaluation.json"
-                if _step(path) == steps:
-                    evaluation = json.loads(path.read_text())
-                    figures = evaluation["evaluations"][row.setting]
-                    rows[row.title][seed] = {"document_tokens": evaluation["documents"]["tokens"], **figures}
+                folder = folder_of(output, corpus, row.run, seed, steps)
+                if _step(folder / RESULT) == steps:
+                    evaluation = json.loads((folder / RESULT).read_text())
+                    rows[row.title][seed] = {
+                        "document_tokens": evaluation["documents"]["tokens"],
+                        **evaluation[row.setting],
+                        **(look_ups(folder / "metrics.jsonl") if row.setting == "as trained" else {}),
+                    }
         results[corpus] = rows
     return results
+
+
+def look_ups(metrics: pathlib.Path) -> dict[str, float]:
+    """Means over the heads of the kNN layer and the last half of the logged steps; empty without such a layer."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    steps = steps[len(steps) // 2 :]
+    found = {}
+    for name in ("hit_share", "hit_chance", "weight_entropy"):
+        values = [value for step in steps for key, value in step.items() if f"layer_02/{name}" in key]
+        if values:
+            found[name] = float(np.mean(values))
+    return found
 
 
 def over_seeds(values: Iterable[float]) -> dict[str, float | None]:
@@ -196,6 +213,8 @@ def summarize(rows: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
                 "perplexity": over_seeds(each["perplexity"] for each in by_seed.values()),
                 "bits_per_byte": over_seeds(each["bits_per_byte"] for each in by_seed.values()),
                 "difference": paired(by_seed, base),
+                "change": over_seeds(by_seed[seed]["perplexity"] / base[seed]["perplexity"] - 1 for seed in by_seed),
+                "look_ups": _look_ups_over_seeds(by_seed.values()),
             }
     contrasts = {}
     for i, j, name in CONTRASTS:
@@ -205,20 +224,37 @@ def summarize(rows: Mapping[str, Mapping[int, Any]]) -> dict[str, Any]:
     return {"rows": table, "contrasts": contrasts}
 
 
+def _look_ups_over_seeds(by_seed: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of what is told of look-ups; empty where nothing is."""
+    figures = [each for each in by_seed if "hit_share" in each]
+    return {
+        name: float(np.mean([each[name] for each in figures]))
+        for name in ("hit_share", "hit_chance", "weight_entropy")
+        if figures
+    }
+
+
 def markdown(corpus: str, summary: Mapping[str, Any]) -> str:
     """The summary of a corpus as a table, and a line for each contrast."""
     first = ROWS[0].title
     lines = [
-        f"| {corpus} | perplexity | bits per byte | loss less that of no memory | documents better | seeds |",
-        "|---|---|---|---|---|---|",
+        f"| {corpus} | perplexity | against no memory | loss less that of no memory | documents better | hits, chance | "
+        "seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for title, row in summary["rows"].items():
-        cells = [title, _shown(row["perplexity"], ".3f"), _shown(row["bits_per_byte"], ".4f")]
+        cells = [title, _shown(row["perplexity"], ".3f")]
         difference = row["difference"]
         if title == first or difference is None:
-            cells += ["", ""]
+            cells += ["", "", ""]
         else:
-            cells += [_shown(difference), f"{difference['documents_better']} of {difference['documents']}"]
+            cells += [
+                _shown(row["change"], "+.1%"),
+                _shown(difference),
+                f"{difference['documents_better']} of {difference['documents']}",
+            ]
+        found = row["look_ups"]
+        cells.append(f"{found['hit_share']:.3f}, {found['hit_chance']:.3f}" if found else "")
         cells.append(str(len(row["seeds"])))
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
@@ -262,7 +298,7 @@ def picture(results: Mapping[str, Any], path: pathlib.Path) -> None:
             seeds = sorted(set(rows[row.title]) & set(base))
             if not seeds:
                 continue
-            style = {"color": COLORS[i], "marker": MARKERS[i], "markersize": 4}
+            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
             # [seeds, positions]
             losses = np.array([_losses(rows[row.title][seed]) for seed in seeds])
             base_losses = np.array([_losses(base[seed]) for seed in seeds])
@@ -324,8 +360,10 @@ def report(output: pathlib.Path, caches: Mapping[str, str], seeds: Sequence[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", action="append", required=True, metavar="NAME=FOLDER", help="repeatable")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seeds", default="0,1", metavar="N,N,...")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", default="0,1,2", metavar="N,N,...")
+    names = ",".join(dict.fromkeys(row.run for row in ROWS))
+    parser.add_argument("--runs", default=names, metavar="NAME,...", help="which runs to make (default: %(default)s)")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/results"))
     parser.add_argument("--report_only", action="store_true")
     options = parser.parse_args()
@@ -337,11 +375,12 @@ def main() -> None:
     output = options.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     if not options.report_only:
-        trained = {row.run: row for row in ROWS}
+        trained = {row.run: row for row in ROWS if row.run in options.runs.split(",")}
         for seed in seeds:
             for corpus, cache in caches.items():
                 for row in trained.values():
-                    run_row(row, cache, options.steps, seed, folder_of(output, corpus, row.run, seed), output)
+                    folder = folder_of(output, corpus, row.run, seed, options.steps)
+                    run_row(row, cache, options.steps, seed, folder, output)
     report(output, caches, seeds, options.steps)
 
 

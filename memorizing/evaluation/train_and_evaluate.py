@@ -12,9 +12,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from memorizing import __version__
+from memorizing.batch import DataSource, text_of
 from memorizing.cost.accelerators import Utilization, memory_in_use
 from memorizing.errors import EXIT_START_AGAIN
-from memorizing.evaluation import plots
+from memorizing.evaluation import plots, report
 from memorizing.evaluation.controls import ControlsHook
 from memorizing.evaluation.evaluation_hook import EvaluationHook
 from memorizing.evaluation.evaluator import Evaluation, Evaluator, num_rows_side_by_side
@@ -75,7 +76,7 @@ def train_and_evaluate(
         try:
             run = _assemble(experiment, folder, mesh, events, stop, watchdog, restore_step)
             train(run.training, run.program, loop.num_steps, run.hooks, run.tick)
-            _write_results(run, folder, events)
+            _write_results(run, experiment.data, folder, events)
         except BaseException as error:
             _end_early(run, error, events)
             raise
@@ -142,11 +143,12 @@ def _assemble(
     return _Run(program, training, tick, progress, profile, metrics, checkpoint, evaluation, controls)
 
 
-def _write_results(run: _Run, workdir: epath.Path, events: EventLog) -> None:
+def _write_results(run: _Run, data: DataSource, workdir: epath.Path, events: EventLog) -> None:
     """Leaves the final evaluations in the workdir, as figures and as a picture, and says where the time went."""
     evaluations = run.evaluation.final
-    summary: dict[str, Any] = {"step": run.training.step}
-    summary |= {name: evaluation.values() for name, evaluation in evaluations.items()}
+    text = text_of(data)
+    of_all = report.summarize(evaluations, "as trained", text.document_keys() if text else None, seed=0)
+    summary: dict[str, Any] = {"step": run.training.step, "documents": of_all["documents"], **of_all["evaluations"]}
     if run.controls.accuracies is not None:
         summary["accuracy"] = run.controls.accuracies
     if distributed.is_primary():

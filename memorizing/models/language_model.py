@@ -213,11 +213,12 @@ class LMConfig:
         )
 
     def _with_mechanisms(self, change: Callable[[Attention], Attention]) -> LMConfig:
-        """The model with every mechanism changed."""
+        """The model with every mechanism changed; a layer that then has the pattern's is no exception any more."""
         pattern = tuple(map(change, self.pattern))
         attention = pattern if isinstance(self.attention, tuple) else pattern[0]
-        attention_at = tuple((index, change(mechanism)) for index, mechanism in self.attention_at)
-        return dataclasses.replace(self, attention=attention, attention_at=attention_at)
+        changed = [(index, change(mechanism)) for index, mechanism in self.attention_at]
+        exceptions = [(index, each) for index, each in changed if each != pattern[index % len(pattern)]]
+        return dataclasses.replace(self, attention=attention, attention_at=tuple(exceptions))
 
     # What it can be used for.
 

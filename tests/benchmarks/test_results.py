@@ -37,35 +37,46 @@ def results():
 
 
 def test_rows_differ_in_nothing_but_what_they_say(results):
-    """Memory and cache are as the title says; all else is equal, parameters up to the gate."""
+    """All is equal but memory and window; parameters up to the gates, and theta and weight of a cache."""
     no_memory, *_ = experiments = [
         load_experiment([str(results.GIN_FILE), "tasks/repeated_passages.gin"], [*SMALL, *row.bindings])[0]
         for row in results.ROWS
     ]
-    sizes = []
+    added = {"none": 0, "window": 0, "paper": 2, "recall": 2, "both": 4}
+    sizes = {}
     for row, experiment in zip(results.ROWS, experiments, strict=True):
         model = experiment.model
-        local = XLAttention(window=128) if "XL cache 128" in row.title else FullAttention()
-        assert model.attention == local
-        assert model.has_memory == ("memory_size" in str(row.bindings))
+        assert model.attention == (XLAttention(window=128) if row.run == "window" else FullAttention())
+        assert model.has_memory == (row.run in ("paper", "recall", "both"))
+        assert bool(model.continuous_cache) == (row.run == "both")
         if model.has_memory:
-            ((_, memory),) = model.attention_at
-            assert memory.local == local
-            assert f"memory {memory.memory_size}" == results.ROWS[2].setting
-            assert row.title.startswith(row.setting)
-            # What the row is evaluated with fits the segments.
-            model.with_memory_size(int(row.setting.split()[1])).check(experiment.batch.segment_length)
+            ((layer, memory),) = model.attention_at
+            assert layer == 2 and memory.memory_size == 2048 and memory.local == FullAttention()
+            assert memory.stores_next == (row.run != "paper") == bool(memory.retrieval_loss)
         for field in dataclasses.fields(experiment):
             if field.name != "model":
                 assert getattr(experiment, field.name) == getattr(no_memory, field.name)
         params = jax.eval_shape(
             lambda model=model: init_params(model, 2, experiment.batch.segment_length, jax.random.key(0))  # noqa: B023
         )
-        sizes.append(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)))
-    assert np.array_equal(np.subtract(sizes, sizes[0]), [0, 0, 2, 2, 2])
-    assert experiments[0].loop.seed == 3 and experiments[0].loop.num_steps == 100
-    # The last row has the weights of the one above.
-    assert results.ROWS[-1].run == results.ROWS[-2].run and results.ROWS[-1].bindings == results.ROWS[-2].bindings
+        sizes[row.run] = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert {run: size - sizes["none"] for run, size in sizes.items()} == added
+    assert no_memory.loop.seed == 3 and no_memory.loop.num_steps == 100
+
+
+def test_the_rows_are_those_of_the_demo(results):
+    """The last run is what `memorizing train` does, the first the same without its memories."""
+    demo, _ = load_experiment(["runs/demo.gin"], ["STEPS=100", "LoopConfig.seed=3"])
+    common = ["VOCAB_SIZE=2048", "STEPS=100", "SEED=3"]
+    both, none = (
+        load_experiment(
+            [str(results.GIN_FILE), "tasks/stdlib.gin"],
+            [*common, *next(row.bindings for row in results.ROWS if row.run == run)],
+        )[0]
+        for run in ("both", "none")
+    )
+    assert (both.model, both.batch, both.optimizer) == (demo.model, demo.batch, demo.optimizer)
+    assert none.model == demo.model.without_memory()
 
 
 def _figures(losses: list[float], perplexity: float) -> dict:
@@ -98,22 +109,38 @@ def test_means_spreads_and_paired_differences(results):
 
 def test_report_has_what_is_finished(results, tmp_path: pathlib.Path):
     """A row without a finished run, or one of other steps, is left out."""
-    losses = {"no_memory": [2.0, 3.0], "memory": [1.0, 2.0], "memory_xl": [0.0, 0.0]}
+    losses = {"none": [2.0, 3.0], "paper": [1.0, 2.0], "recall": [0.0, 0.0]}
     for run, values in losses.items():
-        folder = results.folder_of(tmp_path, "corpus", run, 0) / "evaluation"
+        folder = results.folder_of(tmp_path, "corpus", run, 0, 7)
         folder.mkdir(parents=True)
-        row = next(row for row in results.ROWS if row.run == run)
         evaluation = {
-            "step": 7 if run != "memory_xl" else 5,
+            "step": 7 if run != "recall" else 5,
             "documents": {"tokens": [100, 300]},
-            "evaluations": {row.setting: _figures(values, 5.0)},
+            "as trained": _figures(values, 5.0 if run == "none" else 4.0),
+            results.baselines.CONTINUOUS_CACHE: _figures(values, 5.0),
         }
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
+        steps = [
+            {
+                "kind": "train",
+                "layer_02/hit_share/0": share,
+                "layer_02/hit_chance": 0.01,
+                "layer_02/weight_entropy": 1.0,
+            }
+            for share in (0.0, 0.2)
+        ]
+        logged = "\n".join(json.dumps(line) for line in [*steps, {"kind": "evaluation"}])
+        (folder / "metrics.jsonl").write_text(logged if run == "paper" else '{"kind": "train", "loss": 1.0}')
     found = results.read_results(tmp_path, ["corpus"], [0, 1], 7)
     summary = results.summarize(found["corpus"])
-    assert list(summary["rows"]) == ["no memory, no cache", "memory 2048"]
+    assert list(summary["rows"]) == [
+        "no memory",
+        "no memory, continuous cache, untrained",
+        "kNN layer as in the paper",
+    ]
     assert summary["contrasts"] == {}
     table = results.markdown("corpus", summary)
-    assert "| memory 2048 | 5.000 | 2.0000 | -1.0000 [-1.0000, -1.0000] | 2 of 2 | 1 |" in table
+    row = "| 4.000 | -20.0% | -1.0000 [-1.0000, -1.0000] | 2 of 2 | 0.200, 0.010 | 1 |"
+    assert f"| kNN layer as in the paper {row}" in table
     results.picture(found, tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
