@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from memorizing import context as context_lib
-from memorizing.array_typing import Activations, AxesTree, Logits, RowFlags, Tree
+from memorizing.array_typing import Activations, AxesTree, Logits, PerToken, RowFlags, Tree
 from memorizing.context import (
     Context,
     Decoding,
@@ -310,12 +310,14 @@ class ModelOutput(NamedTuple):
       context: for the next segment; None where the segment is not whole.
       buffers: as they are after the segment.
       report: what the layers report, by layer; the entries of `kv_cache` by group.
+      log_normalizer: float32 [B, T], log of the sum of exp(logits) over V where it is known already, else None.
     """
 
     logits: Logits
     context: Context | None
     buffers: Tree
     report: Report
+    log_normalizer: PerToken | None
 
 
 def init(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -> dict[str, Tree]:
@@ -400,14 +402,16 @@ def apply(
     # In a decode step x is the one position that is passed.
     own = x if is_decode_step else layout.own(x)
     logits = _apply_module(embedder, params["embedder"], own, method="decode")
+    log_normalizer = None
     report = layers.report
     if config.continuous_cache:
         mixture = _apply_module(Mixture(config.continuous_cache), params.get(CONTINUOUS_CACHE, {}), own)
-        logits, of_cache = config.continuous_cache.mix(logits, own, context[CONTINUOUS_CACHE], mixture, segment)
+        state = context[CONTINUOUS_CACHE]
+        (logits, log_normalizer), of_cache = config.continuous_cache.mix(logits, own, state, mixture, segment)
         report = report.with_part(CONTINUOUS_CACHE, of_cache)
 
     new_context = _next_context(config, inputs, context, layout, x, layers) if is_whole else None
-    return ModelOutput(logits, new_context, layers.buffers, report)
+    return ModelOutput(logits, new_context, layers.buffers, report, log_normalizer)
 
 
 def _next_context(

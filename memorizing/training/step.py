@@ -151,7 +151,7 @@ def batch_loss(
         report = output.report
 
         # [B, T]
-        token_nats = next_token_nats(output.logits, segment.targets)
+        token_nats = next_token_nats(output.logits, segment.targets, output.log_normalizer)
         nats = jnp.sum(token_nats * segment.loss_weights) / weight
         loss = nats + sum(report.losses.values()) / num_segments
         # The mean over segments of this `loss` is the sum of their nats.

@@ -21,7 +21,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from memorizing.array_typing import Activations, AxesTree, Clock, Logits, RealPositions, RowFlags, Scalar, Tokens
+from memorizing.array_typing import (
+    Activations,
+    AxesTree,
+    Clock,
+    Logits,
+    PerToken,
+    RealPositions,
+    RowFlags,
+    Scalar,
+    Tokens,
+)
 from memorizing.context import Report, Segment, reset_rows
 from memorizing.errors import UserError
 from memorizing.models.attention.base import SOFTMAX_FLOPS, matmul_flops, normalize
@@ -196,7 +206,7 @@ class ContinuousCache:
         state: ContinuousCacheState,
         mixture: MixtureNumbers,
         segment: Segment,
-    ) -> tuple[Logits, Report]:
+    ) -> tuple[Mixed, Report]:
         """The logits with the cache mixed into them, and what the cache reports.
 
         Gradients reach the model's logits, the hidden states and the numbers of the mixture, never what is stored.
@@ -342,13 +352,25 @@ def _look_up_shard(
     return Found(Neighbours(slots[:, :, None], scores[:, :, None]), tokens)
 
 
+class Mixed(NamedTuple):
+    """A distribution over the vocabulary.
+
+    Attributes:
+      logits: float32 [B, T, V].
+      log_normalizer: float32 [B, T], log of the sum of their exponentials.
+    """
+
+    logits: Logits
+    log_normalizer: PerToken
+
+
 def mix_in(
     logits: Logits,
     tokens: Int[Array, "B T K"],
     scaled: Float[Array, "B T K"],
     weight_logit: Float[Array, "B T"],
-) -> Logits:
-    """Logits of (1 - weight) * softmax(logits) + weight * cache; the logits themselves where the cache is empty.
+) -> Mixed:
+    """(1 - weight) * softmax(logits) + weight * cache, as logits; the logits themselves where the cache is empty.
 
     Of the vocabulary only those tokens are touched that were found. As logits are, these are log-probabilities but for
     a constant of each position, log((1 - weight) / sum of exp(logits)), which the softmax takes away.
@@ -369,11 +391,16 @@ def mix_in(
     # Every token once: at the first neighbour that holds it.
     is_earlier = jnp.tri(tokens.shape[-1], k=-1, dtype=bool)[None, None]
     is_first = is_neighbour & ~jnp.any(is_same & is_earlier, axis=-1) & (cached > 0)
+    # [B, T]
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     # log(weight / (1 - weight)) is `weight_logit`.
-    cache = jax.nn.logsumexp(logits, axis=-1, keepdims=True) + weight_logit[..., None]
-    cache = cache + jnp.log(jnp.where(is_first, cached, 1.0))
+    cache = (log_normalizer + weight_logit)[..., None] + jnp.log(jnp.where(is_first, cached, 1.0))
     # log(exp(logit) + exp(cache)) - logit
     gain = jax.nn.softplus(cache - jnp.take_along_axis(logits, tokens, axis=-1))
     # Over rows and positions by vmap: a scatter with batch dimensions stays on the device of its row.
     add = jax.vmap(jax.vmap(lambda of_position, tokens, gain: of_position.at[tokens].add(gain)))
-    return add(logits, tokens, jnp.where(is_first, gain, 0.0))
+    mixed = add(logits, tokens, jnp.where(is_first, gain, 0.0))
+    # The sum of exp(logits) has grown by weight / (1 - weight) of itself.
+    has_any = jnp.any(is_neighbour, axis=-1)
+    growth = jnp.where(has_any, jax.nn.softplus(weight_logit), 0.0)
+    return Mixed(mixed, log_normalizer + growth)

@@ -119,13 +119,15 @@ class ExactSearch:
 
         def add_block(best: Groups, block: Block) -> tuple[Groups, None]:
             groups = _score_block(queries, block, group_size)
-            return _best_groups(best, groups, k), None
+            return _best_groups(_joined(best, groups), k), None
 
-        none = _no_groups(num_queries, k, group_size)
         blocks = _split(keys, valid, block_groups, group_size)
-        # The first one outside the loop: what is carried then varies over a mesh as the blocks do.
+        # The first one outside the loop: there is nothing yet to be joined with.
         first_block = jax.tree.map(lambda leaf: leaf[0], blocks)
-        best, _ = add_block(none, first_block)
+        first_groups = _score_block(queries, first_block, group_size)
+        if block_groups < k:
+            first_groups = _joined(_no_groups(num_queries, k - block_groups, group_size), first_groups)
+        best = _best_groups(first_groups, k)
         other_blocks = jax.tree.map(lambda leaf: leaf[1:], blocks)
         best, _ = jax.lax.scan(add_block, best, other_blocks)
 
@@ -330,22 +332,23 @@ def _no_groups(num_queries: int, num_groups: int, group_size: int) -> Groups:
     )
 
 
-def _best_groups(earlier: Groups, later: Groups, k: int) -> Groups:
+def _joined(earlier: Groups, later: Groups) -> Groups:
+    """The groups of both, in their order."""
+    return jax.tree.map(lambda *groups: jnp.concatenate(groups, axis=1), earlier, later)
+
+
+def _best_groups(groups: Groups, k: int) -> Groups:
     """The k groups with the greatest maxima, still in the order of the memory.
 
     Of equal maxima the lower group comes first.
     """
-    number = jnp.concatenate([earlier.number, later.number], axis=1)
-    scores = jnp.concatenate([earlier.scores, later.scores], axis=1)
-    maximum = jnp.concatenate([earlier.maximum, later.maximum], axis=1)
-
-    _, best = jax.lax.top_k(maximum, k)
+    _, best = jax.lax.top_k(groups.maximum, k)
     # [T, k]
     place = jnp.sort(best, axis=-1)
     return Groups(
-        number=jnp.take_along_axis(number, place, axis=1),
-        scores=jnp.take_along_axis(scores, place[:, :, None], axis=1),
-        maximum=jnp.take_along_axis(maximum, place, axis=1),
+        number=jnp.take_along_axis(groups.number, place, axis=1),
+        scores=jnp.take_along_axis(groups.scores, place[:, :, None], axis=1),
+        maximum=jnp.take_along_axis(groups.maximum, place, axis=1),
     )
 
 
