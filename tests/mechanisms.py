@@ -91,6 +91,7 @@ MECHANISMS = (
     ),
     Mechanism(
         "knn that stores what followed",
+        attention=XL,
         attention_at=(
             (1, KNNAttention(2 * LENGTH, num_neighbors=4, stored_value="next", retrieval_loss=0.5, local=XL)),
         ),

@@ -20,7 +20,7 @@ from memorizing.config.runs import open_run
 from memorizing.errors import UserError
 from memorizing.evaluation import plots
 from memorizing.evaluation.finished_run import FinishedRun
-from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, inspect
+from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, Lookups, inspect, recall_of
 from memorizing.evaluation.inspection.page import make_page
 
 FOLDER = "inspection"
@@ -153,10 +153,25 @@ def _write(finished: FinishedRun, document: NamedDocument, inspection: Inspectio
     with_smaller = inspection.nats[0].mean()
     with_larger = inspection.nats[1].mean()
     megabytes = len(page.encode()) / 1e6
+    recalls = [_recall(finished, inspection, lookups) for lookups in inspection.lookups]
     return (
-        f"mean loss {with_smaller:.4f} with memory {smaller:,}, {with_larger:.4f} with {larger:,} "
-        f"(difference {mean}, the most for one token {gain.max():+.2f})\n"
-        f"written to {folder}: index.html ({megabytes:.1f} MB), {', '.join(pictures)}"
+        "\n".join(recalls)
+        + "\n"
+        + (
+            f"mean loss {with_smaller:.4f} with memory {smaller:,}, {with_larger:.4f} with {larger:,} "
+            f"(difference {mean}, the most for one token {gain.max():+.2f})\n"
+            f"written to {folder}: index.html ({megabytes:.1f} MB), {', '.join(pictures)}"
+        )
+    )
+
+
+def _recall(finished: FinishedRun, inspection: Inspection, lookups: Lookups) -> str:
+    """A line that says how often a memory led to the right token."""
+    segment_length = finished.experiment.batch.segment_length
+    recall = recall_of(lookups, inspection.tokens, inspection.memory_sizes[1], segment_length)
+    return (
+        f"{lookups.layer}: {recall.hit_share.mean():.1%} of the neighbours were followed by the token to be predicted "
+        f"(of all in the memory {recall.hit_chance:.1%}), with {recall.hit_weight.mean():.1%} of the attention"
     )
 
 

@@ -24,12 +24,20 @@ from tiny_texts import TinyTexts, expect_error, finished_run
 
 from memorizing import main
 from memorizing.config.runs import open_run
-from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, Lookups, inspect
+from memorizing.evaluation.inspection.lookups import (
+    DocumentTokens,
+    Inspection,
+    Lookups,
+    inspect,
+    read_document,
+    recall_of,
+)
 from memorizing.evaluation.inspection.page import kept_positions, make_page
 from memorizing.models.attention.full import FullCore
 from memorizing.models.attention.knn import KNNAttention, KNNCore
 from memorizing.models.attention.xl import XLCore
 from memorizing.models.memory import external_memory
+from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.external_memory import positions_back
 from memorizing.models.memory.search import ExactSearch
 from memorizing.runtime.sharding import MeshConfig
@@ -115,6 +123,7 @@ def test_neighbours_are_the_nearest_of_what_was_stored_and_what_was_attended_to(
     And their values, by scale and scores, to the layer's output.
     """
     _, seen, handed = two_documents(remembering, SMALL)
+    ((_, attention),) = remembering.config.attention_at
     layout = remembering.config.recurrent_tokens
     own = slice(layout.num_tokens, layout.num_tokens + LENGTH) if layout else slice(None)
     mine = range(FIRST, FIRST + SECOND)
@@ -126,16 +135,19 @@ def test_neighbours_are_the_nearest_of_what_was_stored_and_what_was_attended_to(
         # Clock `index`: as many segments, of both documents, came before.
         back = positions_back(slots, index, SMALL, LENGTH)
         start = (index - FIRST) * LENGTH
+        stored = np.arange(max(start - SMALL, attention.stores_next), start)
         for t in range(LENGTH):
             for head in range(2):
-                every = queries[start + t, head] @ keys[max(start - SMALL, 0) : start, head].T
+                every = queries[start + t, head] @ keys[stored - attention.stores_next, head].T
                 count = min(4, len(every))
                 found = scores[t, head] > -np.inf
                 assert found.sum() == count
                 np.testing.assert_allclose(scores[t, head, found], np.sort(every)[::-1][:count], atol=1e-6)
                 at = start - back[t, head, found]
-                assert (at >= 0).all(), "nothing of the document before"
-                np.testing.assert_allclose(keys[at, head] @ queries[start + t, head], scores[t, head, found], atol=1e-6)
+                key_at = at - attention.stores_next
+                assert (key_at >= 0).all(), "nothing of the document before"
+                products = keys[key_at, head] @ queries[start + t, head]
+                np.testing.assert_allclose(products, scores[t, head, found], atol=1e-6)
                 weights = np.exp(seen[index]["KNNCore"]["scale"][head] * scores[t, head, found])
                 read = weights / weights.sum() @ values[at, head]
                 y = seen[index]["KNNCore"]["y"][0, own][t, head]
@@ -178,6 +190,49 @@ def test_a_sharded_memory_hands_out_the_same_neighbours():
         parts = found(jax.jit(lambda *args: external_memory.read(*args, 5, ExactSearch()).neighbours)(*inputs))
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
     np.testing.assert_array_equal(parts[1], whole[1])
+
+
+@pytest.mark.parametrize("mixing", ["fixed", "gated"])
+def test_what_a_cache_copied_explains_its_predictions(mixing: str):
+    """From distances, scores and scale of the look-ups: the loss with the cache, out of the loss without."""
+    cache = ContinuousCache(LARGE, num_neighbors=4, theta=4.0, weight=0.5, mixing=mixing)
+    with_cache = Mechanism("", continuous_cache=cache)
+    # Few different tokens, so that some are found again.
+    document = DocumentTokens(np.random.default_rng(0).integers(1, 6, 9 * LENGTH - 3, np.int32), 0)
+    read = functools.partial(read_document, buffers={}, document=document, segment_length=LENGTH)
+    mixed = read(with_cache.config, with_cache.model.params, keeps_lookups=True)
+    alone = read(Mechanism("").config, with_cache.model.params)
+    (found,) = mixed.lookups
+    weights, tokens = found.weights()[:, 0], document.tokens
+    led_to = tokens[np.arange(len(tokens))[:, None] - found.distances[:, 0]]
+    cached = np.sum(weights * (led_to == tokens[:, None]), axis=1)
+    if mixing == "fixed":
+        share = np.where(found.distances[:, 0, 0] > 0, found.gate[0], 0.0)
+        np.testing.assert_allclose(mixed.nats, -np.log((1 - share) * np.exp(-alone.nats) + share * cached), atol=1e-5)
+    # Whatever the weight, the loss lies between those of model and cache.
+    low, high = np.sort(np.stack([np.exp(-alone.nats), np.where(found.distances[:, 0, 0] > 0, cached, 0)]), axis=0)
+    assert (np.exp(-mixed.nats) <= high + 1e-5).all() and (np.exp(-mixed.nats) >= low - 1e-5).all()
+    assert (cached > 0).mean() > 0.3 and 0 < found.gate[0] < 1
+
+
+def test_the_recall_of_look_ups_is_counted():
+    """Against plain counting over every 8th position."""
+    tokens = np.random.default_rng(0).integers(0, 5, 70, np.int32)
+    of_layer = lookups(len(tokens))
+    recall = recall_of(of_layer, tokens, memory_size=24, segment_length=8)
+    positions = range(8, 70, 8)
+    weights = of_layer.weights()
+    for head in range(2):
+        hits, on_hits = [], []
+        for position in positions:
+            distances = of_layer.distances[position, head]
+            is_hit = [distance > 0 and tokens[position - distance] == tokens[position] for distance in distances]
+            hits += [hit for hit, distance in zip(is_hit, distances, strict=True) if distance > 0]
+            on_hits.append(weights[position, head][is_hit].sum())
+        np.testing.assert_allclose(recall.hit_share[head], np.mean(hits))
+        np.testing.assert_allclose(recall.hit_weight[head], np.mean(on_hits), rtol=1e-6)
+    candidates = [tokens[q] == tokens[p] for p in positions for q in range(max(p // 8 * 8 - 24, 0), p // 8 * 8)]
+    np.testing.assert_allclose(recall.hit_chance, np.mean(candidates))
 
 
 # The page.

@@ -48,7 +48,7 @@ class Lookups:
     distances: np.ndarray
     scores: np.ndarray
 
-    def weights(self, positions: slice = slice(None)) -> np.ndarray:
+    def weights(self, positions: slice | np.ndarray = slice(None)) -> np.ndarray:
         """Attention to each neighbour, float32 [tokens, N, K]: the softmax over those of a head.
 
         0 where there is no neighbour.
@@ -60,6 +60,58 @@ class Lookups:
         unnormalised = np.where(exists, np.exp(shifted), 0.0)
         total = unnormalised.sum(axis=-1, keepdims=True)
         return (unnormalised / np.maximum(total, 1e-30)).astype(np.float32)
+
+
+class Recall(NamedTuple):
+    """How often look-ups led to the token that had to be predicted: hits. All are means over positions.
+
+    Attributes:
+      hit_share: float64 [N], share of the neighbours that are hits.
+      hit_weight: float64 [N], share of the attention that is on hits.
+      weight_entropy: float64 [N], of the attention to the neighbours, in nats.
+      hit_chance: share of hits among all that lay in the memory.
+    """
+
+    hit_share: np.ndarray
+    hit_weight: np.ndarray
+    weight_entropy: np.ndarray
+    hit_chance: float
+
+
+def recall_of(lookups: Lookups, tokens: np.ndarray, memory_size: int, segment_length: int) -> Recall:
+    """The recall of one layer over a document, of every 8th position.
+
+    Args:
+      lookups: of the layer.
+      tokens: int32 [tokens], the document.
+      memory_size, segment_length: M, T.
+    """
+    positions = np.arange(segment_length, len(tokens), 8)
+    # [positions, N, K]
+    distances = lookups.distances[positions]
+    exists = distances > 0
+    led_to = tokens[positions[:, None, None] - distances]
+    is_hit = exists & (led_to == tokens[positions, None, None])
+    weights = lookups.weights(positions)
+    nats = -(weights * np.log(np.where(weights > 0, weights, 1.0))).sum(axis=-1)
+    return Recall(
+        hit_share=is_hit.sum(axis=(0, 2)) / np.maximum(exists.sum(axis=(0, 2)), 1),
+        hit_weight=(weights * is_hit).sum(axis=(0, 2)) / max(len(positions), 1),
+        weight_entropy=nats.sum(axis=0) / max(len(positions), 1),
+        hit_chance=_hit_chance(tokens, positions, memory_size, segment_length),
+    )
+
+
+def _hit_chance(tokens: np.ndarray, positions: np.ndarray, memory_size: int, segment_length: int) -> float:
+    """Share of the earlier segments' tokens, as far as the memory reaches, that are the one of a position."""
+    num_hits = 0
+    num_slots = 0
+    for position in positions.tolist():
+        start = position // segment_length * segment_length
+        held = tokens[max(start - memory_size, 0) : start]
+        num_hits += int(np.sum(held == tokens[position]))
+        num_slots += len(held)
+    return num_hits / max(num_slots, 1)
 
 
 class DocumentTokens(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from memorizing.evaluation.inspection.lookups import Inspection, Lookups
+from memorizing.evaluation.inspection.lookups import Inspection, Lookups, recall_of
 
 # Bytes that the neighbours may take before they are written as text, which makes them a third longer: the page stays
 # under 20 MB.
@@ -51,7 +51,7 @@ def make_page(
         "kept": _packed(kept, "<u4"),
         "scoreUnit": SCORE_UNIT,
         "noNeighbour": NO_NEIGHBOUR,
-        "layers": [_layer(lookups, kept) for lookups in inspection.lookups],
+        "layers": [_layer(lookups, kept) | _recall(inspection, lookups) for lookups in inspection.lookups],
     }
     figures = [_figure(caption, png, alternative) for caption, (png, alternative) in pictures.items()]
     listed = [f"<dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd>" for label, value in facts.items()]
@@ -133,6 +133,16 @@ def _layer(lookups: Lookups, kept: np.ndarray) -> dict[str, Any]:
         "distanceBytes": distance_type.itemsize,
         "distances": _packed(lookups.distances[kept], distance_type),
         "scores": _packed(stored, _SCORE_TYPE),
+    }
+
+
+def _recall(inspection: Inspection, lookups: Lookups) -> dict[str, Any]:
+    recall = recall_of(lookups, inspection.tokens, inspection.memory_sizes[1], inspection.segment_length)
+    return {
+        "hitShare": recall.hit_share.tolist(),
+        "hitWeight": recall.hit_weight.tolist(),
+        "entropy": recall.weight_entropy.tolist(),
+        "hitChance": recall.hit_chance,
     }
 
 
