@@ -166,7 +166,9 @@ def test_metrics_of_an_empty_memory_are_finite():
         assert not np.any(value), name
 
 
-def test_the_retrieval_loss_is_that_of_its_definition():
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+def test_the_retrieval_loss_is_that_of_its_definition(num_rows: int):
+    """There are two rows: of more than there are nothing is added, least of all a row's own future."""
     found, around, _, tokens, wanted = look_ups(np.random.default_rng(1))
     total = 0.0
     for b, t, n in np.ndindex(B, T, N):
@@ -177,11 +179,15 @@ def test_the_retrieval_loss_is_that_of_its_definition():
         for s in range(t):
             logits.append(float(found.scale[n] * found.queries[b, t, n] @ found.keys[b, s, n]))
             followed.append(int(tokens[b, s + 1]))
+        for s in range(T if num_rows > 1 else 0):
+            if wanted.known[1 - b, s]:
+                logits.append(float(found.scale[n] * found.queries[b, t, n] @ found.keys[1 - b, s, n]))
+                followed.append(int(tokens[1 - b, s + 1]))
         weights = np.exp(np.array(logits) - max(logits))
         on_hits = weights[np.array(followed) == wanted.tokens[b, t]].sum()
         if on_hits > 0:
             total -= np.log(on_hits / weights.sum())
-    measured = recall.retrieval_loss(found, around.followed, wanted)
+    measured = recall.retrieval_loss(found, around.followed, wanted, num_rows)
     np.testing.assert_allclose(measured, total / (B * T * N), rtol=1e-5)
 
 

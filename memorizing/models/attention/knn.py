@@ -73,6 +73,7 @@ class KNNAttention(Attention):
         after it, so that a query which resembles the key gets what followed there.
       retrieval_loss: factor of an auxiliary loss that teaches queries and keys to find positions which were followed by
         the token that has to be predicted: see `recall.retrieval_loss`. The paper has none.
+      retrieval_rows: rows of the batch among whose positions that loss lets them choose, the own included.
     """
 
     stackable: ClassVar[bool] = False
@@ -84,6 +85,7 @@ class KNNAttention(Attention):
     initial_gate: float = 0.5
     stored_value: Literal["own", "next"] = "own"
     retrieval_loss: float = 0.0
+    retrieval_rows: int = 1
 
     def __post_init__(self) -> None:
         if self.memory_size < 1:
@@ -102,6 +104,8 @@ class KNNAttention(Attention):
             raise UserError(f"KNNAttention.initial_gate = {self.initial_gate}: expected a number between 0 and 1")
         if not 0 <= self.retrieval_loss < math.inf:
             raise UserError(f"KNNAttention.retrieval_loss = {self.retrieval_loss}: a factor, 0 for no such loss")
+        if self.retrieval_rows < 1:
+            raise UserError(f"KNNAttention.retrieval_rows = {self.retrieval_rows}: at least 1, the own row")
 
     @property
     def can_decode(self) -> bool:
@@ -248,7 +252,13 @@ class KNNCore(nn.Module):
         own = segment.layout.own
         look_ups = LookUps(own(queries), own(keys), scale, own(reading.neighbours.slots), own(reading.logits))
         report = recall.add_to(
-            report, look_ups, state.memory, segment, config.retrieval_loss, stores_next=config.stores_next
+            report,
+            look_ups,
+            state.memory,
+            segment,
+            config.retrieval_loss,
+            config.retrieval_rows,
+            config.stores_next,
         )
         last_segment, last_key = self._slots(keys, values, segment, state.last_key)
         return y, KNNState(local_state, state.memory, last_segment, last_key), report

@@ -91,6 +91,7 @@ class ContinuousCache:
       search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
       retrieval_loss: factor of an auxiliary loss, which brings the hidden states together that were followed by the
         same token (TRIME): see `recall.retrieval_loss`.
+      retrieval_rows: rows of the batch among whose positions that loss lets them choose, the own included.
     """
 
     memory_size: int = 2048
@@ -100,6 +101,7 @@ class ContinuousCache:
     mixing: Literal["fixed", "learned", "gated"] = "fixed"
     search: Search = ExactSearch()
     retrieval_loss: float = 0.0
+    retrieval_rows: int = 1
 
     def __post_init__(self) -> None:
         if self.memory_size < 1:
@@ -115,6 +117,8 @@ class ContinuousCache:
             raise UserError(f"ContinuousCache.weight = {self.weight}: expected a number between 0 and 1")
         if not 0 <= self.retrieval_loss < math.inf:
             raise UserError(f"ContinuousCache.retrieval_loss = {self.retrieval_loss}: a factor, 0 for no such loss")
+        if self.retrieval_rows < 1:
+            raise UserError(f"ContinuousCache.retrieval_rows = {self.retrieval_rows}: at least 1, the own row")
 
     @property
     def has_parameters(self) -> bool:
@@ -241,7 +245,16 @@ class ContinuousCache:
             slots=found.neighbours.slots,
             logits=scaled[:, :, None],
         )
-        return mixed, recall.add_to(report, look_ups, state.memory, segment, self.retrieval_loss, stores_next=True)
+        report = recall.add_to(
+            report,
+            look_ups,
+            state.memory,
+            segment,
+            self.retrieval_loss,
+            self.retrieval_rows,
+            stores_next=True,
+        )
+        return mixed, report
 
     def flops(self, embed_dim: int, segment_length: int) -> int:
         """Forward FLOPs of a segment of one row: the score of every slot, and the softmax over the k nearest."""

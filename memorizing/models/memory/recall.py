@@ -97,6 +97,7 @@ def add_to(
     memory: Memory,
     segment: Segment,
     loss_factor: float,
+    loss_rows: int,
     stores_next: bool,
 ) -> Report:
     """The report with what the neighbours led to: metrics, and the auxiliary loss.
@@ -107,6 +108,7 @@ def add_to(
       memory: as the segment read it.
       segment: it.
       loss_factor: of the auxiliary loss; 0 for none.
+      loss_rows: see `retrieval_loss`.
       stores_next: see `slot_tokens`.
     """
     assert segment.tokens is not None and segment.clock is not None, "a layer with a memory is told both"
@@ -115,7 +117,7 @@ def add_to(
     metrics = recall_metrics(look_ups, around, memory.valid, segment.tokens, wanted)
     losses = dict(report.losses)
     if loss_factor:
-        losses["retrieval_loss"] = loss_factor * retrieval_loss(look_ups, around.followed, wanted)
+        losses["retrieval_loss"] = loss_factor * retrieval_loss(look_ups, around.followed, wanted, loss_rows)
     return dataclasses.replace(report, losses=losses, metrics={**report.metrics, **metrics})
 
 
@@ -171,8 +173,15 @@ def recall_metrics(
     return jax.lax.stop_gradient(metrics)
 
 
-def retrieval_loss(look_ups: LookUps, followed: Int[Array, "B M"], wanted: Targets) -> Scalar:
-    """-log of the attention to hits, among the neighbours found and the earlier positions of the segment.
+def retrieval_loss(
+    look_ups: LookUps,
+    followed: Int[Array, "B M"],
+    wanted: Targets,
+    num_rows: int = 1,
+) -> Scalar:
+    """-log of the attention to hits, among the neighbours found and positions of the batch.
+
+    Those are the earlier positions of the own segment, and all of the segments of other rows if these are asked for.
 
     That is the objective of TRIME (Zhong et al. 2022, equation 4 without the vocabulary) on the layer's own scores. The
     segment's keys get a gradient, so that keys and queries learn to meet; the memory's are as they were stored. A
@@ -182,25 +191,32 @@ def retrieval_loss(look_ups: LookUps, followed: Int[Array, "B M"], wanted: Targe
       look_ups: of the segment.
       followed: int32 [B, M], the token after the key of each slot.
       wanted: what the positions have to predict.
+      num_rows: rows of the batch (of a microbatch) whose segments have candidates, the own included: TRIME's in-batch
+        memories, and the negatives of other documents of the Focused Transformer (Tworkowski et al. 2023).
 
     Returns:
       Nats a position and head.
     """
-    num_rows, length, num_heads, _ = look_ups.queries.shape
-    products = jnp.einsum("BTNH,BSNH->BTNS", look_ups.queries, look_ups.keys, preferred_element_type=jnp.float32)
-    scores = products * look_ups.scale[None, None, :, None]
-    # What followed an earlier position is known: it is the next one at the latest.
-    is_earlier = jnp.tri(length, k=-1, dtype=bool)[None, :, None, :]
-    own_logits = jnp.where(is_earlier & wanted.known[:, None, None, :], scores, NO_NEIGHBOUR)
+    batch_size, length, num_heads, _ = look_ups.queries.shape
+    all_logits = [look_ups.logits]
+    all_tokens = [take_slots(followed, look_ups.slots)]
+    for shift in range(min(num_rows, batch_size)):
+        keys, tokens, known = (jnp.roll(rows, shift, axis=0) for rows in (look_ups.keys, *wanted))
+        products = jnp.einsum("BTNH,BSNH->BTNS", look_ups.queries, keys, preferred_element_type=jnp.float32)
+        scores = products * look_ups.scale[None, None, :, None]
+        is_candidate = known[:, None, None, :]
+        if shift == 0:
+            # What followed an earlier position is known: it is the next one at the latest.
+            is_candidate &= jnp.tri(length, k=-1, dtype=bool)[None, :, None, :]
+        all_logits.append(jnp.where(is_candidate, scores, NO_NEIGHBOUR))
+        all_tokens.append(jnp.broadcast_to(tokens[:, None, None, :], scores.shape))
 
-    # [B, T, N, K + S]
-    logits = jnp.concatenate([look_ups.logits, own_logits], axis=-1)
-    own_tokens = jnp.broadcast_to(wanted.tokens[:, None, None, :], own_logits.shape)
-    found_tokens = take_slots(followed, look_ups.slots)
-    led_to = jnp.concatenate([found_tokens, own_tokens], axis=-1)
+    # [B, T, N, K + rows * S]
+    logits = jnp.concatenate(all_logits, axis=-1)
+    led_to = jnp.concatenate(all_tokens, axis=-1)
     is_hit = (led_to == wanted.tokens[:, :, None, None]) & (logits > NO_NEIGHBOUR)
 
     has_hit = jnp.any(is_hit, axis=-1) & wanted.known[:, :, None]
     of_hits = jax.nn.logsumexp(jnp.where(is_hit, logits, NO_NEIGHBOUR), axis=-1)
     nats = jax.nn.logsumexp(logits, axis=-1) - of_hits
-    return jnp.sum(jnp.where(has_hit, nats, 0.0)) / (num_rows * length * num_heads)
+    return jnp.sum(jnp.where(has_hit, nats, 0.0)) / (batch_size * length * num_heads)
