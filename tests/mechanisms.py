@@ -21,6 +21,7 @@ from memorizing.models.attention.base import Attention
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.sparse import SparseAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig, ModelOutput
@@ -39,7 +40,7 @@ class Mechanism:
 
     Attributes:
       name: for the test's id.
-      attention: of every layer that `attention_at` does not name.
+      attention: of every layer that `attention_at` does not name, or a pattern.
       attention_at, recurrent_tokens, continuous_cache: as in `LMConfig`.
       carries_context: whether a segment sees anything of the segments before it.
       two_segments_equal_one: whether two segments of T give what one segment of 2T gives.
@@ -47,7 +48,7 @@ class Mechanism:
     """
 
     name: str
-    attention: Attention = FullAttention()
+    attention: Attention | tuple[Attention, ...] = FullAttention()
     attention_at: tuple[tuple[int, Attention], ...] = ()
     recurrent_tokens: RecurrentTokens | None = None
     carries_context: bool = True
@@ -109,6 +110,20 @@ MECHANISMS = (
         "gated continuous cache over knn",
         attention_at=((1, KNNAttention(memory_size=2 * LENGTH, num_neighbors=4)),),
         continuous_cache=ContinuousCache(3 * LENGTH, num_neighbors=4, theta=4.0, weight=0.5, mixing="gated"),
+    ),
+    Mechanism(
+        "sparse, strided sets in turn",
+        attention=(SparseAttention(sees="first", stride=4), SparseAttention(sees="second", stride=4)),
+        carries_context=False,
+    ),
+    Mechanism(
+        "sparse, fixed sets merged",
+        attention=SparseAttention(pattern="fixed", stride=4, summary_width=2),
+        carries_context=False,
+    ),
+    Mechanism(
+        "knn over sparse",
+        attention_at=((1, KNNAttention(2 * LENGTH, num_neighbors=4, local=SparseAttention(sees="split", stride=4))),),
     ),
     # That of docs/adding-a-mechanism.md.
     Mechanism("decaying average", attention=DecayingAverage(), two_segments_equal_one=True),

@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(dims.norm)
         self.attention = self.mechanism.layer(dims)
         self.mlp_norm = make_norm(dims.norm)
-        self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype)
+        self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype, dims.initial_output_scale)
 
     def __call__(
         self,

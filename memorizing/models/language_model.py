@@ -56,6 +56,8 @@ class LMConfig:
       dtype: of activations and carried states; parameters are float32.
       remat: 'none', or 'layer' to recompute each layer for its gradient, all but the memory search.
       norm, mlp, qk_norm, positions: the parts of a layer, see `LayerDims`.
+      initial_outputs: 'plain', or 'by_depth' to begin with output projections of attention and MLP divided by
+        sqrt(2 L), as the Sparse Transformer does (Child et al. 2019, section 5.2).
     """
 
     vocab_size: int = 259
@@ -75,6 +77,7 @@ class LMConfig:
     mlp: MLPKind = "relu"
     qk_norm: Literal["l2", "none"] = "l2"
     positions: Literal["t5", "none"] = "t5"
+    initial_outputs: Literal["plain", "by_depth"] = "plain"
     continuous_cache: ContinuousCache | None = None
 
     def __post_init__(self) -> None:
@@ -115,6 +118,7 @@ class LMConfig:
             mlp=self.mlp,
             qk_norm=self.qk_norm,
             positions=self.positions,
+            initial_output_scale=1.0 if self.initial_outputs == "plain" else (2 * self.num_layers) ** -0.5,
         )
 
     @property
@@ -225,6 +229,11 @@ class LMConfig:
         """Raises UserError if a mechanism cannot work with segments of this length."""
         for group in self.groups:
             group.attention.check(segment_length)
+            if self.recurrent_tokens and not group.attention.takes_memory_tokens:
+                raise UserError(
+                    f"LMConfig.recurrent_tokens with @{type(group.attention).__name__}(): it knows no positions but the "
+                    "segment's own; use memory tokens with @FullAttention() or @XLAttention(), or leave them out"
+                )
         if self.continuous_cache:
             self.continuous_cache.check(segment_length)
 
@@ -239,7 +248,7 @@ class LMConfig:
             if not group.attention.can_decode:
                 raise UserError(
                     f"@{type(group.attention).__name__}() reads whole segments only: a model with it cannot write or "
-                    "score a text token by token"
+                    f"score a text token by token{group.attention.decoding_advice}"
                 )
 
     # The context.

@@ -7,6 +7,7 @@ from memorizing.models.attention.base import Attention
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.sparse import SparseAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 
@@ -17,6 +18,7 @@ MECHANISMS: tuple[type[Attention], ...] = (
     TransformerXLAttention,
     CompressiveAttention,
     KNNAttention,
+    SparseAttention,
 )
 
 # Carries nothing: what a model has unless it is told otherwise.
