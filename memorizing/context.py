@@ -132,12 +132,14 @@ class Segment:
       decoding: how far the segment has been generated; None for a whole segment. A layer carries nothing on from a
         segment that is not whole: its new state is None.
       rngs: random numbers of this layer; None where nothing is random, as in evaluation.
+      choices: what the layer chose when it passed this segment before (`Report.choices`); None for the first time.
     """
 
     is_real: RealPositions
     layout: Layout = struct.field(pytree_node=False)
     decoding: Decoding | None = None
     rngs: Rngs | None = None
+    choices: Mapping[str, jax.Array] | None = None
 
     @property
     def is_decode_step(self) -> bool:
@@ -176,6 +178,10 @@ class Segment:
         first = cache.shape[1] - self.layout.size + self.decoding.position
         return jax.lax.dynamic_update_slice_in_dim(cache, new, first, axis=1)
 
+    def chosen(self, name: str, choice: jax.Array) -> jax.Array:
+        """The same choice as when the layer passed this segment before, or else this one."""
+        return choice if self.choices is None else self.choices[name]
+
     def with_cached(self, valid: Bool[Array, "B W"]) -> Bool[Array, "B S"]:
         """Which of the keys [cached; segment] hold something."""
         return jnp.concatenate([valid, self.is_real], axis=1)
@@ -193,12 +199,15 @@ class Report:
       kv_cache: of a segment that is not whole, what its next decode step needs of this and the earlier positions.
       retrieved: what the layer's queries found in an external memory, for an inspector: see
         `external_memory.Retrieved`.
+      choices: integers that the layer chose without gradient, such as hashes. A layer that is computed again from
+        inputs that are equal up to rounding has to choose the same.
     """
 
     losses: Mapping[str, jax.Array] = struct.field(default_factory=dict)
     metrics: Mapping[str, jax.Array] = struct.field(default_factory=dict)
     kv_cache: Mapping[str, jax.Array] = struct.field(default_factory=dict)
     retrieved: Any = None
+    choices: Mapping[str, jax.Array] = struct.field(default_factory=dict)
 
 
 def reset_rows(state: Tree, fresh: Tree, start_of_document: RowFlags) -> Tree:

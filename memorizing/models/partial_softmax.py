@@ -55,7 +55,8 @@ def join(*parts: Partial) -> Partial:
 def join_axis(parts: Partial) -> Partial:
     """Attention to all parts together, which lie along the first axis."""
     log_normalizer = jax.nn.logsumexp(parts.log_normalizer, axis=0)
-    weights = jnp.exp(parts.log_normalizer - log_normalizer[None])
+    # Not exp(part - whole): where both are large their rounding would show.
+    weights = jax.nn.softmax(parts.log_normalizer, axis=0)
     weights = weights.astype(parts.values.dtype)
     values = jnp.sum(weights[..., None] * parts.values, axis=0)
     return Partial(values, log_normalizer)

@@ -174,7 +174,19 @@ def test_plan_prints_the_run_of_a_gin_file(capsys: pytest.CaptureFixture) -> Non
     assert run_plan("--flops", "--gin_file=smoke", "--json", bindings=("LMConfig.num_layers=3",)) == 0
     counts = json.loads(capsys.readouterr().out)
     names = [mechanism["name"] for mechanism in counts["mechanisms"]]
-    assert names == ["full", "this run", "segments", "cache", "XL", "compressive", "kNN", "sparse", "RMT"]
+    assert names == [
+        "full",
+        "this run",
+        "segments",
+        "cache",
+        "XL",
+        "compressive",
+        "kNN",
+        "sparse",
+        "Reformer",
+        "routing",
+        "RMT",
+    ]
     assert counts["lengths"][0] == 512 and counts["lengths"][-1] == 2_048_000
     assert run_plan("--flops", "--gin_file=smoke", bindings=("LMConfig.num_layers=3",)) == 0
     text = capsys.readouterr().out

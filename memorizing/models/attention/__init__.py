@@ -7,6 +7,8 @@ from memorizing.models.attention.base import Attention
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.reformer import ReformerAttention
+from memorizing.models.attention.routing import RoutingAttention
 from memorizing.models.attention.sparse import SparseAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
@@ -19,6 +21,8 @@ MECHANISMS: tuple[type[Attention], ...] = (
     CompressiveAttention,
     KNNAttention,
     SparseAttention,
+    ReformerAttention,
+    RoutingAttention,
 )
 
 # Carries nothing: what a model has unless it is told otherwise.

@@ -48,6 +48,7 @@ class LayerDims:
         1 / sqrt(H).
       positions: 't5' adds a bias learned for each bucket of distances; 'none' leaves the order to the mask.
       initial_output_scale: factor of the initial output projections of attention and MLP.
+      mlp_chunks: parts of the segment that pass through the MLP one after the other.
     """
 
     embed_dim: int
@@ -62,6 +63,7 @@ class LayerDims:
     qk_norm: Literal["l2", "none"] = "l2"
     positions: Literal["t5", "none"] = "t5"
     initial_output_scale: float = 1.0
+    mlp_chunks: int = 1
 
     @property
     def width(self) -> int:

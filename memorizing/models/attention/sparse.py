@@ -1,4 +1,4 @@
-"""The factorised attention of the Sparse Transformer (Child et al. 2019): two sets of keys in place of all earlier ones.
+"""The factorised attention of the Sparse Transformer (Child et al. 2019): two small sets of keys for each query.
 
 With a stride l of about the root of the segment's length n, each set holds about l keys, and every earlier position
 is reached in two steps. Both sets are blocks of the segment cut into rows of l positions, so that time and memory grow
@@ -49,8 +49,8 @@ class SparseAttention(Attention):
 
     Attributes:
       pattern: 'strided' or 'fixed'.
-      sees: which of the sets: 'first' or 'second', to be interleaved as a pattern of two layers; 'merged', both in every
-        head; 'split', the first in one half of the heads and the second in the other.
+      sees: which of the sets: 'first' or 'second', to be interleaved as a pattern of two layers; 'merged', both in
+        every head; 'split', the first in one half of the heads and the second in the other.
       stride: l, in positions; divides the segment length.
       summary_width: c, columns of a block that a head sees in the second fixed set; divides the stride. Heads take
         different columns, counted from the block's end.
