@@ -147,6 +147,15 @@ def test_the_key_that_is_most_similar_is_found_more_often_with_more_rounds():
     assert recalls == sorted(recalls) and recalls[0] < 0.8 and recalls[-1] > 0.95
 
 
+def test_two_hashes_make_up_a_bucket():
+    vectors = jax.random.normal(jax.random.key(0), (1, 512, 1, 8))
+    config = dataclasses.replace(CONFIG, hash_buckets=(4, 6))
+    hashes = np.asarray(reformer.angular_hash(config, vectors, None))
+    assert set(np.unique(hashes)) == set(range(24))
+    first = dataclasses.replace(CONFIG, hash_buckets=4)
+    np.testing.assert_array_equal(hashes // 6, reformer.angular_hash(first, vectors, None))
+
+
 def test_hashes_are_drawn_by_name_in_training_and_fixed_in_evaluation():
     vectors = jax.random.normal(jax.random.key(0), (1, 64, 2, 8))
 
@@ -201,6 +210,8 @@ def test_later_tokens_decide_what_is_seen_as_published_and_not_with_strict_causa
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: ReformerAttention(hash_buckets=(4, 3)), r"hash_buckets = \(4, 3\): an even number"),
+        (lambda: ReformerAttention(hash_buckets=0), "hash_buckets = 0: an even number"),
         (lambda: ReformerAttention(hash_buckets=7), "hash_buckets = 7: an even number"),
         (lambda: ReformerAttention(num_rounds=0), "num_rounds = 0: at least 1"),
         (lambda: ReformerAttention(chunk_size=6).check(16), "chunk_size = 6 does not divide .* 16.*segments of 18"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import flax.linen as nn
@@ -47,7 +48,8 @@ class ReformerAttention(Attention):
     bucket up to itself in each round: nothing depends on what comes later, so that it can also be decoded.
 
     Attributes:
-      hash_buckets: an even number, or 1 for a single bucket; the paper has 2 T / C of them.
+      hash_buckets: an even number, or 1 for a single bucket; the paper has 2 T / C of them. Several even numbers are
+        hashed by themselves and make up a bucket together, as many as their product: cheaper where there are many.
       num_rounds: of hashing.
       chunk_size: C, in positions; divides the segment length.
       strictly_causal: whether nothing depends on later positions.
@@ -60,7 +62,7 @@ class ReformerAttention(Attention):
         "training and generation"
     )
 
-    hash_buckets: int = 32
+    hash_buckets: int | tuple[int, ...] = 32
     num_rounds: int = 2
     chunk_size: int = 64
     strictly_causal: bool = False
@@ -68,14 +70,19 @@ class ReformerAttention(Attention):
     max_distance: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("hash_buckets", "num_rounds", "chunk_size"):
+        for name in ("num_rounds", "chunk_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"ReformerAttention.{name} = {getattr(self, name)}: at least 1")
-        if self.hash_buckets > 1 and self.hash_buckets % 2:
+        if self.hash_buckets != 1 and any(factor < 2 or factor % 2 for factor in self.hash_factors):
             raise UserError(
                 f"ReformerAttention.hash_buckets = {self.hash_buckets}: an even number, since every direction has its "
-                "opposite; or 1"
+                "opposite, or several of them; or 1"
             )
+
+    @property
+    def hash_factors(self) -> tuple[int, ...]:
+        """Buckets of each hash that takes part in one."""
+        return self.hash_buckets if isinstance(self.hash_buckets, tuple) else (self.hash_buckets,)
 
     @property
     def can_decode(self) -> bool:
@@ -97,17 +104,20 @@ class ReformerAttention(Attention):
         """Projections, of which queries and keys share one, hashing, and attention in chunks for every round."""
         length = layout.size
         projections = matmul_flops(length, dims.embed_dim, 3 * dims.width)
-        hashing = matmul_flops(length, dims.width, self.hash_buckets // 2)
+        hashing = matmul_flops(length, dims.width, sum(self.hash_factors) // 2)
         attend = attend_flops(dims, length, 2 * self.chunk_size)
         return projections + self.num_rounds * (hashing + attend)
 
     @classmethod
     def example(cls, segment_length: int) -> Example:
-        # About the root of the segment's length, and a divisor of it.
-        size = next(size for size in range(int(segment_length**0.5), 0, -1) if segment_length % size == 0)
-        reformer = cls(hash_buckets=2 * segment_length // size, chunk_size=size)
+        size = next(size for size in range(64, 0, -1) if segment_length % size == 0)
+        num_buckets = 2 * segment_length // size
+        # Two even factors of about the same size, if there are.
+        factors = [each for each in range(2, int(num_buckets**0.5) + 1, 2) if num_buckets % (2 * each) == 0]
+        hash_buckets = (factors[-1], num_buckets // factors[-1]) if factors else num_buckets
+        reformer = cls(hash_buckets=hash_buckets, chunk_size=size)
         meaning = (
-            f"nothing carried; {reformer.num_rounds} rounds of {reformer.hash_buckets} hash buckets in chunks of {size}, "
+            f"nothing carried; {reformer.num_rounds} rounds of {num_buckets} hash buckets in chunks of {size}, "
             "in every layer"
         )
         return Example("Reformer", meaning, reformer)
@@ -199,12 +209,16 @@ def angular_hash(
     if config.hash_buckets == 1:
         return jnp.zeros((config.num_rounds, num_rows, num_heads, length), jnp.int32)
     key = jax.random.key(0) if rngs is None else rngs.stream("hashes")
-    rotations = jax.random.normal(key, (config.num_rounds, num_heads, head_dim, config.hash_buckets // 2))
     vectors = jax.lax.stop_gradient(vectors).astype(jnp.float32)
-    # [r, B, N, T, b / 2]
-    rotated = jnp.einsum("BTNH,rNHb->rBNTb", vectors, rotations)
-    both = jnp.concatenate([rotated, -rotated], axis=-1)
-    return jnp.argmax(both, axis=-1).astype(jnp.int32)
+    bucket = jnp.zeros((config.num_rounds, num_rows, num_heads, length), jnp.int32)
+    for place, factor in enumerate(config.hash_factors):
+        shape = (config.num_rounds, num_heads, head_dim, factor // 2)
+        rotations = jax.random.normal(jax.random.fold_in(key, place), shape)
+        # [r, B, N, T, b / 2]
+        rotated = jnp.einsum("BTNH,rNHb->rBNTb", vectors, rotations)
+        both = jnp.concatenate([rotated, -rotated], axis=-1)
+        bucket = bucket * factor + jnp.argmax(both, axis=-1).astype(jnp.int32)
+    return bucket
 
 
 def attend_in_rounds(
@@ -219,7 +233,7 @@ def attend_in_rounds(
 ) -> Float[Array, "B T N H"]:
     """Attention to everything that is found in any round, counted once (appendix A of the paper)."""
     # What is not real is in a bucket of its own.
-    hashes = jnp.where(is_real[None, :, None], hashes, config.hash_buckets)
+    hashes = jnp.where(is_real[None, :, None], hashes, math.prod(config.hash_factors))
     positions = jax.vmap(buckets.sort)(hashes)
     heads_first = [jnp.moveaxis(each, 2, 1) for each in (queries, keys, values)]
 
