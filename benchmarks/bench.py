@@ -17,6 +17,7 @@ BENCHMARKS = {
     "step": ("memorizing.benchmarks.step", "the training step with and without external memories"),
     "tpu": ("memorizing.benchmarks.tpu", "the same on slices of TPUs, as the TPU compiler estimates it"),
     "stream": ("memorizing.benchmarks.stream", "a stream of a million tokens: memory, and time per segment"),
+    "scaling": ("memorizing.benchmarks.scaling", "an attention layer against the length of a segment"),
     "data": ("memorizing.benchmarks.data", "tokens a second that a host's stream hands out"),
 }
 

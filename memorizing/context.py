@@ -134,6 +134,7 @@ class Segment:
       rngs: random numbers of this layer; None where nothing is random, as in evaluation.
       tokens: int32 [B, length], the segment's own; in a decode step only the one token of the step, [B, 1].
       clock: int32 scalar, segments processed before this one. A layer without a memory needs neither.
+      choices: what the layer chose when it passed this segment before (`Report.choices`); None for the first time.
     """
 
     is_real: RealPositions
@@ -142,6 +143,7 @@ class Segment:
     rngs: Rngs | None = None
     tokens: Int[Array, "B _"] | None = None
     clock: Clock | None = None
+    choices: Mapping[str, jax.Array] | None = None
 
     @property
     def is_decode_step(self) -> bool:
@@ -180,6 +182,10 @@ class Segment:
         first = cache.shape[1] - self.layout.size + self.decoding.position
         return jax.lax.dynamic_update_slice_in_dim(cache, new, first, axis=1)
 
+    def chosen(self, name: str, choice: jax.Array) -> jax.Array:
+        """The same choice as when the layer passed this segment before, or else this one."""
+        return choice if self.choices is None else self.choices[name]
+
     def with_cached(self, valid: Bool[Array, "B W"]) -> Bool[Array, "B S"]:
         """Which of the keys [cached; segment] hold something."""
         return jnp.concatenate([valid, self.is_real], axis=1)
@@ -197,12 +203,15 @@ class Report:
       kv_cache: of a segment that is not whole, what its next decode step needs of this and the earlier positions.
       retrieved: what the layer's queries found in an external memory, for an inspector: see
         `external_memory.Retrieved`.
+      choices: integers that the layer chose without gradient, such as hashes. A layer that is computed again from
+        inputs that are equal up to rounding has to choose the same.
     """
 
     losses: Mapping[str, jax.Array] = struct.field(default_factory=dict)
     metrics: Mapping[str, jax.Array] = struct.field(default_factory=dict)
     kv_cache: Mapping[str, jax.Array] = struct.field(default_factory=dict)
     retrieved: Any = None
+    choices: Mapping[str, jax.Array] = struct.field(default_factory=dict)
 
     def with_part(self, name: str, part: Report) -> Report:
         """The report of a model with that of one of its parts, whose losses and metrics are called `name/...`.

@@ -21,6 +21,9 @@ from memorizing.models.attention.base import Attention
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.reformer import ReformerAttention
+from memorizing.models.attention.routing import RoutingAttention
+from memorizing.models.attention.sparse import SparseAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig, ModelOutput
@@ -39,21 +42,25 @@ class Mechanism:
 
     Attributes:
       name: for the test's id.
-      attention: of every layer that `attention_at` does not name.
+      attention: of every layer that `attention_at` does not name, or a pattern.
       attention_at, recurrent_tokens, continuous_cache: as in `LMConfig`.
       carries_context: whether a segment sees anything of the segments before it.
       two_segments_equal_one: whether two segments of T give what one segment of 2T gives.
       gradient_reaches_context: whether gradient flows into the carried state (only ever within a step).
+      order_of_sums_depends_on_later_tokens: equal up to rounding, where others are equal bit for bit.
+      later_tokens_decide_what_is_seen: of the earlier ones, as published; what they hold themselves is never seen.
     """
 
     name: str
-    attention: Attention = FullAttention()
+    attention: Attention | tuple[Attention, ...] = FullAttention()
     attention_at: tuple[tuple[int, Attention], ...] = ()
     recurrent_tokens: RecurrentTokens | None = None
     carries_context: bool = True
     two_segments_equal_one: bool = False
     gradient_reaches_context: bool = False
     continuous_cache: ContinuousCache | None = None
+    order_of_sums_depends_on_later_tokens: bool = False
+    later_tokens_decide_what_is_seen: bool = False
 
     @property
     def config(self) -> LMConfig:
@@ -117,6 +124,43 @@ MECHANISMS = (
         attention_at=((1, KNNAttention(memory_size=2 * LENGTH, num_neighbors=4)),),
         continuous_cache=ContinuousCache(3 * LENGTH, num_neighbors=4, theta=4.0, weight=0.5, mixing="gated"),
     ),
+    Mechanism(
+        "sparse, strided sets in turn",
+        attention=(SparseAttention(sees="first", stride=4), SparseAttention(sees="second", stride=4)),
+        carries_context=False,
+    ),
+    Mechanism(
+        "sparse, fixed sets merged",
+        attention=SparseAttention(pattern="fixed", stride=4, summary_width=2),
+        carries_context=False,
+    ),
+    Mechanism(
+        "knn over sparse",
+        attention_at=((1, KNNAttention(2 * LENGTH, num_neighbors=4, local=SparseAttention(sees="split", stride=4))),),
+    ),
+    Mechanism(
+        "reformer",
+        attention=ReformerAttention(hash_buckets=2, num_rounds=4, chunk_size=4),
+        carries_context=False,
+        later_tokens_decide_what_is_seen=True,
+    ),
+    Mechanism(
+        "reformer, strictly causal",
+        attention=ReformerAttention(hash_buckets=2, num_rounds=4, chunk_size=4, strictly_causal=True),
+        carries_context=False,
+        order_of_sums_depends_on_later_tokens=True,
+    ),
+    Mechanism(
+        "routing",
+        attention=RoutingAttention(num_clusters=2, cluster_size=4, local=SparseAttention(sees="first", stride=4)),
+        carries_context=False,
+        later_tokens_decide_what_is_seen=True,
+    ),
+    Mechanism(
+        "routing, strictly causal, beside a cache",
+        attention=RoutingAttention(num_clusters=2, cluster_size=4, local=XL, strictly_causal=True),
+        order_of_sums_depends_on_later_tokens=True,
+    ),
     # That of docs/adding-a-mechanism.md.
     Mechanism("decaying average", attention=DecayingAverage(), two_segments_equal_one=True),
 )
@@ -128,18 +172,28 @@ class TinyModel:
     def __init__(self, config: LMConfig) -> None:
         self.config = config
 
-    @functools.cached_property
+    @property
     def params(self) -> Any:
-        """Moved away from the start, so that no promise rests on a value that happens to be 0 or 1 there.
+        return self.variables["params"]
+
+    @property
+    def buffers(self) -> Any:
+        return self.variables["buffers"]
+
+    @functools.cached_property
+    def variables(self) -> dict[str, Any]:
+        """Parameters moved away from the start, so that no promise rests on a value that happens to be 0 or 1 there.
 
         The gate's bias, the norms' scales.
         """
 
         @jax.jit
-        def init() -> Any:
-            params = init_params(self.config, ROWS, LENGTH, jax.random.key(0))
+        def init() -> dict[str, Any]:
+            variables = init_variables(self.config, ROWS, LENGTH, jax.random.key(0))
+            params = variables["params"]
             keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
-            return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), params)
+            moved = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), params)
+            return variables | {"params": moved}
 
         return init()
 
@@ -206,14 +260,20 @@ class TinyModel:
         return context
 
     def _apply(self, params: Any, *inputs: Any) -> ModelOutput:
-        return apply_model(self.config, params, *inputs)
+        return apply_model(self.config, params, *inputs, buffers=self.buffers)
 
 
 def apply_model(
-    config: LMConfig, params: Any, tokens: Any, is_real: Any, start_of_document: Any, context: Context
+    config: LMConfig,
+    params: Any,
+    tokens: Any,
+    is_real: Any,
+    start_of_document: Any,
+    context: Context,
+    buffers: Any = None,
 ) -> ModelOutput:
-    """One segment of a model without buffers, as evaluation reads it."""
-    return language_model.apply(config, params, {}, Inputs(tokens, is_real, start_of_document), context)
+    """One segment of a model, as evaluation reads it."""
+    return language_model.apply(config, params, buffers or {}, Inputs(tokens, is_real, start_of_document), context)
 
 
 def init_params(config: LMConfig, num_rows: int, segment_length: int, key: jax.Array) -> Any:

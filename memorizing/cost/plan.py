@@ -323,16 +323,19 @@ def _advice(experiment: Experiment, devices: list[Any], hbm: dict[str, int]) -> 
             (memory + temporaries) // 2,
         ),
         _Change(
-            "--gin.LMConfig.remat=layer: compute the activations again for the gradient",
-            changed("model", remat="layer"),
-            temporaries // 2,
-        ),
-        _Change(
             f"--gin.BatchConfig.tokens_per_step={fewer_tokens}: half the rows, or a larger slice",
             changed("batch", tokens_per_step=fewer_tokens),
             (memory + temporaries) // 3,
         ),
     ]
+    if model.residuals == "plain":
+        changes.append(
+            _Change(
+                "--gin.LMConfig.remat=layer: compute the activations again for the gradient",
+                changed("model", remat="layer"),
+                temporaries // 2,
+            )
+        )
     if model.has_memory:
         changes.append(
             _Change(

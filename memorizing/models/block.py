@@ -14,6 +14,8 @@ from memorizing.models.layers import MLP, dropout, make_norm
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)).
 
+    Its halves, without their residuals, are `attend` and `feed_forward`.
+
     Attributes:
       mechanism: of the attention.
       dims: sizes and parts.
@@ -27,7 +29,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(dims.norm)
         self.attention = self.mechanism.layer(dims)
         self.mlp_norm = make_norm(dims.norm)
-        self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype)
+        self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype, dims.initial_output_scale)
 
     def __call__(
         self,
@@ -36,17 +38,47 @@ class Block(nn.Module):
         state: Tree,
     ) -> tuple[Activations, Tree, Report]:
         """The layer's output [B, T, D], its new state, and its report."""
-        rate = self.dims.dropout
+        y, state, report = self.attend(x, segment, state)
+        x = x + y
+        x = x + self.feed_forward(x, segment)
+        return x, state, report
 
+    def attend(
+        self,
+        x: Activations,
+        segment: Segment,
+        state: Tree,
+    ) -> tuple[Activations, Tree, Report]:
+        """What attention adds to the residual, its new state, and its report."""
         y = self.attention_norm(x)
         y, state, report = self.attention(y, segment, state)
-        y = dropout(y, rate, segment.rngs, "attention_dropout")
-        x = x + y
+        y = dropout(y, self.dims.dropout, segment.rngs, "attention_dropout")
+        return y, state, report
 
+    def feed_forward(self, x: Activations, segment: Segment) -> Activations:
+        """What the MLP adds to the residual."""
         with jax.named_scope("mlp"):
             y = self.mlp_norm(x)
-            y = self.mlp(y)
-        y = dropout(y, rate, segment.rngs, "mlp_dropout")
-        x = x + y
+            y = self._mlp_in_chunks(y)
+        return dropout(y, self.dims.dropout, segment.rngs, "mlp_dropout")
 
-        return x, state, report
+    def _mlp_in_chunks(self, x: Activations) -> Activations:
+        """The MLP, whose hidden layer [B, T, F] is computed, and computed again, for a few positions at a time."""
+        num_rows, length, width = x.shape
+        num_chunks = self.dims.mlp_chunks
+        # A decode step is one position; parameters are made as ever.
+        if num_chunks == 1 or length == 1 or self.is_initializing():
+            return self.mlp(x)
+
+        def pass_chunk(mlp: MLP, carry: None, chunk: Activations) -> tuple[None, Activations]:
+            return carry, mlp(chunk)
+
+        in_turn = nn.scan(
+            nn.remat(pass_chunk, prevent_cse=False),
+            variable_broadcast="params",
+            in_axes=1,
+            out_axes=1,
+        )
+        chunks = x.reshape(num_rows, num_chunks, length // num_chunks, width)
+        _, y = in_turn(self.mlp, None, chunks)
+        return y.reshape(x.shape)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from memorizing import context as context_lib
-from memorizing.array_typing import Activations, AxesTree, Logits, PerToken, RowFlags, Tree
+from memorizing.array_typing import Activations, AxesTree, Logits, PerToken, RowFlags, Tokens, Tree
 from memorizing.context import (
     Context,
     Decoding,
@@ -30,10 +30,11 @@ from memorizing.errors import UserError
 from memorizing.models import attention as attention_lib
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.layers import Embedder, MLPKind, NormKind, dropout, make_norm
+from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Mixture
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, written
-from memorizing.models.stack import LayerGroup, Stack, StackOutput, layer_name
+from memorizing.models.stack import LayerGroup, RematKind, Stack, StackOutput, layer_name
 
 # The entry of the recurrent tokens in parameters and context.
 RECURRENT = "recurrent_tokens"
@@ -54,8 +55,15 @@ class LMConfig:
       dropout: probability, on the embedding and on the outputs of attention and MLP.
       initial_logit_scale: value at initialisation of the learned per-head scale of the attention logits.
       dtype: of activations and carried states; parameters are float32.
-      remat: 'none', or 'layer' to recompute each layer for its gradient, all but the memory search.
+      remat: what is computed again for the gradient: 'none'; 'layer', each layer, all but the memory search; 'dots', also
+        but products with parameters.
+      remat_every: with the square root of the number of layers, and 'layer', memory grows as that root.
+      residuals: 'plain', or 'reversible': two streams, whose activations are computed back from the outputs.
+      mlp_chunks: parts of a segment that pass through the MLP one after the other, so that its hidden layer is small.
+      loss_chunks: parts of a segment whose logits are there at a time in training.
       norm, mlp, qk_norm, positions: the parts of a layer, see `LayerDims`.
+      initial_outputs: 'plain', or 'by_depth' to begin with output projections of attention and MLP divided by
+        sqrt(2 L), as the Sparse Transformer does (Child et al. 2019, section 5.2).
     """
 
     vocab_size: int = 259
@@ -70,18 +78,38 @@ class LMConfig:
     dropout: float = 0.0
     initial_logit_scale: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "layer"] = "none"
+    remat: RematKind = "none"
     norm: NormKind = "rms"
     mlp: MLPKind = "relu"
     qk_norm: Literal["l2", "none"] = "l2"
     positions: Literal["t5", "none"] = "t5"
+    initial_outputs: Literal["plain", "by_depth"] = "plain"
+    residuals: Literal["plain", "reversible"] = "plain"
+    mlp_chunks: int = 1
+    loss_chunks: int = 1
+    remat_every: int = 1
     continuous_cache: ContinuousCache | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim"):
+        for name in (
+            "vocab_size",
+            "num_layers",
+            "embed_dim",
+            "num_heads",
+            "head_dim",
+            "mlp_dim",
+            "mlp_chunks",
+            "loss_chunks",
+            "remat_every",
+        ):
             size = getattr(self, name)
             if size < 1:
                 raise UserError(f"LMConfig.{name} = {size}: at least 1")
+        if self.residuals == "reversible" and self.remat != "none":
+            raise UserError(
+                f"LMConfig.remat = '{self.remat}' with LMConfig.residuals = 'reversible': reversible layers store no "
+                "activations that could be computed again; set LMConfig.remat = 'none'"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"LMConfig.dropout = {self.dropout}: a probability below 1")
         if self.attention == ():
@@ -115,6 +143,8 @@ class LMConfig:
             mlp=self.mlp,
             qk_norm=self.qk_norm,
             positions=self.positions,
+            mlp_chunks=self.mlp_chunks,
+            initial_output_scale=1.0 if self.initial_outputs == "plain" else (2 * self.num_layers) ** -0.5,
         )
 
     @property
@@ -133,6 +163,8 @@ class LMConfig:
             self.attention_at,
             self.dims,
             self.remat,
+            self.remat_every,
+            self.residuals,
         )
 
     @property
@@ -226,8 +258,28 @@ class LMConfig:
         """Raises UserError if a mechanism cannot work with segments of this length."""
         for group in self.groups:
             group.attention.check(segment_length)
+            if self.recurrent_tokens and not group.attention.takes_memory_tokens:
+                raise UserError(
+                    f"LMConfig.recurrent_tokens with @{type(group.attention).__name__}(): it knows no positions but the "
+                    "segment's own; use memory tokens with @FullAttention() or @XLAttention(), or leave them out"
+                )
         if self.continuous_cache:
             self.continuous_cache.check(segment_length)
+        num_positions = self.layout(segment_length).size
+        if num_positions % self.mlp_chunks:
+            raise UserError(
+                f"LMConfig.mlp_chunks = {self.mlp_chunks} does not divide the {num_positions} positions that pass "
+                "through the layers"
+            )
+        if segment_length % self.loss_chunks:
+            raise UserError(
+                f"LMConfig.loss_chunks = {self.loss_chunks} does not divide the segment length {segment_length}"
+            )
+        if self.loss_chunks > 1 and self.continuous_cache:
+            raise UserError(
+                f"LMConfig.loss_chunks = {self.loss_chunks}: a continuous cache mixes the logits of a whole segment; "
+                "set LMConfig.loss_chunks = 1"
+            )
 
     def check_can_decode(self) -> None:
         """Raises UserError if a text cannot be generated, or scored, token by token."""
@@ -240,7 +292,7 @@ class LMConfig:
             if not group.attention.can_decode:
                 raise UserError(
                     f"@{type(group.attention).__name__}() reads whole segments only: a model with it cannot write or "
-                    "score a text token by token"
+                    f"score a text token by token{group.attention.decoding_advice}"
                 )
 
     # The context.
@@ -310,6 +362,7 @@ class ModelOutput(NamedTuple):
       context: for the next segment; None where the segment is not whole.
       buffers: as they are after the segment.
       report: what the layers report, by layer; the entries of `kv_cache` by group.
+      hidden: [B, T, D], what the logits are made from.
       log_normalizer: float32 [B, T], log of the sum of exp(logits) over V where it is known already, else None.
     """
 
@@ -317,6 +370,7 @@ class ModelOutput(NamedTuple):
     context: Context | None
     buffers: Tree
     report: Report
+    hidden: Activations
     log_normalizer: PerToken | None
 
 
@@ -411,7 +465,38 @@ def apply(
         report = report.with_part(CONTINUOUS_CACHE, of_cache)
 
     new_context = _next_context(config, inputs, context, layout, x, layers) if is_whole else None
-    return ModelOutput(logits, new_context, layers.buffers, report, log_normalizer)
+    return ModelOutput(logits, new_context, layers.buffers, report, own, log_normalizer)
+
+
+def token_nats(config: LMConfig, params: Tree, output: ModelOutput, targets: Tokens) -> PerToken:
+    """-log p(target) in nats, float32 [B, T], unweighted.
+
+    With `LMConfig.loss_chunks` the logits [B, T, V] of `output` are not used, so that a compiled program never has them
+    all: they are computed, and computed again for the gradient, for a part of the segment at a time.
+
+    Args:
+      config, params: of the model.
+      output: of a whole segment.
+      targets: int [B, T].
+    """
+    if config.loss_chunks == 1:
+        return next_token_nats(output.logits, targets, output.log_normalizer)
+    embedder = _embedder(config)
+
+    @jax.checkpoint
+    def of_chunk(chunk: tuple[Activations, Tokens]) -> PerToken:
+        hidden, targets = chunk
+        logits = _apply_module(embedder, params["embedder"], hidden, method="decode")
+        return next_token_nats(logits, targets)
+
+    def cut(x: jax.Array) -> jax.Array:
+        num_rows, length, *rest = x.shape
+        chunks = x.reshape(num_rows, config.loss_chunks, length // config.loss_chunks, *rest)
+        return jnp.moveaxis(chunks, 1, 0)
+
+    # [chunks, B, T / chunks]
+    nats = jax.lax.map(of_chunk, (cut(output.hidden), cut(targets)))
+    return jnp.moveaxis(nats, 0, 1).reshape(targets.shape)
 
 
 def _next_context(

@@ -17,11 +17,18 @@ from memorizing.array_typing import Activations, Logits, Tokens
 from memorizing.context import Rngs
 
 NormKind = Literal["rms", "layer"]
-MLPKind = Literal["relu", "gelu", "gated_silu", "gated_gelu"]
+MLPKind = Literal["relu", "gelu", "quick_gelu", "gated_silu", "gated_gelu"]
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), as the Sparse Transformer approximates GELU (Child et al. 2019, section 5.2)."""
+    return x * nn.sigmoid(1.702 * x)
+
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "gelu": nn.gelu,
+    "quick_gelu": _quick_gelu,
     "silu": nn.silu,
 }
 
@@ -57,12 +64,14 @@ class Einsum(nn.Module):
       shape: shape of the kernel.
       axes: logical axis name of each kernel dimension.
       dtype: dtype of the computation and the result.
+      initial_scale: factor of the initial kernel.
     """
 
     equation: str
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     dtype: jnp.dtype
+    initial_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, frozen: bool = False) -> jax.Array:
@@ -70,7 +79,7 @@ class Einsum(nn.Module):
         operands, output = self.equation.split("->")
         _, letters = operands.split(",")
         initializer = nn.initializers.variance_scaling(
-            1.0,
+            self.initial_scale**2,
             "fan_in",
             "truncated_normal",
             in_axis=[i for i, letter in enumerate(letters) if letter not in output],
@@ -142,11 +151,13 @@ class MLP(nn.Module):
       mlp_dim: F.
       kind: the activation; one that is 'gated' is multiplied by a second projection of the input (Shazeer 2020).
       dtype: of the computation.
+      initial_output_scale: factor of the initial projection down.
     """
 
     mlp_dim: int
     kind: MLPKind
     dtype: jnp.dtype
+    initial_output_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
@@ -175,6 +186,7 @@ class MLP(nn.Module):
             shape=(self.mlp_dim, embed_dim),
             axes=("mlp", "embed"),
             dtype=self.dtype,
+            initial_scale=self.initial_output_scale,
             name="down",
         )
         return project_down(hidden)

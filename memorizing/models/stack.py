@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -25,10 +25,14 @@ import numpy as np
 
 from memorizing.array_typing import Activations, AxesTree, Tree
 from memorizing.context import Layout, Report, Rngs, Segment
+from memorizing.models import reversible
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.block import Block
 from memorizing.models.layers import rows_over_data
 from memorizing.models.memory.external_memory import NEIGHBOURS
+from memorizing.models.reversible import Halves, ReversibleInputs, Streams
+
+RematKind = Literal["none", "layer", "dots"]
 
 
 class LayerGroup(NamedTuple):
@@ -99,14 +103,20 @@ class Stack:
       pattern: mechanisms of the layers, over and over.
       exceptions: pairs of a layer index, from 0, and its mechanism instead.
       dims: sizes and parts of each layer.
-      remat: 'none', or 'layer' to recompute each layer for its gradient, all but the search of a memory.
+      remat: what is computed again for the gradient: 'none'; 'layer', all but the search of a memory; or 'dots', all
+        but that search and products with parameters.
+      remat_every: layers of a scan, counted in repetitions of the pattern, of which only the inputs of the first are
+        stored (Chen et al. 2016). Those of one such block are computed again together.
+      residuals: 'plain', or 'reversible': two streams, whose activations are computed back from the outputs.
     """
 
     num_layers: int
     pattern: tuple[Attention, ...]
     exceptions: tuple[tuple[int, Attention], ...]
     dims: LayerDims
-    remat: Literal["none", "layer"] = "none"
+    remat: RematKind = "none"
+    remat_every: int = 1
+    residuals: Literal["plain", "reversible"] = "plain"
 
     @functools.cached_property
     def mechanisms(self) -> tuple[Attention, ...]:
@@ -237,8 +247,10 @@ class Stack:
           update_buffers: whether layers may change their buffers, as they do in training only.
         """
         output = StackOutput(x, states={}, buffers={}, report=Report(retrieved={}))
+        is_reversible = self.residuals == "reversible"
+        stream: Activations | Streams = Streams(x, x) if is_reversible else x
         for run in self.runs:
-            x = rows_over_data(output.x)
+            stream = jax.tree.map(rows_over_data, stream)
             inputs = {}
             for group in run.groups:
                 inputs[group.name] = LayerInputs(
@@ -247,10 +259,15 @@ class Stack:
                     state=states[group.name],
                     segment=_of_group(segment, group),
                 )
-            pass_run = self._scan_run if run.is_scanned else self._pass_layer
-            x, outputs = pass_run(run, x, inputs, update_buffers)
-            output = _add_run(output, run, x, outputs)
-        return output
+            if is_reversible:
+                stream, outputs = self._pass_reversibly(run, stream, inputs, update_buffers)
+            elif run.is_scanned:
+                stream, outputs = self._scan_run(run, stream, inputs, update_buffers)
+            else:
+                stream, outputs = self._pass_layer(run, stream, inputs, update_buffers)
+            output = _add_run(output, run, outputs)
+        x = (stream.first + stream.second) / 2 if is_reversible else stream
+        return output._replace(x=x)
 
     def _init_layer(
         self,
@@ -321,10 +338,96 @@ class Stack:
             return x, outputs
 
         with jax.named_scope(run.name):
-            x, outputs = jax.lax.scan(pass_repetition, x, scanned)
+            if self.remat == "none" or self.remat_every == 1:
+                x, outputs = jax.lax.scan(pass_repetition, x, scanned)
+            else:
+                x, outputs = self._scan_in_blocks(pass_repetition, x, scanned, len(run.groups[0].layers))
         for name, of_group in outputs.items():
             outputs[name] = of_group._replace(state=_rows_first(of_group.state))
         return x, outputs
+
+    def _scan_in_blocks(
+        self,
+        pass_repetition: Callable,
+        x: Activations,
+        scanned: Tree,
+        num_repetitions: int,
+    ) -> tuple[Activations, Tree]:
+        """A scan that stores the inputs of every `remat_every`-th repetition only; the last block may be shorter."""
+        size = self.remat_every
+        num_blocks = num_repetitions // size
+        num_in_blocks = num_blocks * size
+
+        def pass_block(x: Activations, of_block: Tree) -> tuple[Activations, Tree]:
+            return jax.lax.scan(pass_repetition, x, of_block)
+
+        pass_block = self._recomputed(pass_block, is_scanned=True)
+        parts = []
+        if num_blocks:
+            blocks = jax.tree.map(lambda leaf: leaf[:num_in_blocks].reshape(num_blocks, size, *leaf.shape[1:]), scanned)
+            x, outputs = jax.lax.scan(pass_block, x, blocks)
+            parts.append(jax.tree.map(lambda leaf: leaf.reshape(num_in_blocks, *leaf.shape[2:]), outputs))
+        if num_in_blocks < num_repetitions:
+            rest = jax.tree.map(lambda leaf: leaf[num_in_blocks:], scanned)
+            x, outputs = pass_block(x, rest)
+            parts.append(outputs)
+        return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    def _recomputed(self, function: Callable, is_scanned: bool) -> Callable:
+        """The same function, whose activations are computed again for its gradient, but for what `remat` stores."""
+        policies = jax.checkpoint_policies
+        policy = policies.save_only_these_names(NEIGHBOURS)
+        if self.remat == "dots":
+            policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
+        # prevent_cse is not needed inside a scan, and would only slow it down.
+        return jax.checkpoint(function, policy=policy, prevent_cse=not is_scanned)
+
+    def _pass_reversibly(
+        self,
+        run: Run,
+        x: Streams,
+        inputs: dict[str, LayerInputs],
+        update_buffers: bool,
+    ) -> tuple[Streams, dict[str, LayerOutputs]]:
+        """Passes through a run; of its activations, only its outputs are kept for the gradient."""
+        layers = {}
+        common = {}
+        own = {}
+        for group in run.groups:
+            params, buffers, state, segment = inputs[group.name]
+            state = _layers_first(state) if run.is_scanned else state
+            layers[group.name] = self._halves(group.attention, update_buffers)
+            common[group.name] = _without_own(segment)
+            own[group.name] = ReversibleInputs(params, state, (buffers, _own(segment)))
+
+        with jax.named_scope(run.name):
+            x, outputs = reversible.pass_layers(layers, run.is_scanned, x, own, common)
+        if run.is_scanned:
+            outputs = {name: each._replace(state=_rows_first(each.state)) for name, each in outputs.items()}
+        return x, outputs
+
+    def _halves(self, attention: Attention, update_buffers: bool) -> Halves:
+        """A layer as two pure functions."""
+        block = Block(attention, self.dims)
+        mutable = ["buffers"] if update_buffers else []
+
+        def attend(
+            params: Tree, x: Activations, state: Tree, own: tuple, segment: Segment, choices: Tree
+        ) -> tuple[Activations, LayerOutputs]:
+            buffers, of_layer = own
+            segment = dataclasses.replace(_with_own(segment, of_layer), choices=choices)
+            variables = {"params": params, "buffers": buffers}
+            output, changed = block.apply(variables, x, segment, state, mutable=mutable, method="attend")
+            y, state, report = output
+            buffers = jax.lax.stop_gradient(changed.get("buffers", buffers))
+            return y, LayerOutputs(buffers, state, report)
+
+        def feed_forward(params: Tree, x: Activations, own: tuple, segment: Segment) -> Activations:
+            buffers, of_layer = own
+            variables = {"params": params, "buffers": buffers}
+            return block.apply(variables, x, _with_own(segment, of_layer), method="feed_forward")
+
+        return Halves(attend, feed_forward)
 
     def _layer(self, attention: Attention, update_buffers: bool, is_scanned: bool) -> Any:
         """A layer as a pure function `(x, LayerInputs) -> (x, LayerOutputs)`."""
@@ -344,11 +447,10 @@ class Stack:
             buffers = jax.lax.stop_gradient(changed.get("buffers", inputs.buffers))
             return x, LayerOutputs(buffers, state, report)
 
-        if self.remat == "none":
+        is_in_block = is_scanned and self.remat_every > 1
+        if self.remat == "none" or is_in_block:
             return layer
-        policy = jax.checkpoint_policies.save_only_these_names(NEIGHBOURS)
-        # prevent_cse is not needed inside a scan, and would only slow it down.
-        return jax.checkpoint(layer, policy=policy, prevent_cse=not is_scanned)
+        return self._recomputed(layer, is_scanned)
 
 
 class LayerInputs(NamedTuple):
@@ -510,13 +612,8 @@ def _add_layer_axis(variables: Tree) -> Tree:
     return jax.tree.map(add_name, variables, is_leaf=is_box)
 
 
-def _add_run(
-    output: StackOutput,
-    run: Run,
-    x: Activations,
-    outputs: dict[str, LayerOutputs],
-) -> StackOutput:
-    """The output with that of one more run; what layers report gets their names."""
+def _add_run(output: StackOutput, run: Run, outputs: dict[str, LayerOutputs]) -> StackOutput:
+    """The output with what the layers of one more run give besides activations; their reports get their names."""
     states = dict(output.states)
     buffers = dict(output.buffers)
     report = output.report
@@ -530,7 +627,7 @@ def _add_run(
         report = dataclasses.replace(report, kv_cache=kv_cache)
         for name, of_layer in _reports(group, of_group.report):
             report = report.with_part(name, of_layer)
-    return StackOutput(x, states, buffers, report)
+    return StackOutput(output.x, states, buffers, report)
 
 
 def _reports(group: LayerGroup, report: Report) -> Iterator[tuple[str, Report]]:

@@ -17,7 +17,6 @@ from memorizing.batch import Batch
 from memorizing.context import Context, Inputs, Rngs
 from memorizing.models import language_model
 from memorizing.models.language_model import RECURRENT, LMConfig
-from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.external_memory import NEIGHBOURS
 from memorizing.training.state import TrainState
 
@@ -151,7 +150,7 @@ def batch_loss(
         report = output.report
 
         # [B, T]
-        token_nats = next_token_nats(output.logits, segment.targets, output.log_normalizer)
+        token_nats = language_model.token_nats(config, params, output, segment.targets)
         nats = jnp.sum(token_nats * segment.loss_weights) / weight
         loss = nats + sum(report.losses.values()) / num_segments
         # The mean over segments of this `loss` is the sum of their nats.

@@ -19,6 +19,7 @@ from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.sparse import SparseAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
@@ -127,11 +128,15 @@ def test_a_mechanism_tells_its_own_count() -> None:
         TransformerXLAttention(window=128),
         CompressiveAttention(window=128, compressed_size=64, compressor="conv"),
         CompressiveAttention(window=128, compressed_size=64, compressor="dilated"),
+        SparseAttention("strided", stride=16),
+        SparseAttention("fixed", "split", stride=16, summary_width=4),
     ],
-    ids=["full", "xl", "transformer_xl", "conv", "dilated"],
+    ids=["full", "xl", "transformer_xl", "conv", "dilated", "strided", "fixed"],
 )
 @pytest.mark.parametrize("recurrent_tokens", [None, RecurrentTokens(num_tokens=16)], ids=["alone", "rmt"])
 def test_count_agrees_with_the_compiler(attention: Attention, recurrent_tokens: RecurrentTokens | None) -> None:
+    if recurrent_tokens and not attention.takes_memory_tokens:
+        pytest.skip("it knows no memory tokens")
     # One layer: the compiler counts the body of a scan once.
     config = LMConfig(
         vocab_size=512,
@@ -169,7 +174,19 @@ def test_plan_prints_the_run_of_a_gin_file(capsys: pytest.CaptureFixture) -> Non
     assert run_plan("--flops", "--gin_file=smoke", "--json", bindings=("LMConfig.num_layers=3",)) == 0
     counts = json.loads(capsys.readouterr().out)
     names = [mechanism["name"] for mechanism in counts["mechanisms"]]
-    assert names == ["full", "this run", "segments", "cache", "XL", "compressive", "kNN", "RMT"]
+    assert names == [
+        "full",
+        "this run",
+        "segments",
+        "cache",
+        "XL",
+        "compressive",
+        "kNN",
+        "sparse",
+        "Reformer",
+        "routing",
+        "RMT",
+    ]
     assert counts["lengths"][0] == 512 and counts["lengths"][-1] == 2_048_000
     assert run_plan("--flops", "--gin_file=smoke", bindings=("LMConfig.num_layers=3",)) == 0
     text = capsys.readouterr().out

@@ -16,6 +16,7 @@ import pytest
 from mechanisms import LENGTH, ROWS, Mechanism, init_params
 
 from memorizing.context import Layout
+from memorizing.errors import UserError
 from memorizing.models import stack
 from memorizing.models.attention import MECHANISMS
 from memorizing.models.attention.base import Attention
@@ -83,7 +84,11 @@ def test_a_memory_is_resized_left_out_and_found(mechanism: Mechanism):
 
 def test_only_models_that_say_so_are_decoded(mechanism: Mechanism):
     assert all(type(attention.can_decode) is bool for attention in parts(mechanism))
-    mechanism.config.check_can_decode()
+    if mechanism.later_tokens_decide_what_is_seen:
+        with pytest.raises(UserError, match=r"later tokens.*strictly_causal = True"):
+            mechanism.config.check_can_decode()
+    else:
+        mechanism.config.check_can_decode()
 
 
 @pytest.mark.parametrize("cls", MECHANISMS, ids=lambda cls: cls.__name__)

@@ -271,6 +271,8 @@ def test_random_numbers_differ_where_they_should():
         ({"mlp": "gated_silu"}, {"mlp/gate/kernel"}),
         ({"mlp": "gated_gelu"}, {"mlp/gate/kernel"}),
         ({"mlp": "gelu"}, set()),
+        ({"mlp": "quick_gelu"}, set()),
+        ({"initial_outputs": "by_depth"}, set()),
         ({"qk_norm": "none"}, set()),
         ({"positions": "none"}, set()),
     ],

@@ -7,6 +7,9 @@ from memorizing.models.attention.base import Attention
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.reformer import ReformerAttention
+from memorizing.models.attention.routing import RoutingAttention
+from memorizing.models.attention.sparse import SparseAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 
@@ -17,6 +20,9 @@ MECHANISMS: tuple[type[Attention], ...] = (
     TransformerXLAttention,
     CompressiveAttention,
     KNNAttention,
+    SparseAttention,
+    ReformerAttention,
+    RoutingAttention,
 )
 
 # Carries nothing: what a model has unless it is told otherwise.

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from memorizing.array_typing import (
     Activations,
@@ -46,6 +47,8 @@ class LayerDims:
       qk_norm: 'l2' normalises queries and keys to length 1 and learns the scale of the logits; with 'none' the scale is
         1 / sqrt(H).
       positions: 't5' adds a bias learned for each bucket of distances; 'none' leaves the order to the mask.
+      initial_output_scale: factor of the initial output projections of attention and MLP.
+      mlp_chunks: parts of the segment that pass through the MLP one after the other.
     """
 
     embed_dim: int
@@ -59,6 +62,8 @@ class LayerDims:
     mlp: MLPKind = "relu"
     qk_norm: Literal["l2", "none"] = "l2"
     positions: Literal["t5", "none"] = "t5"
+    initial_output_scale: float = 1.0
+    mlp_chunks: int = 1
 
     @property
     def width(self) -> int:
@@ -96,11 +101,15 @@ class Attention:
       stackable: whether the states of several layers may be stacked for a scan (and copied in every step).
       can_decode: whether the layer also passes segments that are still being generated: see `context.Decoding`.
       memory_size: slots of its external memory in positions, 0 without one.
+      takes_memory_tokens: whether recurrent memory tokens may stand before and after the segment's own.
+      decoding_advice: what to do where the layer cannot decode.
     """
 
     stackable: ClassVar[bool] = True
     can_decode: ClassVar[bool] = False
     memory_size: ClassVar[int] = 0
+    takes_memory_tokens: ClassVar[bool] = True
+    decoding_advice: ClassVar[str] = ""
 
     # What it carries.
 
@@ -228,6 +237,7 @@ class ProjectedAttention(nn.Module):
             shape=(dims.num_heads, dims.head_dim, dims.embed_dim),
             axes=("heads", "head_dim", "embed"),
             dtype=dims.dtype,
+            initial_scale=dims.initial_output_scale,
             name="output",
         )
         return project_back(y), state, report
@@ -249,7 +259,20 @@ class T5Bias(nn.Module):
     num_buckets: int
     max_distance: int
 
-    @nn.compact
+    def setup(self) -> None:
+        self.table = parameter(
+            self,
+            "table",
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
+            shape=(self.num_heads, self.num_buckets),
+            axes=("heads", None),
+        )
+
+    def at(self, distances: Int[np.ndarray, "*shape"]) -> Float[Array, "N *shape"]:
+        """The bias at some distances back, in tokens."""
+        buckets = positions.t5_buckets(distances, self.num_buckets, self.max_distance)
+        return self.table[:, buckets]
+
     def __call__(
         self,
         segment: Segment,
@@ -258,13 +281,6 @@ class T5Bias(nn.Module):
     ) -> Float[Array, "N T S"]:
         """The bias of each query for each key; the queries are all positions of the segment, or some of them."""
         layout = segment.layout
-        table = parameter(
-            self,
-            "table",
-            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"),
-            shape=(self.num_heads, self.num_buckets),
-            axes=("heads", None),
-        )
         distances = positions.distances(layout.size, num_keys)
         buckets = positions.t5_buckets(
             distances,
@@ -274,7 +290,7 @@ class T5Bias(nn.Module):
         )
         # [N, R], R = S + T - 1
         num_distances = num_queries + num_keys - 1
-        by_distance = segment.select(table[:, buckets], num_distances, axis=1)
+        by_distance = segment.select(self.table[:, buckets], num_distances, axis=1)
         return positions.same_by_key(by_distance, num_queries, num_keys)
 
 
@@ -300,6 +316,24 @@ def position_bias(
         return None
     bias = T5Bias(dims.num_heads, num_buckets, max_distance, name="bias")
     return bias(segment, num_queries, num_keys)
+
+
+def distance_bias(
+    dims: LayerDims,
+    num_buckets: int,
+    max_distance: int,
+) -> Callable[[Int[np.ndarray, "*shape"]], Float[Array, "N *shape"]]:
+    """The bias of the logits as a function of distances back in tokens, where not all queries meet all keys.
+
+    To be called in a module: its submodule `bias` has the parameters, the same as those of `position_bias`.
+
+    Args:
+      dims, num_buckets, max_distance: as for `position_bias`; without positions the bias is 0.
+    """
+    if dims.positions == "none":
+        return lambda distances: jnp.zeros((dims.num_heads, *distances.shape))
+    bias = T5Bias(dims.num_heads, num_buckets, max_distance, name="bias")
+    return bias.at
 
 
 def local_attention(

@@ -1,0 +1,156 @@
+"""Forward and backward of one attention layer against the length of a segment: full attention beside mechanisms.
+
+Every mechanism is configured for each length as its example in `memorizing plan --flops` is: strides, clusters and
+chunks grow as their papers let them. CPU seconds of the whole process count, so that other work of the machine hardly
+does; the exponent is fitted over the upper half of the lengths.
+
+  --mechanisms=sparse,Reformer,routing   names of examples; full attention is always there
+  --max_full=8192                        full attention needs about 12 T^2 bytes a head
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memorizing.benchmarks import measure
+from memorizing.context import Layout, Segment
+from memorizing.errors import UserError
+from memorizing.models import attention as attention_lib
+from memorizing.models.attention.base import Attention, LayerDims
+from memorizing.runtime import tables
+
+# CPU seconds of each length, by mechanism.
+Curves = dict[str, dict[int, float]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the benchmark's flags."""
+    parser.add_argument(
+        "--lengths", default="1024,2048,4096,8192,16384,32768", metavar="T,...", help="(default: %(default)s)"
+    )
+    parser.add_argument("--mechanisms", default="sparse,Reformer,routing", metavar="NAME,...", help="(%(default)s)")
+    parser.add_argument("--max_full", type=int, default=16384, metavar="T", help="of full attention (%(default)s)")
+    parser.add_argument("--heads", type=int, default=2, metavar="N", help="of width 64 (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
+    parser.add_argument("--picture", metavar="FILE.png", help="where to draw the curves")
+
+
+def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
+    """Measures, prints a table, and returns the figures."""
+    if bindings:
+        raise UserError(f"bench scaling takes no bindings, but was given --gin.{bindings[0]}")
+    measure.at_least("--rounds", options.rounds, 1)
+    measure.at_least("--heads", options.heads, 2)
+    lengths = measure.sizes("--lengths", options.lengths, least=16)
+    names = options.mechanisms.split(",")
+    curves: Curves = {"full": {}} | {name: {} for name in names}
+    for length in lengths:
+        variants: dict[str, Attention] = {"full": attention_lib.DEFAULT} if length <= options.max_full else {}
+        variants |= {name: example(name, length) for name in names}
+        for name, mechanism in variants.items():
+            curves[name][length] = cpu_seconds(step_of(mechanism, length, options.heads), options.rounds)
+            print(f"{length:,} {name}: {curves[name][length]:.3f} CPU s", flush=True)
+    result = {name: {"seconds": curve, "exponent": exponent(curve)} for name, curve in curves.items()}
+    print(f"\n{_table(curves)}")
+    if options.picture:
+        draw(curves, pathlib.Path(options.picture))
+    return result
+
+
+def example(name: str, length: int) -> Attention:
+    """The example of this name, for segments of a length.
+
+    Raises:
+      UserError: no mechanism has an example of this name.
+    """
+    examples = [each for each in (mechanism.example(length) for mechanism in attention_lib.MECHANISMS) if each]
+    for each in examples:
+        if each.name == name:
+            return each.attention
+    known = ", ".join(each.name for each in examples)
+    raise UserError(f"--mechanisms={name}: expected names of {known}")
+
+
+def step_of(mechanism: Attention, length: int, num_heads: int) -> Callable[[], None]:
+    """A function that computes a layer of one row, and its gradients, and waits for them."""
+    width = 64 * num_heads
+    dims = LayerDims(width, num_heads, 64, 4 * width, 0.0, 8.0, jnp.dtype("float32"), positions="none")
+    layer = mechanism.layer(dims)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, length, width)), jnp.float32)
+    segment = Segment(jnp.ones((1, length), bool), Layout(length))
+    state = mechanism.init_state(dims, 1, length)
+    variables = jax.jit(layer.init)(jax.random.key(0), x, segment, state)
+
+    def loss(variables: Any, x: jax.Array) -> jax.Array:
+        y, _, report = layer.apply(variables, x, segment, state)
+        return jnp.sum(jnp.square(y)) + sum(report.losses.values())
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    compiled = gradient.lower(variables, x).compile()
+    return lambda: jax.block_until_ready(compiled(variables, x))
+
+
+def cpu_seconds(step: Callable[[], None], rounds: int) -> float:
+    """Median of the seconds that all threads of the process compute; a first run is not counted."""
+    step()
+    seconds = []
+    for _ in range(rounds):
+        start = time.process_time()
+        step()
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
+
+
+def exponent(curve: dict[int, float]) -> float | None:
+    """Of the power of the length that fits best over its upper half; None for fewer than two lengths."""
+    lengths = sorted(curve)
+    upper = lengths[len(lengths) // 2 :] if len(lengths) > 3 else lengths
+    if len(upper) < 2:
+        return None
+    slope, _ = np.polyfit(np.log(upper), np.log([curve[length] for length in upper]), 1)
+    return float(slope)
+
+
+def draw(curves: Curves, path: pathlib.Path) -> None:
+    """Writes the curves as a picture, both axes logarithmic."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        slope = exponent(curve)
+        label = name if slope is None else f"{name}, exponent {slope:.2f}"
+        axes.plot(list(curve), list(curve.values()), marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="positions of a segment", ylabel="CPU seconds, forward and backward")
+    lengths = sorted({length for curve in curves.values() for length in curve})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def _table(curves: Curves) -> str:
+    lengths = sorted({length for curve in curves.values() for length in curve})
+    rows = [["positions", *(f"{name}" for name in curves)]]
+    for length in lengths:
+        cells = [f"{curve[length]:.3f} s" if length in curve else "" for curve in curves.values()]
+        rows.append([f"{length:,}", *cells])
+    exponents = [exponent(curve) for curve in curves.values()]
+    rows.append(["exponent", *("" if slope is None else f"{slope:.2f}" for slope in exponents)])
+    for length in lengths:
+        full = curves["full"].get(length)
+        if full is not None:
+            rows.append([f"full / it at {length:,}", *(f"{full / curve[length]:.1f}" for curve in curves.values())])
+    return tables.align(rows)

@@ -1,0 +1,316 @@
+"""Reformer's attention (Kitaev et al. 2020): positions see those of their hash bucket, in several rounds of hashing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from memorizing.array_typing import Activations, HeadScale
+from memorizing.context import Layout, Report, Rngs, Segment
+from memorizing.errors import UserError
+from memorizing.models import buckets, partial_softmax
+from memorizing.models.attention.base import (
+    Attention,
+    Example,
+    LayerDims,
+    attend_flops,
+    distance_bias,
+    matmul_flops,
+    normalize,
+)
+from memorizing.models.buckets import Pairs, Sorted
+from memorizing.models.layers import Einsum, parameter
+from memorizing.models.memory.external_memory import NEIGHBOURS
+from memorizing.models.partial_softmax import Partial
+
+# Logit of the query's own position, which counts only where nothing else is visible (section 2 of the paper).
+_ITSELF = -1e5
+
+
+@dataclasses.dataclass(frozen=True)
+class ReformerAttention(Attention):
+    """Attention of shared queries and keys within the buckets of an angular hash.
+
+    A position sees earlier ones that have its hash in any of the rounds, as far as they are found: positions are sorted
+    by bucket and cut into chunks of C, and each sees its own chunk and the one before. It sees itself only where it
+    sees nothing else. Hashes are drawn anew for each step, and are always the same in evaluation.
+
+    As published, where a chunk begins depends on the buckets of later positions: what a position sees never contains a
+    later one, but which earlier ones it sees depends on them. With `strictly_causal` a position sees the last C of its
+    bucket up to itself in each round: nothing depends on what comes later, so that it can also be decoded.
+
+    Attributes:
+      hash_buckets: an even number, or 1 for a single bucket; the paper has 2 T / C of them. Several even numbers are
+        hashed by themselves and make up a bucket together, as many as their product: cheaper where there are many.
+      num_rounds: of hashing.
+      chunk_size: C, in positions; divides the segment length.
+      strictly_causal: whether nothing depends on later positions.
+      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+    """
+
+    takes_memory_tokens: ClassVar[bool] = False
+    decoding_advice: ClassVar[str] = (
+        ", since where its chunks begin depends on later tokens; set ReformerAttention.strictly_causal = True in "
+        "training and generation"
+    )
+
+    hash_buckets: int | tuple[int, ...] = 32
+    num_rounds: int = 2
+    chunk_size: int = 64
+    strictly_causal: bool = False
+    num_buckets: int = 32
+    max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("num_rounds", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"ReformerAttention.{name} = {getattr(self, name)}: at least 1")
+        if self.hash_buckets != 1 and any(factor < 2 or factor % 2 for factor in self.hash_factors):
+            raise UserError(
+                f"ReformerAttention.hash_buckets = {self.hash_buckets}: an even number, since every direction has its "
+                "opposite, or several of them; or 1"
+            )
+
+    @property
+    def hash_factors(self) -> tuple[int, ...]:
+        """Buckets of each hash that takes part in one."""
+        return self.hash_buckets if isinstance(self.hash_buckets, tuple) else (self.hash_buckets,)
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether nothing depends on later positions."""
+        return self.strictly_causal
+
+    def check(self, segment_length: int) -> None:
+        if segment_length % self.chunk_size:
+            above = -(-segment_length // self.chunk_size) * self.chunk_size
+            raise UserError(
+                f"ReformerAttention.chunk_size = {self.chunk_size} does not divide the segment length "
+                f"{segment_length}: choose another one, or segments of {above}"
+            )
+
+    def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
+        return ReformerLayer(self, dims, name=name)
+
+    def flops(self, dims: LayerDims, layout: Layout) -> int:
+        """Projections, of which queries and keys share one, hashing, and attention in chunks for every round."""
+        length = layout.size
+        projections = matmul_flops(length, dims.embed_dim, 3 * dims.width)
+        hashing = matmul_flops(length, dims.width, sum(self.hash_factors) // 2)
+        attend = attend_flops(dims, length, 2 * self.chunk_size)
+        return projections + self.num_rounds * (hashing + attend)
+
+    @classmethod
+    def example(cls, segment_length: int) -> Example:
+        size = next(size for size in range(64, 0, -1) if segment_length % size == 0)
+        num_buckets = 2 * segment_length // size
+        # Two even factors of about the same size, if there are.
+        factors = [each for each in range(2, int(num_buckets**0.5) + 1, 2) if num_buckets % (2 * each) == 0]
+        hash_buckets = (factors[-1], num_buckets // factors[-1]) if factors else num_buckets
+        reformer = cls(hash_buckets=hash_buckets, chunk_size=size)
+        meaning = (
+            f"nothing carried; {reformer.num_rounds} rounds of {num_buckets} hash buckets in chunks of {size}, "
+            "in every layer"
+        )
+        return Example("Reformer", meaning, reformer)
+
+
+class ReformerLayer(nn.Module):
+    """See `Attention.layer`."""
+
+    attention: ReformerAttention
+    dims: LayerDims
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Activations,
+        segment: Segment,
+        state: tuple,
+    ) -> tuple[Activations, tuple | None, Report]:
+        config = self.attention
+        dims = self.dims
+        # [B, T, N, H]
+        queries = self._project("query", x)
+        values = self._project("value", x)
+        keys = normalize(queries)
+        if dims.qk_norm == "l2":
+            queries = keys
+        scale = self._logit_scale()
+        bias = distance_bias(dims, config.num_buckets, config.max_distance)
+        # [r, B, N, T]
+        hashes = angular_hash(config, keys, segment.rngs)
+        hashes = segment.chosen("hashes", checkpoint_name(hashes, NEIGHBOURS))
+
+        report = Report(choices={"hashes": hashes})
+        if segment.decoding is not None:
+            keys = segment.with_kv_cache("keys", keys)
+            values = segment.with_kv_cache("values", values)
+            by_key = segment.with_kv_cache("hashes", jnp.moveaxis(hashes, (0, 3), (3, 1)))
+            report = Report(kv_cache={"keys": keys, "values": values, "hashes": by_key})
+
+        by_distance = bias(np.arange(values.shape[1]))
+        if segment.is_decode_step:
+            y = _attend_token(config, queries, keys, values, hashes, by_key, scale, by_distance, segment)
+        else:
+            y = attend_in_rounds(config, queries, keys, values, hashes, scale, by_distance, segment.is_real)
+
+        project_back = Einsum(
+            "BTNH,NHD->BTD",
+            shape=(dims.num_heads, dims.head_dim, dims.embed_dim),
+            axes=("heads", "head_dim", "embed"),
+            dtype=dims.dtype,
+            initial_scale=dims.initial_output_scale,
+            name="output",
+        )
+        return project_back(y), None if segment.decoding is not None else state, report
+
+    def _project(self, name: str, x: Activations) -> Float[Array, "B T N H"]:
+        dims = self.dims
+        projection = Einsum(
+            "BTD,DNH->BTNH",
+            shape=(dims.embed_dim, dims.num_heads, dims.head_dim),
+            axes=("embed", "heads", "head_dim"),
+            dtype=dims.dtype,
+            name=name,
+        )
+        return projection(x)
+
+    def _logit_scale(self) -> HeadScale:
+        """Learned as in other layers; else 1 / sqrt(H), with keys of length 1 as in the paper."""
+        dims = self.dims
+        if dims.qk_norm == "none":
+            return jnp.full(dims.num_heads, dims.head_dim**-0.5, jnp.float32)
+        initializer = nn.initializers.constant(dims.initial_logit_scale)
+        return jnp.abs(parameter(self, "scale", initializer, (dims.num_heads,), ("heads",)))
+
+
+def angular_hash(
+    config: ReformerAttention,
+    vectors: Float[Array, "B T N H"],
+    rngs: Rngs | None,
+) -> Int[Array, "r B N T"]:
+    """argmax([x R; -x R]) with random R, for every round and head (Andoni et al. 2015); no gradient.
+
+    Args:
+      config: how many rounds and buckets.
+      vectors: x, of any length.
+      rngs: of the layer; None, as in evaluation, for the same R always.
+    """
+    num_rows, length, num_heads, head_dim = vectors.shape
+    if config.hash_buckets == 1:
+        return jnp.zeros((config.num_rounds, num_rows, num_heads, length), jnp.int32)
+    key = jax.random.key(0) if rngs is None else rngs.stream("hashes")
+    vectors = jax.lax.stop_gradient(vectors).astype(jnp.float32)
+    bucket = jnp.zeros((config.num_rounds, num_rows, num_heads, length), jnp.int32)
+    for place, factor in enumerate(config.hash_factors):
+        shape = (config.num_rounds, num_heads, head_dim, factor // 2)
+        rotations = jax.random.normal(jax.random.fold_in(key, place), shape)
+        # [r, B, N, T, b / 2]
+        rotated = jnp.einsum("BTNH,rNHb->rBNTb", vectors, rotations)
+        both = jnp.concatenate([rotated, -rotated], axis=-1)
+        bucket = bucket * factor + jnp.argmax(both, axis=-1).astype(jnp.int32)
+    return bucket
+
+
+def attend_in_rounds(
+    config: ReformerAttention,
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B T N H"],
+    values: Float[Array, "B T N H"],
+    hashes: Int[Array, "r B N T"],
+    scale: HeadScale,
+    by_distance: Float[Array, "N T"],
+    is_real: Bool[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    """Attention to everything that is found in any round, counted once (appendix A of the paper)."""
+    # What is not real is in a bucket of its own.
+    hashes = jnp.where(is_real[None, :, None], hashes, math.prod(config.hash_factors))
+    positions = jax.vmap(buckets.sort)(hashes)
+    heads_first = [jnp.moveaxis(each, 2, 1) for each in (queries, keys, values)]
+
+    def attend_in_round(of_round: Sorted) -> Partial:
+        pairs = buckets.pairs(of_round, config.chunk_size, config.strictly_causal)
+        # [B, N, m, C, H]
+        chunks = [buckets.in_chunks(each, of_round, config.chunk_size) for each in heads_first]
+        chunk_keys, chunk_values = map(buckets.with_chunk_before, chunks[1:])
+
+        products = jnp.einsum("BNmtH,BNmsH->BNmts", chunks[0], chunk_keys, preferred_element_type=jnp.float32)
+        distance = jnp.maximum(pairs.query[..., :, None] - pairs.key[..., None, :], 0)
+        heads = jnp.arange(by_distance.shape[0]).reshape(1, -1, 1, 1, 1)
+        logits = (products + by_distance[heads, distance]) * scale.reshape(1, -1, 1, 1, 1)
+        logits = jnp.where(distance == 0, _ITSELF, logits)
+        logits -= jnp.log(_times_found(config, pairs, positions))
+
+        y = partial_softmax.attend(logits, pairs.visible, chunk_values)
+        return Partial(*(buckets.by_position(each, of_round) for each in y))
+
+    rounds = jax.lax.map(attend_in_round, positions)
+    return jnp.moveaxis(partial_softmax.join_axis(rounds).values, 1, 2)
+
+
+def _times_found(config: ReformerAttention, pairs: Pairs, positions: Sorted) -> Float[Array, "B N m C S"]:
+    """In how many rounds a pair that meets in one of them does so, at least 1: N of equation 10 in the paper.
+
+    Args:
+      config: of the layer.
+      pairs: of one round.
+      positions: of all rounds.
+    """
+    # Ranks differ by less than C in the strict form; chunks differ by at most 1 in the published one.
+    unit = 1 if config.strictly_causal else config.chunk_size
+    reach = config.chunk_size - 1 if config.strictly_causal else 1
+    query, key = (each.reshape(*each.shape[:2], -1) for each in (pairs.query, jnp.maximum(pairs.key, 0)))
+
+    def count(times: Int[Array, "B N m C S"], of_round: Sorted) -> tuple[Int[Array, "B N m C S"], None]:
+        def of_pairs(by_position: Int[Array, "B N T"]) -> tuple[Int[Array, "B N m C 1"], Int[Array, "B N m 1 S"]]:
+            of_query = jnp.take_along_axis(by_position, query, axis=2).reshape(pairs.query.shape)
+            of_key = jnp.take_along_axis(by_position, key, axis=2).reshape(pairs.key.shape)
+            return of_query[..., :, None], of_key[..., None, :]
+
+        query_bucket, key_bucket = of_pairs(of_round.buckets)
+        query_place, key_place = of_pairs(of_round.ranks // unit)
+        is_found = (query_bucket == key_bucket) & (query_place - key_place <= reach)
+        return times + is_found, None
+
+    none = jnp.zeros(pairs.visible.shape, jnp.int32)
+    times, _ = jax.lax.scan(count, none, positions)
+    return jnp.maximum(times, 1).astype(jnp.float32)
+
+
+def _attend_token(
+    config: ReformerAttention,
+    queries: Float[Array, "B 1 N H"],
+    keys: Float[Array, "B S N H"],
+    values: Float[Array, "B S N H"],
+    hashes: Int[Array, "r B N 1"],
+    by_key: Int[Array, "B S N r"],
+    scale: HeadScale,
+    by_distance: Float[Array, "N S"],
+    segment: Segment,
+) -> Float[Array, "B 1 N H"]:
+    """One position of a decode step, against the keys that it finds in any round."""
+    assert segment.decoding is not None, "a decode step"
+    query = segment.decoding.position
+
+    def found(of_query: Int[Array, "B N"], of_keys: Int[Array, "B S N"]) -> Bool[Array, "B N S"]:
+        return buckets.last_of_bucket(of_query, of_keys.swapaxes(1, 2), query, config.chunk_size)
+
+    # [r, B, N, S]
+    in_rounds = jax.vmap(found, in_axes=(0, 3))(hashes[..., 0], by_key)
+    visible = jnp.any(in_rounds, axis=0)
+    distance = jnp.maximum(query - jnp.arange(keys.shape[1]), 0)
+    products = jnp.einsum("BTNH,BSNH->BNTS", queries, keys, preferred_element_type=jnp.float32)
+    logits = (products + by_distance[:, distance][None, :, None]) * scale[None, :, None, None]
+    is_itself = jnp.arange(keys.shape[1]) == query
+    logits = jnp.where(is_itself[None, None, None], _ITSELF, logits)
+    y = partial_softmax.attend(logits, visible[:, :, None], values.swapaxes(1, 2)).values
+    return y.swapaxes(1, 2)
