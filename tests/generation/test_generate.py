@@ -31,6 +31,7 @@ from memorizing.generation import text_model
 from memorizing.generation.decoding import Decoder, Drawn, TextDecoder, Weights
 from memorizing.generation.text_model import TextModel, TextStream
 from memorizing.runtime import sharding
+from memorizing.runtime.workdir import write_record
 from memorizing.synthetic import RepeatedPassages
 from memorizing.training.checkpoint import read_arrays
 
@@ -323,7 +324,7 @@ def test_runs_that_cannot_write_are_told_so(
     other = tmp_path / "other"
     shutil.copytree(workdir, other)
     record = json.loads((other / "vocabulary.json").read_text())
-    (other / "vocabulary.json").write_text(json.dumps(record | {"digest": "0" * 64}))
+    write_record(epath.Path(other / "vocabulary.json"), {"name": record["name"], "digest": "0" * 64})
     refused(other, "was trained with the vocabulary bytes")
     shutil.rmtree(other / "checkpoints")
     refused(other, "checkpoint")
