@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from memorizing.evaluation import plots
 from memorizing.evaluation.controls import ControlsHook
 from memorizing.evaluation.evaluation_hook import EvaluationHook
 from memorizing.evaluation.evaluator import Evaluation, Evaluator, num_rows_side_by_side
-from memorizing.runtime import distributed, failures
+from memorizing.runtime import distributed, failures, workdir_lock
 from memorizing.runtime.events import FILE as EVENTS_FILE
 from memorizing.runtime.events import EventLog, goodput
 from memorizing.runtime.failures import Interrupted
@@ -52,7 +53,8 @@ def train_and_evaluate(
       The final evaluations by name.
 
     Raises:
-      UserError: the experiment does not fit the devices or the workdir, or a checkpoint cannot be used.
+      UserError: the experiment does not fit the devices or the workdir, a checkpoint cannot be used, or another run is
+        writing into the workdir.
       Preempted: on SIGTERM or Ctrl-C to any process, after a checkpoint.
       NonFiniteLoss: the loss, the gradient or a parameter is not finite; the newest checkpoint is from before.
       Interrupted: another process, a device or the network was lost.
@@ -62,7 +64,24 @@ def train_and_evaluate(
         jax.config.update("jax_compilation_cache_dir", str(resolve(loop.compilation_cache)))
     mesh = experiment.make_mesh()
     experiment.check_data()
-    folder = distributed.primary_first(lambda: open_workdir(workdir, experiment, config_text))
+    # The first process holds the workdir for all of them.
+    if distributed.is_primary():
+        held = workdir_lock.held(resolve(workdir), distributed.say)
+    else:
+        held = contextlib.nullcontext(lambda: None)
+    with held as check_lock:
+        folder = distributed.primary_first(lambda: open_workdir(workdir, experiment, config_text))
+        return _run(experiment, folder, mesh, check_lock, restore_step)
+
+
+def _run(
+    experiment: Experiment,
+    folder: epath.Path,
+    mesh: Mesh,
+    check_lock: Callable[[], None],
+    restore_step: int | None,
+) -> dict[str, Evaluation]:
+    """Trains and evaluates in a workdir that this run holds, as `check_lock` says."""
     events = EventLog(folder / EVENTS_FILE if distributed.is_primary() else None)
     events.write("start", version=__version__, **_machines())
 
@@ -70,10 +89,11 @@ def train_and_evaluate(
         events.write("failure", reason=reason)
         failures.fail(EXIT_START_AGAIN, reason)
 
+    loop = experiment.loop
     with jax.set_mesh(mesh), StopSignal() as stop, HangDetector(loop.hang_seconds, end_hanging) as watchdog:
         run = None
         try:
-            run = _assemble(experiment, folder, mesh, events, stop, watchdog, restore_step)
+            run = _assemble(experiment, folder, mesh, check_lock, events, stop, watchdog, restore_step)
             train(run.training, run.program, loop.num_steps, run.hooks, run.tick)
             _write_results(run, folder, events)
         except BaseException as error:
@@ -111,6 +131,7 @@ def _assemble(
     experiment: Experiment,
     workdir: epath.Path,
     mesh: Mesh,
+    check_lock: Callable[[], None],
     events: EventLog,
     stop: StopSignal,
     watchdog: HangDetector,
@@ -133,8 +154,8 @@ def _assemble(
 
     profile = ProfileHook(training, loop.profile_steps, workdir)
     metrics = MetricsHook(experiment, training.first_step, writer, progress, events, checkpointer, device_values)
-    checkpoint = CheckpointHook(training, checkpointer, loop.checkpoint_every, metrics, events)
-    tick = make_tick(watchdog, stop, events, checkpoint.save_and_wait)
+    checkpoint = CheckpointHook(training, checkpointer, loop.checkpoint_every, metrics, events, check_lock)
+    tick = make_tick(watchdog, stop, events, check_lock, checkpoint.save_and_wait)
     num_rows = num_rows_side_by_side(experiment.data, batch.num_rows, mesh)
     evaluator = Evaluator(experiment.model, num_rows, batch.segment_length, mesh, tick)
     evaluation = EvaluationHook(experiment, training, evaluator, metrics, writer, progress, events)
