@@ -28,7 +28,7 @@ import numpy as np
 from memorizing.benchmarks import measure
 from memorizing.data.tasks import task_name
 from memorizing.data.tokens import token_cache
-from memorizing.errors import EXIT_START_AGAIN
+from memorizing.errors import EXIT_START_AGAIN, MOST, Range
 from memorizing.evaluation import bootstrap
 from memorizing.evaluation.plots import COLORS, MARKERS
 
@@ -324,7 +324,7 @@ def report(output: pathlib.Path, caches: Mapping[str, str], seeds: Sequence[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", action="append", required=True, metavar="NAME=FOLDER", help="repeatable")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=Range(1, MOST).of(int), default=600)
     parser.add_argument("--seeds", default="0,1", metavar="N,N,...")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/results"))
     parser.add_argument("--report_only", action="store_true")

@@ -1,8 +1,22 @@
-"""The one exception for a user's mistake, an error in one line, and the exit codes."""
+"""What a user may give, the one exception for what cannot work, an error in one line, and the exit codes.
+
+Every number that a user can set says which values it takes, where it is declared: a field by its annotation, a flag by
+its type. They are checked in one place each, before anything is built or read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_START_AGAIN = 42
+
+Number = TypeVar("Number", int, float)
 
 
 class UserError(ValueError):
@@ -13,6 +27,61 @@ class UserError(ValueError):
     """
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a setting takes; never NaN, never infinite.
+
+    Attributes:
+      least, most: the ends.
+      without_ends: whether the ends themselves are left out.
+    """
+
+    least: float
+    most: float
+    without_ends: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        # Python compares whole numbers of any size with floats exactly.
+        if self.without_ends:
+            return self.least < value < self.most
+        return self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        if self.without_ends:
+            return f"above {self.least:,} and below {self.most:,}"
+        return f"from {self.least:,} to {self.most:,}"
+
+    def of(self, kind: Callable[[str], Number]) -> Callable[[str], Number]:
+        """A type for argparse: such a number in this range."""
+
+        def parse(text: str) -> Number:
+            value = kind(text)
+            if value not in self:
+                raise argparse.ArgumentTypeError(f"={text}: expected {self}")
+            return value
+
+        # argparse names it where the text is no number at all.
+        parse.__name__ = kind.__name__
+        return parse
+
+
+# Sizes, counts and steps fit 32 bits, with which JAX counts.
+MOST = 2**31 - 1
+Count = Annotated[int, Range(1, MOST)]
+CountOrNone = Annotated[int, Range(0, MOST)]
+Seed = Annotated[int, Range(0, MOST)]
+# Of an axis of a parameter.
+Width = Annotated[int, Range(1, 2**24)]
+Share = Annotated[float, Range(0, 1)]
+Factor = Annotated[float, Range(0, 1e30)]
+FactorAboveZero = Annotated[float, Range(1e-30, 1e30)]
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def is_number(value: object) -> bool:
+    """Whether a range can be asked of it. True and False are no numbers to a user."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)

@@ -7,7 +7,12 @@ import importlib
 import sys
 from types import ModuleType
 
-from memorizing.errors import first_line
+from memorizing.errors import MOST, Range, first_line
+
+STEP = Range(0, MOST)
+# Documents, samples, rows: what is kept side by side.
+SIDE_BY_SIDE = Range(1, 2**20)
+SEED = Range(0, 2**32 - 1)
 
 
 def add_gin_file(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -31,7 +36,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     Without `--workdir` it is one of the demo's run (`DEFAULT_WORKDIR`).
     """
     parser.add_argument("--workdir", metavar="DIR", help=f"folder of the run (default: {DEFAULT_WORKDIR})")
-    parser.add_argument("--step", type=int, metavar="STEP", help="checkpoint to use (default: the newest)")
+    parser.add_argument("--step", type=STEP.of(int), metavar="STEP", help="checkpoint to use (default: the newest)")
     parser.add_argument(
         "--import",
         type=_import,

@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", metavar="DIR", help="folder of the run (default: runs/NAME of the gin file, in the current folder)"
     )
     parser.add_argument(
-        "--restore_step", type=int, metavar="STEP", help="go on from this checkpoint and drop the later ones"
+        "--restore_step",
+        type=experiment_flags.STEP.of(int),
+        metavar="STEP",
+        help="go on from this checkpoint and drop the later ones",
     )
 
 

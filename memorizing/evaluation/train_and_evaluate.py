@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from memorizing import __version__
 from memorizing.cost.accelerators import Utilization, memory_in_use
-from memorizing.errors import EXIT_START_AGAIN
+from memorizing.errors import EXIT_START_AGAIN, UserError
 from memorizing.evaluation import plots
 from memorizing.evaluation.controls import ControlsHook
 from memorizing.evaluation.evaluation_hook import EvaluationHook
@@ -61,7 +61,10 @@ def train_and_evaluate(
     """
     loop = experiment.loop
     if loop.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(resolve(loop.compilation_cache)))
+        cache = resolve(loop.compilation_cache)
+        if cache.exists() and not cache.is_dir():
+            raise UserError(f"LoopConfig.compilation_cache = {loop.compilation_cache!r} is no folder")
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     mesh = experiment.make_mesh()
     experiment.check_data()
     # The first process holds the workdir for all of them.

@@ -75,7 +75,8 @@ class Checkpointer:
         self._save_context = save_context
         self._stacked_layers = {name: list(layers) for name, layers in (stacked_layers or {}).items()}
         if jax.process_index() == 0:
-            # What a killed process was writing: the run holds the workdir, so no other one lives. Orbax's own cleaning runs in a thread, which fails if the program ends.
+            # What a killed process was writing: the run holds the workdir, so that no other one lives. Orbax's
+            # own cleaning runs in a thread, which fails if the program ends.
             for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
                 unfinished.rmtree()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)

@@ -192,7 +192,7 @@ def mistake(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture):
         ("LMConfig.num_layers=three", ["LMConfig.num_layers", "three", "whole number"]),
         ("LMConfig.num_layers=2.5", ["LMConfig.num_layers", "2.5", "whole number"]),
         ("LMConfig.num_layers=True", ["LMConfig.num_layers", "True", "whole number"]),
-        ("LMConfig.num_layers=0", ["LMConfig.num_layers", "0", "at least 1"]),
+        ("LMConfig.num_layers=0", ["LMConfig.num_layers = 0", "from 1 to 10,000"]),
         ("LMConfig.dtype=float16", ["LMConfig.dtype", "float16", "bfloat16"]),
         # What could stand there, and what is wrong inside a tuple of pairs.
         ("LMConfig.attention=5", ["LMConfig.attention = 5", "@FullAttention()", "@KNNAttention()"]),

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Activations, AxesTree, Clock, Logits, RealPositions, RowFlags, Scalar, Tokens
 from memorizing.context import reset_rows
-from memorizing.errors import UserError
+from memorizing.errors import Count, FactorAboveZero, Range, Share, UserError
 from memorizing.models.attention.base import SOFTMAX_FLOPS, matmul_flops, normalize
 from memorizing.models.layers import parameter
 from memorizing.models.memory import external_memory
@@ -74,10 +74,10 @@ class ContinuousCache:
       search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
     """
 
-    memory_size: int = 2048
-    num_neighbors: int = 32
-    theta: float = 15.0
-    weight: float = 0.3
+    memory_size: Count = 2048
+    num_neighbors: Annotated[int, Range(1, 2**16)] = 32
+    theta: FactorAboveZero = 15.0
+    weight: Share = 0.3
     mixing: Literal["fixed", "learned", "gated"] = "fixed"
     search: Search = ExactSearch()
 

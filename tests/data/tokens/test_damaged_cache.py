@@ -1,4 +1,4 @@
-"""A token cache is what was written, or is refused in one line that names the file: for every bit, and every beginning."""
+"""A token cache is what was written, or is refused in one line that names the file: every bit, and every beginning."""
 
 from __future__ import annotations
 
