@@ -1,4 +1,4 @@
-"""What a user may give, the one exception for what cannot work, an error in one line, and the exit codes.
+"""What a user may give, the one exception for what cannot work, errors in one line, and the exit codes.
 
 Every number that a user can set says which values it takes, where it is declared: a field by its annotation, a flag by
 its type. They are checked in one place each, before anything is built or read.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Annotated, TypeVar
 
 EXIT_FAILED = 1
@@ -80,6 +82,37 @@ FactorAboveZero = Annotated[float, Range(1e-30, 1e30)]
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# What a file system says that has no room, or does not let us: the program is right, and has to end.
+_REFUSALS = ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "EIO", "ESTALE", "ENOTCONN", "EMFILE", "ENFILE")
+
+
+def what_the_machine_lacks(error: BaseException) -> str | None:
+    """Room, memory or permission, if it is the lack of that which caused an error, in one line; else None."""
+    if isinstance(error, UserError):
+        # It says itself what to do.
+        return None
+    numbers = {getattr(errno, name) for name in _REFUSALS if hasattr(errno, name)}
+    for cause in causes(error):
+        text = first_line(cause)
+        if isinstance(cause, OSError) and cause.errno in numbers:
+            where = f": {cause.filename}" if cause.filename else ""
+            return f"{cause.strerror}{where}"
+        if isinstance(cause, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
+            return f"out of memory ({text[:200]})"
+        # Libraries in other languages tell it in their own words, and the system's.
+        for number in numbers:
+            if os.strerror(number) in str(cause):
+                return f"{os.strerror(number)} ({text[:200]})"
+    return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def is_number(value: object) -> bool:

@@ -13,7 +13,7 @@ import sys
 from typing import NoReturn
 
 from memorizing import __version__
-from memorizing.errors import EXIT_USER_ERROR, UserError
+from memorizing.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError, what_the_machine_lacks
 
 DESCRIPTION = """\
 Language models that remember: training with external memories in JAX.
@@ -61,6 +61,12 @@ def _run(arguments: list[str]) -> int:
     except UserError as error:
         print(f"memorizing: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Exception as error:
+        lack = what_the_machine_lacks(error)
+        if lack is None:
+            raise
+        print(f"memorizing: {lack}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.models.language_model import LMConfig
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.runtime import sharding
-from memorizing.runtime.json_lines import replace_text
+from memorizing.runtime.json_lines import replace_bytes, replace_text
 
 FOLDER = "evaluation"
 
@@ -252,7 +252,7 @@ def _write(folder: epath.Path, name: str, content: Mapping[str, Any], pictures: 
             folder.mkdir(parents=True, exist_ok=True)
             replace_text(folder / name, json.dumps(content, indent=2) + "\n")
             for picture, png in pictures.items():
-                (folder / picture).write_bytes(png)
+                replace_bytes(folder / picture, png)
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
     return ", ".join([name, *pictures])

@@ -23,6 +23,7 @@ from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, inspect
 from memorizing.evaluation.inspection.page import make_page
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE
+from memorizing.runtime.json_lines import replace_bytes, replace_text
 
 FOLDER = "inspection"
 MAX_TOKENS = 100_000
@@ -146,8 +147,8 @@ def _write(finished: FinishedRun, document: NamedDocument, inspection: Inspectio
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, (png, _) in pictures.items():
-            (folder / name).write_bytes(png)
-        (folder / "index.html").write_text(page)
+            replace_bytes(folder / name, png)
+        replace_text(folder / "index.html", page)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
     smaller, larger = inspection.memory_sizes

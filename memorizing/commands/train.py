@@ -12,7 +12,7 @@ from memorizing.config.loading import load_experiment
 from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN
 from memorizing.evaluation.train_and_evaluate import train_and_evaluate
 from memorizing.runtime import distributed
-from memorizing.runtime.failures import end_together
+from memorizing.runtime.failures import MachineFailed, end_together
 from memorizing.training.loop import NonFiniteLoss, Preempted
 
 DEFAULT_RUN = "runs/demo.gin"
@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     except Preempted as stopped:
         distributed.say(f"memorizing: {stopped}")
         return EXIT_START_AGAIN
-    except NonFiniteLoss as failure:
+    except (NonFiniteLoss, MachineFailed) as failure:
         print(f"memorizing: {failure}", file=sys.stderr)
         return EXIT_FAILED
     return 0

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from memorizing import __version__
 from memorizing.cost.accelerators import Utilization, memory_in_use
-from memorizing.errors import EXIT_START_AGAIN, UserError
+from memorizing.errors import EXIT_START_AGAIN, UserError, what_the_machine_lacks
 from memorizing.evaluation import plots
 from memorizing.evaluation.controls import ControlsHook
 from memorizing.evaluation.evaluation_hook import EvaluationHook
@@ -22,12 +22,13 @@ from memorizing.evaluation.evaluator import Evaluation, Evaluator, num_rows_side
 from memorizing.runtime import distributed, failures, workdir_lock
 from memorizing.runtime.events import FILE as EVENTS_FILE
 from memorizing.runtime.events import EventLog, goodput
-from memorizing.runtime.failures import Interrupted
+from memorizing.runtime.failures import Interrupted, MachineFailed
+from memorizing.runtime.json_lines import replace_bytes, replace_text
 from memorizing.runtime.metrics import MetricWriter, Progress, Values
 from memorizing.runtime.stopping import StopSignal
 from memorizing.runtime.watchdog import HangDetector
 from memorizing.runtime.workdir import resolve
-from memorizing.training.checkpoint import Checkpointer
+from memorizing.training.checkpoint import Checkpointer, saved_steps
 from memorizing.training.experiment import Experiment
 from memorizing.training.hooks import CheckpointHook, MetricsHook, ProfileHook
 from memorizing.training.identity import open_workdir
@@ -58,6 +59,7 @@ def train_and_evaluate(
       Preempted: on SIGTERM or Ctrl-C to any process, after a checkpoint.
       NonFiniteLoss: the loss, the gradient or a parameter is not finite; the newest checkpoint is from before.
       Interrupted: another process, a device or the network was lost.
+      MachineFailed: there was no room, no memory or no permission.
     """
     loop = experiment.loop
     if loop.compilation_cache:
@@ -100,7 +102,7 @@ def _run(
             train(run.training, run.program, loop.num_steps, run.hooks, run.tick)
             _write_results(run, folder, events)
         except BaseException as error:
-            _end_early(run, error, events)
+            _end_early(run, error, events, folder)
             raise
         run.close()
         return run.evaluation.final
@@ -174,25 +176,34 @@ def _write_results(run: _Run, workdir: epath.Path, events: EventLog) -> None:
     if run.controls.accuracies is not None:
         summary["accuracy"] = run.controls.accuracies
     if distributed.is_primary():
-        (workdir / "loss_by_position.png").write_bytes(plots.loss_by_position(evaluations))
-        (workdir / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
+        replace_bytes(workdir / "loss_by_position.png", plots.loss_by_position(evaluations))
+        replace_text(workdir / "evaluation.json", json.dumps(summary, indent=2) + "\n")
         events.write("end", step=run.training.step)
         run.progress.say(str(goodput(workdir)))
     run.progress.say(f"written to {workdir}: checkpoints, metrics.jsonl, events, loss_by_position.png")
 
 
-def _end_early(run: _Run | None, error: BaseException, events: EventLog) -> None:
+def _end_early(run: _Run | None, error: BaseException, events: EventLog, workdir: epath.Path) -> None:
     """Notes a failure and closes what can be closed.
 
     Raises:
       Interrupted: the error says that a process, a device or the network was lost.
+      MachineFailed: the error says that there was no room, no memory or no permission.
     """
     has_failed = not isinstance(error, Preempted)
-    if has_failed:
-        events.write("failure", reason=f"{type(error).__name__}: {error}"[:500])
-    # Closing waits for the other processes, which may be what has failed.
-    if run and not (has_failed and jax.process_count() > 1):
-        run.close()
+    lack = what_the_machine_lacks(error)
+    # On a full disk this fails as what came before it did.
+    with contextlib.suppress(*([Exception] if lack else [])):
+        if has_failed:
+            events.write("failure", reason=f"{type(error).__name__}: {error}"[:500])
+    with contextlib.suppress(*([Exception] if lack else [])):
+        # Closing waits for the other processes, which may be what has failed.
+        if run and not (has_failed and jax.process_count() > 1):
+            run.close()
+    if lack:
+        steps = saved_steps(workdir)
+        advice = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
+        raise MachineFailed(f"{lack}; {advice}") from error
     has_progressed = bool(run and run.metrics.has_progressed)
     if lost := failures.find_lost_infrastructure(error, has_progressed):
         raise Interrupted(f"interrupted, start it again: {lost}") from error

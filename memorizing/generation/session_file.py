@@ -19,6 +19,7 @@ import numpy as np
 from memorizing.array_typing import Tree
 from memorizing.errors import UserError
 from memorizing.generation.decoding import TextState
+from memorizing.runtime.json_lines import replace_bytes
 from memorizing.runtime.workdir import DamagedRecord, OtherFormat, resolve, seal, unseal
 from memorizing.training.checkpoint import paths
 
@@ -51,10 +52,8 @@ def save(path: str, state: TextState, identity: Identity) -> None:
         "body": hashlib.sha256(body).hexdigest(),
     }
     file = resolve(path)
-    unfinished = file.parent / f".{file.name}.unfinished"
     try:
-        unfinished.write_bytes(json.dumps(seal(record)).encode() + b"\n" + body)
-        unfinished.replace(file)
+        replace_bytes(file, json.dumps(seal(record)).encode() + b"\n" + body)
     except OSError as error:
         raise UserError(f"the session {path} cannot be written ({error.strerror or error})") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,6 +81,16 @@ class JsonLines:
 
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file atomically: whenever the process is killed, the old or the new text is there as a whole."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file atomically; where there is no room for it, nothing of it stays."""
     unfinished = path.parent / f".{path.name}.unfinished"
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise

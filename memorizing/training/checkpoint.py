@@ -202,6 +202,15 @@ def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, .
     return unstack(arrays, record["stacked_layers"])
 
 
+def saved_steps(workdir: epath.Path) -> list[int]:
+    """The complete checkpoints of a run, oldest first, of which the record is right."""
+    folder = workdir / FOLDER
+    with contextlib.suppress(OSError):
+        steps = sorted(int(child.name) for child in folder.glob("*") if child.name.isdigit())
+        return [step for step in steps if _has_good_record(folder, step)]
+    return []
+
+
 def weights_digest(workdir: epath.Path, step: int) -> str:
     """What tells the parameters and buffers of a checkpoint from others: a digest of their checksums, hexadecimal."""
     checksums = _read_record(workdir / FOLDER, step)["checksums"]["state"]
