@@ -25,7 +25,7 @@ from memorizing.data.streams.segments import Documents, DocumentStream
 from memorizing.data.tokens import cache_writer, staging, token_cache
 from memorizing.data.tokens.cache_writer import TokenisedDocument
 from memorizing.data.tokens.vocabulary import ByteVocabulary
-from memorizing.errors import UserError
+from memorizing.errors import Range, UserError
 from memorizing.runtime import tables
 
 TOKENS_PER_STEP = 1 << 17
@@ -124,7 +124,13 @@ def measure(open_documents: Callable[[], Documents], seconds: float, ahead: bool
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's flags."""
     parser.add_argument("--cache", metavar="FOLDER", help="a token cache to read instead of made-up ones")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="for each row (default: %(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=Range(1e-3, 1e6).of(float),
+        default=5.0,
+        metavar="S",
+        help="for each row (default: %(default)s)",
+    )
 
 
 def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:

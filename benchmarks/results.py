@@ -28,7 +28,7 @@ import numpy as np
 from memorizing.benchmarks import measure
 from memorizing.data.tasks import task_name
 from memorizing.data.tokens import token_cache
-from memorizing.errors import EXIT_START_AGAIN
+from memorizing.errors import EXIT_START_AGAIN, MOST, Range
 from memorizing.evaluation import baselines, bootstrap
 from memorizing.evaluation.plots import COLORS, MARKERS
 
@@ -360,7 +360,7 @@ def report(output: pathlib.Path, caches: Mapping[str, str], seeds: Sequence[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", action="append", required=True, metavar="NAME=FOLDER", help="repeatable")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=Range(1, MOST).of(int), default=400)
     parser.add_argument("--seeds", default="0,1,2", metavar="N,N,...")
     names = ",".join(dict.fromkeys(row.run for row in ROWS))
     parser.add_argument("--runs", default=names, metavar="NAME,...", help="which runs to make (default: %(default)s)")

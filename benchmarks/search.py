@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from memorizing.benchmarks import measure
 from memorizing.commands import experiment_flags
-from memorizing.errors import UserError
+from memorizing.errors import MOST, Range, UserError
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
 from memorizing.runtime import tables
 
@@ -37,8 +37,12 @@ Found = Callable[[], Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's flags."""
     parser.add_argument("--slots", default="8192,65536", metavar="M,...", help="memory sizes (default: %(default)s)")
-    parser.add_argument("--head_dim", type=int, default=64, metavar="H", help="width of keys (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="runs of each (default: %(default)s)")
+    parser.add_argument(
+        "--head_dim", type=Range(1, 2**16).of(int), default=64, metavar="H", help="width of keys (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=Range(1, MOST).of(int), default=9, metavar="N", help="runs of each (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from memorizing.benchmarks import measure
 from memorizing.commands import experiment_flags
 from memorizing.config.loading import load_experiment
 from memorizing.cost import accelerators
+from memorizing.errors import MOST, Range
 from memorizing.models.attention.base import normalize
 from memorizing.models.language_model import LMConfig
 from memorizing.models.memory.external_memory import Memory
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory_sizes", default="0,2048,8192,65536", metavar="M,...", help="0: no memory (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="steps of each (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=Range(1, MOST).of(int), default=9, metavar="N", help="steps of each (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:

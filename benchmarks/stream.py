@@ -22,7 +22,7 @@ from memorizing.array_typing import Tree
 from memorizing.batch import DataSource, EvaluationBatch
 from memorizing.commands import experiment_flags
 from memorizing.config.loading import load_experiment
-from memorizing.errors import UserError
+from memorizing.errors import MOST, Range, UserError
 from memorizing.evaluation.evaluator import Evaluator
 from memorizing.runtime import tables
 from memorizing.training.experiment import Experiment
@@ -67,7 +67,9 @@ class InBlocks:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's flags."""
     experiment_flags.add_gin_file(parser, DEFAULT_RUN)
-    parser.add_argument("--tokens", type=int, default=1 << 20, metavar="N", help="length (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=Range(1, MOST).of(int), default=1 << 20, metavar="N", help="length (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:

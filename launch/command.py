@@ -21,6 +21,8 @@ from .slices import SLICES
 from .supervisor import Pace
 from .tpu_vm import Zone
 
+_MOST = 2**31 - 1
+
 Launch = Callable[[argparse.Namespace, Sequence[str]], int]
 
 DESCRIPTION = """\
@@ -55,8 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         lambda options, _: verbs.logs(options.name, options.process, options.lines, options.follow),
     )
     logs.add_argument("name")
-    logs.add_argument("--process", type=int, default=0, help="of which process (default: 0)")
-    logs.add_argument("--lines", type=int, default=100, help="how many of the last lines (default: 100)")
+    logs.add_argument("--process", type=_number(int, 0, _MOST), default=0, help="of which process (default: 0)")
+    logs.add_argument(
+        "--lines", type=_number(int, 0, _MOST), default=100, help="how many of the last lines (default: 100)"
+    )
     logs.add_argument("--follow", action="store_true", help="go on as more comes")
     _add(backends, "stop", "let a job save and end it", lambda options, _: verbs.stop(options.name)).add_argument(
         "name"
@@ -88,7 +92,7 @@ def _add_job(parser: argparse.ArgumentParser, restarts: int, name: str | None) -
     )
     parser.add_argument(
         "--restarts",
-        type=int,
+        type=_number(int, 0, _MOST),
         default=restarts,
         metavar="N",
         help=f"failures that are started again; preemptions do not count (default: {restarts})",
@@ -110,7 +114,9 @@ def _add_pod(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slice", required=True, help="kind of TPU slice, such as v3-32 (all: memorizing launch slices)"
     )
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of slices (default: 1)")
+    parser.add_argument(
+        "--slices", type=_number(int, 1, 2**16), default=1, metavar="N", help="number of slices (default: 1)"
+    )
     parser.add_argument(
         "--image", required=True, help="container image with the program: docker build -f launch/Dockerfile ."
     )
@@ -143,11 +149,15 @@ def _add_tpu_vm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zone", required=True, help="such as europe-west4-a")
     parser.add_argument("--project", help="project of Google Cloud (default: that of gcloud)")
     parser.add_argument(
-        "--poll", type=float, default=30.0, metavar="S", help="seconds between two looks at the machines (default: 30)"
+        "--poll",
+        type=_number(float, 1e-3, 1e6),
+        default=30.0,
+        metavar="S",
+        help="seconds between two looks at the machines (default: 30)",
     )
     parser.add_argument(
         "--grace",
-        type=float,
+        type=_number(float, 0, 1e6),
         default=180.0,
         metavar="S",
         help="seconds for the other hosts when the program has ended with an error on one (default: 180)",
@@ -157,11 +167,37 @@ def _add_tpu_vm(parser: argparse.ArgumentParser) -> None:
 
 def _add_local(parser: argparse.ArgumentParser) -> None:
     _add_job(parser, restarts=0, name="local")
-    parser.add_argument("--hosts", type=int, default=1, metavar="N", help="number of processes (default: 1)")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="CPU devices of each process (default: 1)")
     parser.add_argument(
-        "--grace", type=float, default=120.0, metavar="S", help="seconds for saving when asked to stop (default: 120)"
+        "--hosts", type=_number(int, 1, 2**10), default=1, metavar="N", help="number of processes (default: 1)"
     )
+    parser.add_argument(
+        "--devices",
+        type=_number(int, 1, 2**10),
+        default=1,
+        metavar="N",
+        help="CPU devices of each process (default: 1)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=_number(float, 0, 1e6),
+        default=120.0,
+        metavar="S",
+        help="seconds for saving when asked to stop (default: 120)",
+    )
+
+
+def _number(kind: Callable[[str], float], least: float, most: float) -> Callable[[str], float]:
+    """A type for argparse: a number from `least` to `most`. What the library has for this, it may not import."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        # Not a number is neither.
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"={text}: expected from {least:,} to {most:,}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def _job(options: argparse.Namespace, bindings: Sequence[str], python: str = PROGRAM[0], **fields: Any) -> Job:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
+from typing import NoReturn
 
 from memorizing import __version__
-from memorizing.errors import EXIT_USER_ERROR, UserError
+from memorizing.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError, what_the_machine_lacks
 
 DESCRIPTION = """\
 Language models that remember: training with external memories in JAX.
@@ -35,6 +37,15 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells a mistake in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        # "argument --rows: =0: expected ..." is what a `Range` says of a number.
+        message = re.sub(r"^argument (--\w+): (=?)", lambda found: found[1] + (found[2] or ": "), message)
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with its code."""
     sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
@@ -50,11 +61,17 @@ def _run(arguments: list[str]) -> int:
     except UserError as error:
         print(f"memorizing: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Exception as error:
+        lack = what_the_machine_lacks(error)
+        if lack is None:
+            raise
+        print(f"memorizing: {lack}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("memorizing", description=DESCRIPTION, formatter_class=raw)
+    parser = _Parser("memorizing", description=DESCRIPTION, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"memorizing {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():

@@ -19,6 +19,7 @@ from memorizing.data.prepare.progress import PreparationProgress
 from memorizing.data.prepare.workers import Processes, Workers
 from memorizing.data.tasks import task_name
 from memorizing.data.tokens import paths, token_cache, vocabulary
+from memorizing.errors import Range
 
 DEFAULT_TASK = "github_spm2048"
 _ERROR_PREFIX = "memorizing: "
@@ -79,13 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--default_split", help="split of the documents that the file of splits does not name")
     parser.add_argument(
         "--validation_fraction",
-        type=float,
+        type=Range(0, 1).of(float),
         default=Settings.validation_fraction,
         help="share of the documents that is held out by hash (default: %(default)s)",
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=Range(1, 2**16).of(int),
         default=workers.available_processors(),
         help="how many at a time (default: %(default)s)",
     )

@@ -20,6 +20,7 @@ from memorizing.data.streams.segments import DocumentStream, Joined
 from memorizing.data.tasks import splits, task_name
 from memorizing.data.tokens import paths, token_cache
 from memorizing.data.tokens.token_cache import Split, TokenCache
+from memorizing.errors import FactorAboveZero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Mixture:
     """
 
     corpora: tuple[CachedCorpus, ...]
-    rates: tuple[float, ...]
+    rates: tuple[FactorAboveZero, ...]
 
     def __post_init__(self) -> None:
         """Raises DataError where a setting cannot be used."""

@@ -134,19 +134,22 @@ def join(
     directory = epath.Path(directory)
     if isinstance(used, vocabulary.SentencePieceVocabulary):
         (directory / vocabulary.MODEL_FILE).write_bytes(used.model)
-    counts = {split: _join_split(directory, split, index_paths) for split in splits}
+    counts = {}
+    digests = {}
+    for split in splits:
+        counts[split], digests[split] = _join_split(directory, split, index_paths)
     described_vocabulary = {"name": used.name, "size": used.size, "digest": used.digest}
     content = json.dumps([described_vocabulary, counts], sort_keys=True).encode()
     metadata = {
-        "format": token_cache.FORMAT,
         "task": task,
         "fingerprint": hashlib.sha256(content).hexdigest(),
         # Not in the fingerprint: it is part of what the digest stands for.
         "vocabulary": described_vocabulary | {"start_id": used.start_id},
         "splits": counts,
+        "indices": digests,
         **described,
     }
-    (directory / token_cache.METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
+    (directory / token_cache.METADATA_FILE).write_text(token_cache.sealed(metadata))
     return metadata
 
 
@@ -155,8 +158,10 @@ def notes(index_path: epath.PathLike) -> dict[str, Any]:
     return json.loads(staging.load_arrays(index_path, ["notes"])["notes"].tobytes())
 
 
-def _join_split(directory: epath.Path, split: str, index_paths: Sequence[epath.PathLike]) -> dict[str, Any]:
-    """Joins the indices of a split and returns its counts."""
+def _join_split(
+    directory: epath.Path, split: str, index_paths: Sequence[epath.PathLike]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Joins the indices of a split. Returns its counts, and the digests of the arrays of its index."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*_COLUMNS, "keys")}
     shards: list[int] = []
     shard_starts: list[int] = []
@@ -175,23 +180,22 @@ def _join_split(directory: epath.Path, split: str, index_paths: Sequence[epath.P
     types = dict.fromkeys(_COLUMNS, np.int64) | {"keys": np.uint8}
     # A split may be in no part at all.
     joined = {name: np.concatenate([np.zeros(0, types[name]), *of_parts]) for name, of_parts in columns.items()}
-    staging.save_arrays(
-        directory / token_cache.index_file(split),
-        {
-            "num_tokens": joined["num_tokens"],
-            "num_bytes": joined["num_bytes"],
-            "key_ends": np.cumsum(joined["key_lengths"]),
-            "keys": joined["keys"],
-            "shards": np.asarray(shards, np.int64),
-            "shard_starts": np.asarray(shard_starts, np.int64),
-        },
-    )
-    return {
+    index = {
+        "num_tokens": joined["num_tokens"],
+        "num_bytes": joined["num_bytes"],
+        "key_ends": np.cumsum(joined["key_lengths"]),
+        "keys": joined["keys"],
+        "shards": np.asarray(shards, np.int64),
+        "shard_starts": np.asarray(shard_starts, np.int64),
+    }
+    staging.save_arrays(directory / token_cache.index_file(split), index)
+    counts = {
         "documents": num_documents,
         "tokens": int(joined["num_tokens"].sum()),
         "bytes": int(joined["num_bytes"].sum()),
         "digest": digest.hexdigest(),
     }
+    return counts, {name: token_cache.array_digest(array) for name, array in index.items()}
 
 
 def _check(document: TokenisedDocument, vocab_size: int) -> None:

@@ -8,14 +8,15 @@ A cache is a folder that needs nothing else:
     SPLIT-00000.array_record ...   a document as one record, or, of more than `PIECE` tokens, as consecutive records of
                                    so many: its ids as little-endian uint16, or uint32 where there are more than 65536
 
-`cache.json` is written last: a folder without it is no cache.
+`cache.json` is written last: a folder without it is no cache. It has a digest of itself and of every array of the
+indices; array_record has checksums of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -28,9 +29,13 @@ from etils import epath
 from memorizing.data.errors import DataError
 from memorizing.data.tokens import paths, vocabulary
 from memorizing.data.tokens.vocabulary import Vocabulary
+from memorizing.errors import first_line
 
 METADATA_FILE = "cache.json"
-FORMAT = 2
+FORMAT = 3
+# Of 0.1.0: without digests.
+_OLDER_FORMAT = 2
+_DIGEST = "sha256"
 # Tokens of a record: what is read and checked at once, also of a document of millions of tokens.
 PIECE = 1 << 16
 _OPEN_SHARDS = 256
@@ -44,16 +49,27 @@ class Split:
       start_id: the id that stands before the first token of a document.
     """
 
-    def __init__(self, directory: str, name: str, dtype: np.dtype, start_id: int) -> None:
+    def __init__(
+        self, directory: str, name: str, dtype: np.dtype, start_id: int, digests: Mapping[str, str] | None
+    ) -> None:
+        """
+        Args:
+          directory: of the cache.
+          name: of the split.
+          dtype: of the ids in a record.
+          start_id: the id that stands before the first token of a document.
+          digests: of the arrays of the index; None where the cache has none.
+
+        Raises:
+          DataError: the index is damaged.
+        """
         self._directory = directory
         self._name = name
         self._dtype = dtype
+        self._digests = digests
         self.start_id = start_id
-        with self._index() as index:
-            self.num_tokens: np.ndarray = index["num_tokens"]
-            # Numbers of the shards, and the first document of each.
-            self._shards = index["shards"]
-            self._shard_starts = index["shard_starts"]
+        # Numbers of the shards, and the first document of each.
+        self.num_tokens, self._shards, self._shard_starts = self._read_index("num_tokens", "shards", "shard_starts")
         # Of each document, the records before it, in all shards.
         num_pieces = -(-self.num_tokens // PIECE)
         self._pieces_before = np.cumsum(num_pieces) - num_pieces
@@ -66,8 +82,8 @@ class Split:
     @functools.cached_property
     def num_bytes(self) -> np.ndarray:
         """UTF-8 bytes of the text of each document, int64 [documents]."""
-        with self._index() as index:
-            return index["num_bytes"]
+        (num_bytes,) = self._read_index("num_bytes")
+        return num_bytes
 
     def key(self, index: int) -> str:
         """The key of a document in its corpus."""
@@ -98,29 +114,44 @@ class Split:
         try:
             (record,) = self._reader(shard).read([number])
         except (RuntimeError, IndexError) as error:
-            raise self._damaged(shard, str(error)) from None
+            raise _damaged(self._shard_path(shard), str(error)) from None
         tokens = np.frombuffer(record, self._dtype)
         expected = min(PIECE, int(self.num_tokens[index]) - piece * PIECE)
         if len(tokens) != expected:
-            raise self._damaged(shard, f"document {index} has {len(tokens)} tokens where the index says {expected}")
+            reason = f"document {index} has {len(tokens)} tokens where the index says {expected}"
+            raise _damaged(self._shard_path(shard), reason)
         return tokens
 
     @functools.cached_property
     def _keys(self) -> tuple[np.ndarray, np.ndarray]:
         """All keys as one text, uint8, and where each ends in it; training needs none of them."""
-        with self._index() as index:
-            return index["keys"], index["key_ends"]
+        keys, ends = self._read_index("keys", "key_ends")
+        return keys, ends
 
-    def _index(self) -> contextlib.AbstractContextManager[Mapping[str, np.ndarray]]:
-        return np.load(os.path.join(self._directory, index_file(self._name)), allow_pickle=False)
+    def _read_index(self, *names: str) -> list[np.ndarray]:
+        """Arrays of the index.
+
+        Raises:
+          DataError: they are not what was written.
+        """
+        path = os.path.join(self._directory, index_file(self._name))
+        try:
+            with np.load(path, allow_pickle=False) as index:
+                arrays = [index[name] for name in names]
+        # NumPy reads a zip archive with headers that are Python literals: a changed bit ends in one of a dozen errors.
+        except Exception as error:
+            raise _damaged(path, first_line(error)) from None
+        for name, array in zip(names, arrays, strict=True):
+            wanted = np.uint8 if name == "keys" else np.int64
+            if array.dtype != wanted or array.ndim != 1:
+                raise _damaged(path, f"{name} is {array.dtype}{list(array.shape)}")
+            if self._digests is not None and self._digests.get(name) != array_digest(array):
+                raise _damaged(path, f"{name} is not as it was written")
+        return arrays
 
     def _open(self, shard: int) -> ArrayRecordReader:
         # Documents are read in random order: reading ahead would only read too much.
         return ArrayRecordReader(self._shard_path(shard), "readahead_buffer_size:0")
-
-    def _damaged(self, shard: int, reason: str) -> DataError:
-        path = self._shard_path(shard)
-        return DataError(f"the token cache is damaged: {path}: {reason}; delete the folder and prepare it again")
 
     def _shard_path(self, shard: int) -> str:
         return os.path.join(self._directory, shard_file(self._name, shard))
@@ -162,8 +193,12 @@ class TokenCache:
         described = self.metadata["vocabulary"]
         if described["name"] == vocabulary.ByteVocabulary().name:
             return vocabulary.ByteVocabulary()
-        with open(os.path.join(self.path, vocabulary.MODEL_FILE), "rb") as file:
-            loaded = vocabulary.SentencePieceVocabulary(file.read())
+        path = os.path.join(self.path, vocabulary.MODEL_FILE)
+        try:
+            with open(path, "rb") as file:
+                loaded = vocabulary.SentencePieceVocabulary(file.read())
+        except OSError as error:
+            raise _damaged(path, error.strerror or str(error)) from None
         if loaded.digest != described["digest"]:
             raise DataError(
                 f"{self.path} holds another vocabulary than it was made with; delete the folder and prepare it again"
@@ -178,7 +213,9 @@ class TokenCache:
         """
         if name not in self.metadata["splits"]:
             raise DataError(f"{self.path} has no split {name!r}, only {', '.join(self.metadata['splits'])}")
-        return Split(self.path, name, dtype_of(self.vocab_size), self.start_id)
+        digests = self.metadata.get("indices")
+        of_split = None if digests is None else digests[name]
+        return Split(self.path, name, dtype_of(self.vocab_size), self.start_id, of_split)
 
 
 def exists(path: str) -> bool:
@@ -190,9 +227,7 @@ def read_metadata(path: str, task: str | None = None) -> dict[str, Any]:
     """Reads what a cache is; see `open_cache`."""
     if not exists(path):
         raise DataError(f"no token cache in {path!r}; make it with: memorizing prepare --output={path}")
-    metadata = json.loads((epath.Path(path) / METADATA_FILE).read_text())
-    if metadata.get("format") != FORMAT:
-        raise DataError(f"{path!r} is of another version of memorizing; delete the folder and prepare it again")
+    metadata = _unsealed(epath.Path(path) / METADATA_FILE)
     if task is not None and metadata["task"] != task:
         raise DataError(f"{path!r} is a token cache of {metadata['task']}, not of {task}; name another folder or task")
     return metadata
@@ -212,6 +247,60 @@ def open_cache(path: str, task: str | None = None) -> TokenCache:
     if paths.is_remote(path):
         path = paths.local_copy(path, METADATA_FILE, metadata["fingerprint"])
     return TokenCache(path, metadata)
+
+
+def sealed(metadata: Mapping[str, Any]) -> str:
+    """The text of `cache.json`, with a digest of all that it says."""
+    # Once through JSON, so that it is what will be read.
+    content = json.loads(json.dumps({"format": FORMAT, **metadata}))
+    return json.dumps({**content, _DIGEST: _digest_of(content)}, indent=2) + "\n"
+
+
+def array_digest(array: np.ndarray) -> str:
+    """The digest of an array of an index."""
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+
+def _unsealed(path: epath.Path) -> dict[str, Any]:
+    """What `sealed` was given, or what 0.1.0 wrote, which had no digests.
+
+    Raises:
+      DataError: it is damaged, or of another version.
+    """
+    try:
+        metadata = json.loads(path.read_text())
+    except (ValueError, RecursionError, OSError) as error:
+        raise _damaged(str(path), first_line(error)) from None
+    digest = metadata.pop(_DIGEST, None) if isinstance(metadata, dict) else None
+    if digest is None and isinstance(metadata, dict) and metadata.get("format") != FORMAT:
+        if metadata.get("format") != _OLDER_FORMAT:
+            raise DataError(
+                f"{str(path.parent)!r} is of another version of memorizing; delete the folder and prepare it again"
+            )
+        _check_parts(metadata, path)
+    elif digest is None or digest != _digest_of(metadata):
+        raise _damaged(str(path), "it is not as it was written")
+    return metadata
+
+
+def _check_parts(metadata: Mapping[str, Any], path: epath.Path) -> None:
+    """Raises DataError where what has no digest lacks what is read of it."""
+    parts = {"task": str, "fingerprint": str, "vocabulary": dict, "splits": dict}
+    for name, kind in parts.items():
+        if not isinstance(metadata.get(name), kind):
+            raise _damaged(str(path), f"its {name} is missing, or no {kind.__name__}")
+    described = metadata["vocabulary"]
+    for name, kind in {"name": str, "size": int, "digest": str}.items():
+        if not isinstance(described.get(name), kind):
+            raise _damaged(str(path), f"the {name} of its vocabulary is missing, or no {kind.__name__}")
+
+
+def _digest_of(metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: str, reason: str) -> DataError:
+    return DataError(f"the token cache is damaged: {path}: {reason}; delete the folder and prepare it again")
 
 
 def dtype_of(vocab_size: int) -> np.dtype:

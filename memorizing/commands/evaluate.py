@@ -18,13 +18,13 @@ from etils import epath
 from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
 from memorizing.config.runs import open_run
-from memorizing.errors import UserError
+from memorizing.errors import MOST, UserError
 from memorizing.evaluation import baselines, plots, report
 from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator, num_rows_side_by_side
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.models.language_model import LMConfig
 from memorizing.runtime import sharding
-from memorizing.runtime.json_lines import replace_text
+from memorizing.runtime.json_lines import replace_bytes, replace_text
 
 FOLDER = "evaluation"
 
@@ -67,14 +67,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sizes of the external memory in tokens, 0 for none (default: 0, the run's own, and four times that if it takes less than 1 GB)",
     )
     parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="workdirs of two runs of the same data")
-    parser.add_argument("--rows", type=int, metavar="N", help="documents read side by side (default: as in training)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--rows",
+        type=experiment_flags.SIDE_BY_SIDE.of(int),
+        metavar="N",
+        help="documents read side by side (default: as in training)",
+    )
+    parser.add_argument(
+        "--seed", type=experiment_flags.SEED.of(int), default=0, metavar="N", help="of the bootstrap (default: 0)"
+    )
 
 
 def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
-    if options.rows is not None and options.rows < 1:
-        raise UserError(f"--rows={options.rows}: at least 1")
     if options.compare and (options.memory_sizes or options.workdir):
         raise UserError(
             "--compare names the two runs itself and compares them as trained: leave out --workdir and --memory_sizes"
@@ -193,7 +198,7 @@ def _larger(finished: FinishedRun, own: int) -> list[int]:
 
 def _parsed(memory_sizes: str) -> list[int]:
     sizes = [size.strip() for size in memory_sizes.split(",")]
-    if not all(size.isdecimal() for size in sizes):
+    if not all(size.isdecimal() and len(size) < 20 and int(size) <= MOST for size in sizes):
         raise UserError(f"--memory_sizes={memory_sizes}: numbers of tokens with commas between, such as 0,1536,8192")
     return [int(size) for size in sizes]
 
@@ -239,7 +244,7 @@ def _write(folder: epath.Path, name: str, content: Mapping[str, Any], pictures: 
             folder.mkdir(parents=True, exist_ok=True)
             replace_text(folder / name, json.dumps(content, indent=2) + "\n")
             for picture, png in pictures.items():
-                (folder / picture).write_bytes(png)
+                replace_bytes(folder / picture, png)
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
     return ", ".join([name, *pictures])

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from types import ModuleType
+
+from memorizing.errors import MOST, Range, first_line
+
+STEP = Range(0, MOST)
+# Documents, samples, rows: what is kept side by side.
+SIDE_BY_SIDE = Range(1, 2**20)
+SEED = Range(0, 2**32 - 1)
 
 
 def add_gin_file(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -22,12 +31,27 @@ DEFAULT_WORKDIR = "runs/demo"
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Adds `--workdir` and `--step`, which name a checkpoint of a finished run.
+    """Adds `--workdir` and `--step`, which name a checkpoint of a finished run, and `--import`, for what it needs.
 
     Without `--workdir` it is one of the demo's run (`DEFAULT_WORKDIR`).
     """
     parser.add_argument("--workdir", metavar="DIR", help=f"folder of the run (default: {DEFAULT_WORKDIR})")
-    parser.add_argument("--step", type=int, metavar="STEP", help="checkpoint to use (default: the newest)")
+    parser.add_argument("--step", type=STEP.of(int), metavar="STEP", help="checkpoint to use (default: the newest)")
+    parser.add_argument(
+        "--import",
+        type=_import,
+        action="append",
+        dest="imported",
+        metavar="MODULE",
+        help="a module of yours that the run was trained with: a run's own configuration executes nothing (repeatable)",
+    )
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be imported ({first_line(error)})") from None
 
 
 def use_devices(rows: int) -> None:

@@ -12,8 +12,8 @@ from memorizing.batch import text_of
 from memorizing.commands import experiment_flags
 from memorizing.commands.documents import longest_document, read_text
 from memorizing.config.runs import open_run
-from memorizing.errors import UserError
-from memorizing.generation.sampling import Sampling
+from memorizing.errors import MOST, Range, UserError
+from memorizing.generation.sampling import TEMPERATURE, TOP_K, TOP_P, Sampling
 from memorizing.generation.text_model import Session, TextModel, check_amounts
 from memorizing.runtime.workdir import resolve
 
@@ -45,27 +45,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--session", metavar="FILE", help="go on from what a session remembers")
     parser.add_argument("--save_session", metavar="FILE", help="save what is remembered when the prompt has been read")
     parser.add_argument(
-        "--num_tokens", type=int, default=200, metavar="N", help="length of a sample (default: 200); 0 only reads"
+        "--num_tokens",
+        type=Range(0, MOST).of(int),
+        default=200,
+        metavar="N",
+        help="length of a sample (default: 200); 0 only reads",
     )
-    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="samples, side by side (default: 1)")
+    parser.add_argument(
+        "--num_samples",
+        type=experiment_flags.SIDE_BY_SIDE.of(int),
+        default=1,
+        metavar="N",
+        help="samples, side by side (default: 1)",
+    )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=TEMPERATURE.of(float),
         default=defaults.temperature,
         metavar="X",
         help=f"0 always takes the most probable token (default: {defaults.temperature})",
     )
     parser.add_argument(
-        "--top_k", type=int, default=defaults.top_k, metavar="K", help="only the K most probable tokens (default: all)"
+        "--top_k",
+        type=TOP_K.of(int),
+        default=defaults.top_k,
+        metavar="K",
+        help="only the K most probable tokens (default: all)",
     )
     parser.add_argument(
         "--top_p",
-        type=float,
+        type=TOP_P.of(float),
         default=defaults.top_p,
         metavar="P",
         help=f"only the most probable tokens that together reach this probability (default: {defaults.top_p})",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (default: 0)")
+    parser.add_argument(
+        "--seed", type=experiment_flags.SEED.of(int), default=0, metavar="N", help="of the random numbers (default: 0)"
+    )
 
 
 def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:

@@ -17,11 +17,12 @@ from memorizing.batch import DataSource, Vocabulary, text_of
 from memorizing.commands import experiment_flags
 from memorizing.commands.documents import longest_document, read_text
 from memorizing.config.runs import open_run
-from memorizing.errors import UserError
+from memorizing.errors import MOST, Range, UserError
 from memorizing.evaluation import plots
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, Lookups, inspect, recall_of
 from memorizing.evaluation.inspection.page import make_page
+from memorizing.runtime.json_lines import replace_bytes, replace_text
 
 FOLDER = "inspection"
 MAX_TOKENS = 100_000
@@ -64,13 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="the smaller and the larger memory in tokens, 0 for none (default: 0 and the run's own)",
     )
-    parser.add_argument("--max_tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"(default: {MAX_TOKENS:,})")
+    parser.add_argument(
+        "--max_tokens", type=Range(1, MOST).of(int), default=MAX_TOKENS, metavar="N", help=f"(default: {MAX_TOKENS:,})"
+    )
 
 
 def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
-    if options.max_tokens < 1:
-        raise UserError(f"--max_tokens={options.max_tokens}: at least 1")
     experiment_flags.use_devices(1)
     finished = open_run(options.workdir or experiment_flags.DEFAULT_WORKDIR, options.step, bindings)
     sizes = _memory_sizes(finished, options.memory_sizes)
@@ -145,8 +146,8 @@ def _write(finished: FinishedRun, document: NamedDocument, inspection: Inspectio
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, (png, _) in pictures.items():
-            (folder / name).write_bytes(png)
-        (folder / "index.html").write_text(page)
+            replace_bytes(folder / name, png)
+        replace_text(folder / "index.html", page)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
     smaller, larger = inspection.memory_sizes
@@ -182,8 +183,8 @@ def _memory_sizes(finished: FinishedRun, given: str | None) -> tuple[int, int]:
     if given is None:
         return 0, model.memory_size
     sizes = [size.strip() for size in given.split(",")]
-    are_two_numbers = len(sizes) == 2 and all(size.isdecimal() for size in sizes)
-    if not are_two_numbers or int(sizes[0]) >= int(sizes[1]):
+    are_two_numbers = len(sizes) == 2 and all(size.isdecimal() and len(size) < 20 for size in sizes)
+    if not are_two_numbers or int(sizes[0]) >= int(sizes[1]) or int(sizes[1]) > MOST:
         raise UserError(f"--memory_sizes={given}: a smaller and a larger number of tokens, such as 0,2048")
     smaller, larger = map(int, sizes)
     try:

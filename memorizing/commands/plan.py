@@ -14,7 +14,7 @@ import jax
 from memorizing.commands import experiment_flags
 from memorizing.config.loading import load_experiment
 from memorizing.cost import flops_report
-from memorizing.errors import UserError
+from memorizing.errors import Range, UserError
 
 # The paper's setting, on its pod of 32 cores.
 DEFAULT_RUN = "runs/table4_context512_memory65536_xl512.gin"
@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a slice of TPUs: v3:4x4, v4:2x2x4, v5e:4x8, v5p:2x2x4, v6e:4x8, ...; "
         f"without --gin_file the run is {DEFAULT_RUN}",
     )
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of these slices (default: 1)")
+    parser.add_argument(
+        "--slices", type=Range(1, 2**16).of(int), default=1, metavar="N", help="so many of these slices (default: 1)"
+    )
     parser.add_argument(
         "--flops",
         nargs="?",
@@ -60,8 +62,6 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
 
 
 def _plan_topology(options: argparse.Namespace, bindings: Sequence[str]) -> str:
-    if options.slices < 1:
-        raise UserError(f"--slices={options.slices}: at least 1")
     # The data is not opened: a cache need not be named.
     experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings, base="CACHE = None")
     # What runs here runs on the CPU, whatever else the machine has.

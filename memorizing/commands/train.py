@@ -13,7 +13,7 @@ from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN, UserError
 from memorizing.evaluation import baselines
 from memorizing.evaluation.train_and_evaluate import train_and_evaluate
 from memorizing.runtime import distributed
-from memorizing.runtime.failures import end_together
+from memorizing.runtime.failures import MachineFailed, end_together
 from memorizing.training.loop import NonFiniteLoss, Preempted
 
 DEFAULT_RUN = "runs/demo.gin"
@@ -48,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="then train the same model without its memory, in WORKDIR/without_memory, and say what the memory is worth",
     )
     parser.add_argument(
-        "--restore_step", type=int, metavar="STEP", help="go on from this checkpoint and drop the later ones"
+        "--restore_step",
+        type=experiment_flags.STEP.of(int),
+        metavar="STEP",
+        help="go on from this checkpoint and drop the later ones",
     )
 
 
@@ -73,7 +76,7 @@ def _run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     except Preempted as stopped:
         distributed.say(f"memorizing: {stopped}")
         return EXIT_START_AGAIN
-    except NonFiniteLoss as failure:
+    except (NonFiniteLoss, MachineFailed) as failure:
         print(f"memorizing: {failure}", file=sys.stderr)
         return EXIT_FAILED
     return 0

@@ -69,6 +69,14 @@ def names_bound(text: str) -> list[str]:
     return names
 
 
+def modules_and_files(text: str) -> tuple[list[str], list[str]]:
+    """The modules that gin text imports, and the files that it includes."""
+    statements = list(config_parser.ConfigParser(text, _ReferencesAsText()))
+    modules = [statement.module for statement in statements if isinstance(statement, config_parser.ImportStatement)]
+    files = [statement.filename for statement in statements if isinstance(statement, config_parser.IncludeStatement)]
+    return modules, files
+
+
 def names_used(config_text: str) -> set[str]:
     """Every name by which a value in a resolved configuration could have been given."""
     used = set()

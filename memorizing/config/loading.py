@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import gin
 
 import memorizing.config.registry  # noqa: F401  registers what gin files name
 from memorizing.config.files import find_file, is_shipped
-from memorizing.config.gin_messages import explain, fail_on_unused, names_bound
+from memorizing.config.gin_messages import explain, fail_on_unused, modules_and_files, names_bound
 from memorizing.errors import UserError, first_line
 from memorizing.training.experiment import Experiment
+
+# What a run's own configuration may import: a run can be anybody's, and to import a module is to execute it.
+_TRUSTED_MODULES = ("memorizing.data.gin_registry",)
 
 
 def load_experiment(gin_files: Sequence[str], bindings: Sequence[str], base: str = "") -> tuple[Experiment, str]:
@@ -76,7 +80,19 @@ def _quote_bare_word(binding: str) -> str:
 
 def _parse_base(base: str) -> None:
     try:
+        modules, files = modules_and_files(base)
+        for module in modules:
+            # What is loaded already is not executed again.
+            if module not in _TRUSTED_MODULES and module not in sys.modules:
+                raise UserError(
+                    f"the run's own config.gin imports {module}, which would execute it: if you trust that module, add "
+                    f"--import={module} (in Python: import it first)"
+                )
+        if files:
+            raise UserError(f"the run's own config.gin includes {files[0]}, which no run has written: restore it")
         gin.parse_config(base)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"the run's own config.gin cannot be read: {explain(error)}") from error
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
 from memorizing.evaluation.finished_run import FinishedRun, abstract_variables
-from memorizing.runtime.workdir import CONFIG, resolve
+from memorizing.runtime.workdir import CONFIG, read_config, resolve
 from memorizing.training.checkpoint import read_arrays, weights_digest
 from memorizing.training.transfer import fit
 
@@ -32,7 +32,7 @@ def open_run(workdir: str, step: int | None = None, bindings: Sequence[str] = ()
             f"--workdir={workdir} holds no run: there is no {config}; "
             f"train one with memorizing train --workdir={workdir}"
         )
-    experiment, text = load_experiment([], bindings, base=config.read_text())
+    experiment, text = load_experiment([], bindings, base=read_config(folder))
     saved = read_arrays(folder, step, only=("params/", "buffers/", "step"))
     wanted = nn.unbox(abstract_variables(experiment, 1))
     variables = fit(wanted, saved, experiment.model.stack.stacked_layers, f"--workdir={workdir}")

@@ -1,4 +1,7 @@
-"""Configuration classes for gin. A value of the wrong type is an error when the object is built, not in a trace."""
+"""Configuration classes for gin.
+
+A value of the wrong type, or out of the range that its field has, is an error when the object is built, not in a trace.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 
 import gin
 
-from memorizing.errors import UserError
+from memorizing.errors import Range, UserError, is_number
 
 # What gin files can name, by name.
 REGISTERED: dict[str, type] = {}
@@ -24,7 +27,7 @@ def register(cls: type) -> None:
 
     The class itself stays as it is: called from Python, no gin binding changes it.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     REGISTERED[cls.__name__] = cls
 
     @functools.wraps(cls, updated=())
@@ -33,6 +36,7 @@ def register(cls: type) -> None:
             name = f"{cls.__name__}.{field.name}"
             if field.name in values:
                 _check(name, values[field.name], hints[field.name])
+                _check_ranges(name, values[field.name], hints[field.name])
             elif field.init and _is_required(field):
                 raise UserError(f"{name} is not set: bind it in a gin file or with --gin.{name}=...")
         return cls(**values)
@@ -50,6 +54,8 @@ def matches(value: Any, hint: Any) -> bool:
         return True
     origin = typing.get_origin(hint)
     args = typing.get_args(hint)
+    if origin is typing.Annotated:
+        return matches(value, args[0])
     if origin is typing.Literal:
         # 1 and True are equal, and are not the same to a user.
         return any(type(value) is type(arg) and value == arg for arg in args)
@@ -68,6 +74,8 @@ def describe(hint: Any) -> str:
     """A type as a user would say it."""
     origin = typing.get_origin(hint)
     args = typing.get_args(hint)
+    if origin is typing.Annotated:
+        return describe(args[0])
     if origin is typing.Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
@@ -95,6 +103,23 @@ def _check(name: str, value: Any, hint: Any) -> None:
             for index, item in enumerate(value):
                 _check(f"{name}[{index}]", item, item_hints[index])
     raise UserError(f"{name} = {_as_gin(value)}: expected {describe(hint)}, got {_kind(value)}")
+
+
+def _check_ranges(name: str, value: Any, hint: Any) -> None:
+    """Raises UserError for a number in a value that is out of its range. The value has the right type."""
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
+    if origin is typing.Annotated:
+        ranges = [note for note in args[1:] if isinstance(note, Range)]
+        if any(not is_number(value) or value not in wanted for wanted in ranges):
+            raise UserError(f"{name} = {_as_gin(value)}: expected {describe(hint)} {ranges[0]}")
+        _check_ranges(name, value, args[0])
+    elif origin in (typing.Union, types.UnionType):
+        fitting = next(arg for arg in args if matches(value, arg))
+        _check_ranges(name, value, fitting)
+    elif origin is tuple:
+        for index, (item, item_hint) in enumerate(zip(value, _item_hints(hint, len(value)), strict=True)):
+            _check_ranges(f"{name}[{index}]", item, item_hint)
 
 
 def _item_hints(hint: Any, length: int) -> tuple[Any, ...]:

@@ -54,7 +54,7 @@ class FinishedRun:
         vocabulary = text.vocabulary
         record = self.workdir / VOCABULARY
         if record.exists():
-            trained = read_record(record, "name", "digest")
+            trained = read_record(record)
             if trained["digest"] != vocabulary.digest:
                 raise UserError(
                     f"--workdir={self.workdir} was trained with the vocabulary {trained['name']} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -14,20 +15,21 @@ from jax.sharding import Mesh
 from memorizing import __version__
 from memorizing.batch import DataSource, text_of
 from memorizing.cost.accelerators import Utilization, memory_in_use
-from memorizing.errors import EXIT_START_AGAIN
+from memorizing.errors import EXIT_START_AGAIN, UserError, what_the_machine_lacks
 from memorizing.evaluation import plots, report
 from memorizing.evaluation.controls import ControlsHook
 from memorizing.evaluation.evaluation_hook import EvaluationHook
 from memorizing.evaluation.evaluator import Evaluation, Evaluator, num_rows_side_by_side
-from memorizing.runtime import distributed, failures
+from memorizing.runtime import distributed, failures, workdir_lock
 from memorizing.runtime.events import FILE as EVENTS_FILE
 from memorizing.runtime.events import EventLog, goodput
-from memorizing.runtime.failures import Interrupted
+from memorizing.runtime.failures import Interrupted, MachineFailed
+from memorizing.runtime.json_lines import replace_bytes, replace_text
 from memorizing.runtime.metrics import MetricWriter, Progress, Values
 from memorizing.runtime.stopping import StopSignal
 from memorizing.runtime.watchdog import HangDetector
 from memorizing.runtime.workdir import resolve
-from memorizing.training.checkpoint import Checkpointer
+from memorizing.training.checkpoint import Checkpointer, saved_steps
 from memorizing.training.experiment import Experiment
 from memorizing.training.hooks import CheckpointHook, MetricsHook, ProfileHook
 from memorizing.training.identity import open_workdir
@@ -53,17 +55,39 @@ def train_and_evaluate(
       The final evaluations by name.
 
     Raises:
-      UserError: the experiment does not fit the devices or the workdir, or a checkpoint cannot be used.
+      UserError: the experiment does not fit the devices or the workdir, a checkpoint cannot be used, or another run is
+        writing into the workdir.
       Preempted: on SIGTERM or Ctrl-C to any process, after a checkpoint.
       NonFiniteLoss: the loss, the gradient or a parameter is not finite; the newest checkpoint is from before.
       Interrupted: another process, a device or the network was lost.
+      MachineFailed: there was no room, no memory or no permission.
     """
     loop = experiment.loop
     if loop.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(resolve(loop.compilation_cache)))
+        cache = resolve(loop.compilation_cache)
+        if cache.exists() and not cache.is_dir():
+            raise UserError(f"LoopConfig.compilation_cache = {loop.compilation_cache!r} is no folder")
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     mesh = experiment.make_mesh()
     experiment.check_data()
-    folder = distributed.primary_first(lambda: open_workdir(workdir, experiment, config_text))
+    # The first process holds the workdir for all of them.
+    if distributed.is_primary():
+        held = workdir_lock.held(resolve(workdir), distributed.say)
+    else:
+        held = contextlib.nullcontext(lambda: None)
+    with held as check_lock:
+        folder = distributed.primary_first(lambda: open_workdir(workdir, experiment, config_text))
+        return _run(experiment, folder, mesh, check_lock, restore_step)
+
+
+def _run(
+    experiment: Experiment,
+    folder: epath.Path,
+    mesh: Mesh,
+    check_lock: Callable[[], None],
+    restore_step: int | None,
+) -> dict[str, Evaluation]:
+    """Trains and evaluates in a workdir that this run holds, as `check_lock` says."""
     events = EventLog(folder / EVENTS_FILE if distributed.is_primary() else None)
     events.write("start", version=__version__, **_machines())
 
@@ -71,14 +95,15 @@ def train_and_evaluate(
         events.write("failure", reason=reason)
         failures.fail(EXIT_START_AGAIN, reason)
 
+    loop = experiment.loop
     with jax.set_mesh(mesh), StopSignal() as stop, HangDetector(loop.hang_seconds, end_hanging) as watchdog:
         run = None
         try:
-            run = _assemble(experiment, folder, mesh, events, stop, watchdog, restore_step)
+            run = _assemble(experiment, folder, mesh, check_lock, events, stop, watchdog, restore_step)
             train(run.training, run.program, loop.num_steps, run.hooks, run.tick)
             _write_results(run, experiment.data, folder, events)
         except BaseException as error:
-            _end_early(run, error, events)
+            _end_early(run, error, events, folder)
             raise
         run.close()
         return run.evaluation.final
@@ -112,6 +137,7 @@ def _assemble(
     experiment: Experiment,
     workdir: epath.Path,
     mesh: Mesh,
+    check_lock: Callable[[], None],
     events: EventLog,
     stop: StopSignal,
     watchdog: HangDetector,
@@ -134,8 +160,8 @@ def _assemble(
 
     profile = ProfileHook(training, loop.profile_steps, workdir)
     metrics = MetricsHook(experiment, training.first_step, writer, progress, events, checkpointer, device_values)
-    checkpoint = CheckpointHook(training, checkpointer, loop.checkpoint_every, metrics, events)
-    tick = make_tick(watchdog, stop, events, checkpoint.save_and_wait)
+    checkpoint = CheckpointHook(training, checkpointer, loop.checkpoint_every, metrics, events, check_lock)
+    tick = make_tick(watchdog, stop, events, check_lock, checkpoint.save_and_wait)
     num_rows = num_rows_side_by_side(experiment.data, batch.num_rows, mesh)
     evaluator = Evaluator(experiment.model, num_rows, batch.segment_length, mesh, tick)
     evaluation = EvaluationHook(experiment, training, evaluator, metrics, writer, progress, events)
@@ -152,25 +178,34 @@ def _write_results(run: _Run, data: DataSource, workdir: epath.Path, events: Eve
     if run.controls.accuracies is not None:
         summary["accuracy"] = run.controls.accuracies
     if distributed.is_primary():
-        (workdir / "loss_by_position.png").write_bytes(plots.loss_by_position(evaluations))
-        (workdir / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n")
+        replace_bytes(workdir / "loss_by_position.png", plots.loss_by_position(evaluations))
+        replace_text(workdir / "evaluation.json", json.dumps(summary, indent=2) + "\n")
         events.write("end", step=run.training.step)
         run.progress.say(str(goodput(workdir)))
     run.progress.say(f"written to {workdir}: checkpoints, metrics.jsonl, events, loss_by_position.png")
 
 
-def _end_early(run: _Run | None, error: BaseException, events: EventLog) -> None:
+def _end_early(run: _Run | None, error: BaseException, events: EventLog, workdir: epath.Path) -> None:
     """Notes a failure and closes what can be closed.
 
     Raises:
       Interrupted: the error says that a process, a device or the network was lost.
+      MachineFailed: the error says that there was no room, no memory or no permission.
     """
     has_failed = not isinstance(error, Preempted)
-    if has_failed:
-        events.write("failure", reason=f"{type(error).__name__}: {error}"[:500])
-    # Closing waits for the other processes, which may be what has failed.
-    if run and not (has_failed and jax.process_count() > 1):
-        run.close()
+    lack = what_the_machine_lacks(error)
+    # On a full disk this fails as what came before it did.
+    with contextlib.suppress(*([Exception] if lack else [])):
+        if has_failed:
+            events.write("failure", reason=f"{type(error).__name__}: {error}"[:500])
+    with contextlib.suppress(*([Exception] if lack else [])):
+        # Closing waits for the other processes, which may be what has failed.
+        if run and not (has_failed and jax.process_count() > 1):
+            run.close()
+    if lack:
+        steps = saved_steps(workdir)
+        advice = f"the last good checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
+        raise MachineFailed(f"{lack}; {advice}") from error
     has_progressed = bool(run and run.metrics.has_progressed)
     if lost := failures.find_lost_infrastructure(error, has_progressed):
         raise Interrupted(f"interrupted, start it again: {lost}") from error

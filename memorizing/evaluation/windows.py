@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from memorizing.batch import Batch, BatchIterator, DataSource, EvaluationBatch, TextSource, text_of
-from memorizing.errors import UserError
+from memorizing.errors import Range, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Windows:
     """
 
     source: DataSource
-    width: int = 512
-    stride: int = 256
+    width: Annotated[int, Range(1, 2**24)] = 512
+    stride: Annotated[int, Range(1, 2**24)] = 256
 
     def __post_init__(self) -> None:
         if not 1 <= self.stride <= self.width:

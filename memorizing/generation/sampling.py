@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -11,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from memorizing.errors import UserError
+from memorizing.errors import MOST, Range, UserError
+
+TEMPERATURE = Range(0, 1e6)
+TOP_K = Range(0, MOST)
+TOP_P = Range(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +33,10 @@ class Sampling:
     top_p: float = 0.95
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature = {self.temperature}: 0 (always the most probable token) or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k = {self.top_k}: at least 1, or 0 for no limit")
+        if self.temperature not in TEMPERATURE:
+            raise UserError(f"temperature = {self.temperature}: 0 (always the most probable token), {TEMPERATURE}")
+        if self.top_k not in TOP_K:
+            raise UserError(f"top_k = {self.top_k}: 0 for no limit, {TOP_K}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: above 0 and at most 1")
 

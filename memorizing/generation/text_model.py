@@ -120,7 +120,14 @@ class TextModel:
         if path is None:
             state = self._decoder.start(self.vocabulary.start_id)
         else:
-            state = session_file.load(path, self._decoder.abstract_context(1), self.identity)
+            experiment = self.run.experiment
+            state = session_file.load(
+                path,
+                self._decoder.abstract_context(1),
+                self.identity,
+                experiment.model.vocab_size,
+                experiment.batch.segment_length,
+            )
         return Session(self, TextDecoder(self._decoder, self._weights, state))
 
     @property

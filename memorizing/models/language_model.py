@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,7 @@ from memorizing.context import (
     Rngs,
     Segment,
 )
-from memorizing.errors import UserError
+from memorizing.errors import Count, CountOrNone, FactorAboveZero, Range, Share, UserError, Width
 from memorizing.models import attention as attention_lib
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.layers import Embedder, MLPKind, NormKind, dropout, make_norm
@@ -38,6 +38,8 @@ from memorizing.models.stack import LayerGroup, RematKind, Stack, StackOutput, l
 
 # The entry of the recurrent tokens in parameters and context.
 RECURRENT = "recurrent_tokens"
+# A thousand times those of the largest models.
+MAX_PARAMETERS = 1 << 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +68,17 @@ class LMConfig:
         sqrt(2 L), as the Sparse Transformer does (Child et al. 2019, section 5.2).
     """
 
-    vocab_size: int = 259
-    num_layers: int = 2
-    embed_dim: int = 64
-    num_heads: int = 2
-    head_dim: int = 32
-    mlp_dim: int = 256
+    vocab_size: Width = 259
+    num_layers: Annotated[int, Range(1, 10_000)] = 2
+    embed_dim: Width = 64
+    num_heads: Annotated[int, Range(1, 2**16)] = 2
+    head_dim: Annotated[int, Range(1, 2**16)] = 32
+    mlp_dim: Width = 256
     attention: Attention | tuple[Attention, ...] = attention_lib.DEFAULT
-    attention_at: tuple[tuple[int, Attention], ...] = ()
+    attention_at: tuple[tuple[CountOrNone, Attention], ...] = ()
     recurrent_tokens: RecurrentTokens | None = None
-    dropout: float = 0.0
-    initial_logit_scale: float = 1.0
+    dropout: Share = 0.0
+    initial_logit_scale: FactorAboveZero = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: RematKind = "none"
     norm: NormKind = "rms"
@@ -85,9 +87,9 @@ class LMConfig:
     positions: Literal["t5", "none"] = "t5"
     initial_outputs: Literal["plain", "by_depth"] = "plain"
     residuals: Literal["plain", "reversible"] = "plain"
-    mlp_chunks: int = 1
-    loss_chunks: int = 1
-    remat_every: int = 1
+    mlp_chunks: Count = 1
+    loss_chunks: Count = 1
+    remat_every: Count = 1
     continuous_cache: ContinuousCache | None = None
 
     def __post_init__(self) -> None:
@@ -110,6 +112,11 @@ class LMConfig:
                 f"LMConfig.remat = '{self.remat}' with LMConfig.residuals = 'reversible': reversible layers store no "
                 "activations that could be computed again; set LMConfig.remat = 'none'"
             )
+        if self.num_parameters > MAX_PARAMETERS:
+            raise UserError(
+                f"LMConfig describes about {self.num_parameters:.1e} parameters, more than any machine holds: choose "
+                "smaller sizes or fewer layers"
+            )
         if not 0 <= self.dropout < 1:
             raise UserError(f"LMConfig.dropout = {self.dropout}: a probability below 1")
         if self.attention == ():
@@ -127,6 +134,13 @@ class LMConfig:
                 "LMConfig.qk_norm = 'none': an external memory compares keys of different times, which have to have "
                 "the same length; use 'l2', or a model without a memory"
             )
+
+    @property
+    def num_parameters(self) -> int:
+        """About how many parameters there are: those of matrices in layers, and of the embedding."""
+        of_attention = 4 * self.embed_dim * self.num_heads * self.head_dim
+        of_mlp = 2 * self.embed_dim * self.mlp_dim
+        return self.num_layers * (of_attention + of_mlp) + self.vocab_size * self.embed_dim
 
     @property
     def dims(self) -> LayerDims:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from memorizing.errors import UserError
+
 # A TPU moves whole registers when data move by a multiple of so many places.
 _TPU_LANES = 128
 
@@ -20,6 +22,15 @@ def distances(num_queries: int, num_keys: int) -> Int[np.ndarray, "R"]:
     """
     last_query = num_queries - 1
     return np.arange(-last_query, num_keys)
+
+
+def check_buckets(owner: str, num_buckets: int, max_distance: int) -> None:
+    """Raises UserError where buckets and distances do not fit: the first half of the buckets have a distance each."""
+    if max_distance <= num_buckets // 2:
+        raise UserError(
+            f"{owner}.max_distance = {max_distance}: more than half of {owner}.num_buckets = {num_buckets}, each of which "
+            "stands for one distance"
+        )
 
 
 def t5_buckets(

@@ -6,7 +6,7 @@ The decoder version is that of Bulatov et al. 2022, the encoder version that of 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Activations, AxesTree, RowFlags
 from memorizing.context import Layout, reset_rows
-from memorizing.errors import UserError
+from memorizing.errors import MOST, Range, UserError
 from memorizing.models.layers import parameter
 
 
@@ -54,9 +54,9 @@ class RecurrentTokens:
       sees_cache: whether memory tokens see the layers' caches of earlier positions.
     """
 
-    num_tokens: int = 10
+    num_tokens: Annotated[int, Range(1, 2**20)] = 10
     version: Literal["decoder", "encoder"] = "decoder"
-    backward_segments: int = -1
+    backward_segments: Annotated[int, Range(-1, MOST)] = -1
     sees_cache: bool = True
 
     def __post_init__(self) -> None:

@@ -30,6 +30,8 @@ from memorizing.runtime.json_lines import JsonLines, Line, read_lines
 from memorizing.runtime.tables import duration
 
 FILE = "events.jsonl"
+# What every event has.
+_NAMES = ("time", "event")
 
 # Kinds of time in the order in which they are printed, with their names for people.
 _KINDS = {
@@ -52,7 +54,7 @@ class EventLog:
         Args:
           path: of the file; None for a process that writes none.
         """
-        self._file = JsonLines(path) if path else None
+        self._file = JsonLines(path, _NAMES) if path else None
         # When the current lap began, and how much of it was measured as something else.
         self._lap_begin = time.monotonic()
         self._measured = 0.0
@@ -119,7 +121,7 @@ class Goodput:
 
 def goodput(workdir: epath.Path) -> Goodput:
     """How the run in a workdir has spent its time so far; all zero if it has no events."""
-    starts = _starts(read_lines(workdir / FILE))
+    starts = _starts(read_lines(workdir / FILE, _NAMES))
     seconds = dict.fromkeys(_KINDS, 0.0)
     for index, events in enumerate(starts):
         begin = _begin(events)
@@ -166,6 +168,6 @@ def _first_step(events: Sequence[Line]) -> float:
 
 def _share_beyond(event: Line, step: float) -> float:
     """The part of the steps of an event that came after a step."""
-    count = event["count"]
-    beyond = min(max(event["step"] - step, 0), count)
+    count = event.get("count", 0)
+    beyond = min(max(event.get("step", 0) - step, 0), count)
     return beyond / max(count, 1)

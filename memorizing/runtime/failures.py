@@ -18,11 +18,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 
-from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN, EXIT_USER_ERROR, UserError, first_line
+from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN, EXIT_USER_ERROR, UserError, causes, first_line
 from memorizing.runtime import distributed
 
 # Statuses of JAX's runtime that mean a lost machine, device or connection.
@@ -41,6 +41,10 @@ class Interrupted(Exception):
     """Something below the program failed; the same command goes on from the newest checkpoint."""
 
 
+class MachineFailed(Exception):
+    """The machine lacks room, memory or permission: starting again does not help before somebody has mended it."""
+
+
 def find_lost_infrastructure(error: BaseException, has_progressed: bool) -> BaseException | None:
     """The error, or one that caused it, that says that something below the program was lost.
 
@@ -51,7 +55,7 @@ def find_lost_infrastructure(error: BaseException, has_progressed: bool) -> Base
       has_progressed: whether the process finished a step before. If not, an error that may be a bug is taken for one,
         so that nothing is started again for ever.
     """
-    for cause in _chain(error):
+    for cause in causes(error):
         if isinstance(cause, ConnectionError | TimeoutError):
             return cause
         if isinstance(cause, jax.errors.JaxRuntimeError):
@@ -156,10 +160,3 @@ def _code(error: BaseException) -> int:
 
 def _can_lose_something() -> bool:
     return jax.distributed.is_initialized() or jax.default_backend() != "cpu"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that caused it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

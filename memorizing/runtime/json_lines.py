@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
 
+from memorizing.errors import UserError
+
 Line = dict[str, Any]
 
 
-def read_lines(path: epath.Path) -> list[Line]:
-    """The lines of a file up to one that a killed process left unfinished; none if there is no file."""
+def read_lines(path: epath.Path, names: Sequence[str] = ()) -> list[Line]:
+    """The lines of a file but for a last one that a killed process left unfinished; none if there is no file.
+
+    Args:
+      path: of the file.
+      names: what every line has.
+
+    Raises:
+      UserError: a line is damaged: to leave out what follows would lose it.
+    """
     if not path.exists():
         return []
+    *texts, _ = path.read_bytes().split(b"\n")
     lines: list[Line] = []
-    for text in path.read_text().splitlines():
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not line.keys() >= {*names}:
+            raise UserError(f"{path} is damaged in line {number}: restore the file, or delete the line")
+        lines.append(line)
     return lines
 
 
@@ -31,14 +46,20 @@ class JsonLines:
       lines: that were there before.
     """
 
-    def __init__(self, path: epath.Path, keep: Callable[[Line], bool] = lambda _: True) -> None:
+    def __init__(
+        self, path: epath.Path, names: Sequence[str] = (), keep: Callable[[Line], bool] = lambda _: True
+    ) -> None:
         """
         Args:
           path: of the file; created if missing.
+          names: what every line has.
           keep: whether a line that is there already stays.
+
+        Raises:
+          UserError: a line that is there is damaged.
         """
         self._path = path
-        self.lines = [line for line in read_lines(path) if keep(line)]
+        self.lines = [line for line in read_lines(path, names) if keep(line)]
         self._rewrite(self.lines)
         # Appending needs a local file; other file systems get the whole file again.
         self._is_remote = "://" in str(path)
@@ -60,6 +81,16 @@ class JsonLines:
 
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file atomically: whenever the process is killed, the old or the new text is there as a whole."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: epath.Path, content: bytes) -> None:
+    """Writes a file atomically; where there is no room for it, nothing of it stays."""
     unfinished = path.parent / f".{path.name}.unfinished"
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise

@@ -47,7 +47,8 @@ class MetricWriter:
         # Not at the top: an import of a second, only needed where something is written.
         from tensorboardX import SummaryWriter
 
-        self._file = JsonLines(workdir / "metrics.jsonl", keep=lambda line: line["step"] <= resumed_step)
+        file = workdir / "metrics.jsonl"
+        self._file = JsonLines(file, names=("step", "kind"), keep=lambda line: line["step"] <= resumed_step)
         self._written = {(line["step"], line["kind"]) for line in self._file.lines}
         self._events = SummaryWriter(logdir=str(workdir / "events"), purge_step=resumed_step + 1)
 

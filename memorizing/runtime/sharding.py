@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from memorizing.array_typing import AxesTree, Tree
-from memorizing.errors import UserError
+from memorizing.errors import MOST, Count, Range, UserError
 
 AXES = ("data", "model", "memory")
 
@@ -41,9 +41,9 @@ class MeshConfig:
       parameters: 'replicated' over `data`, or 'fsdp' to shard them over it.
     """
 
-    data: int = -1
-    model: int = 1
-    memory: int = 1
+    data: Annotated[int, Range(-1, MOST)] = -1
+    model: Count = 1
+    memory: Count = 1
     parameters: Literal["replicated", "fsdp"] = "replicated"
 
     @property

@@ -1,18 +1,39 @@
-"""The folder of a run: its name, the files that describe the run, and how their records are read."""
+"""The folder of a run: its name, the files that describe the run, and records that tell when they were changed.
+
+A record is a dict in JSON that says in which format it is and holds the digest of all that it says.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from memorizing.errors import UserError
+from memorizing.runtime.json_lines import replace_text
 
-# The files that describe a run: its configuration as gin text, and records in JSON.
+# The files that describe a run: its configuration as gin text, and records.
 CONFIG = "config.gin"
 EXPERIMENT = "experiment.json"
 VOCABULARY = "vocabulary.json"
+
+# Of records, and so of workdirs and checkpoints. 1 (which did not say so) had other parameters, 2 no digests.
+FORMAT = 3
+
+_DIGEST = "sha256"
+# The last line of a configuration.
+_DIGEST_LINE = "\n# The digest of these lines, sha256: "
+
+
+class DamagedRecord(Exception):
+    """A record is not what was written."""
+
+
+class OtherFormat(Exception):
+    """A record was written by another version of the library. The message says so, without naming the record."""
 
 
 def resolve(path: str) -> epath.Path:
@@ -20,20 +41,81 @@ def resolve(path: str) -> epath.Path:
     return epath.Path(path) if "://" in path else epath.Path(path).expanduser().absolute()
 
 
-def read_record(path: epath.Path, *names: str) -> dict[str, Any]:
-    """A record that a run has written to its folder.
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON-able record with its format and its digest, for `unseal`."""
+    # Once through JSON, so that it is what will be read.
+    content = json.loads(json.dumps({"format": FORMAT, **record}))
+    return {**content, _DIGEST: _digest_of(content)}
 
-    Args:
-      path: of a JSON file.
-      *names: keys that it has to have.
+
+def unseal(text: str) -> dict[str, Any]:
+    """What was sealed, from its JSON text, its format included.
 
     Raises:
-      UserError: it is damaged.
+      DamagedRecord: it is not what was written.
+      OtherFormat: it was written by another version of the library.
     """
     try:
-        record = json.loads(path.read_text())
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not record.keys() >= {*names}:
-        raise UserError(f"{path} is damaged: restore it, or delete it to go on without the check that it is for")
-    return record
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        raise DamagedRecord from None
+    if not isinstance(record, dict):
+        raise DamagedRecord
+    digest = record.pop(_DIGEST, None)
+    if digest == _digest_of(record):
+        return record
+    found = record.get("format", 1)
+    if record and digest is None and found in range(1, FORMAT):
+        raise OtherFormat(f"was written by another version of memorizing (format {found}, this one reads {FORMAT})")
+    raise DamagedRecord
+
+
+def write_record(path: epath.Path, record: Mapping[str, Any]) -> None:
+    """Writes a record, sealed: the old or the new one is there as a whole."""
+    replace_text(path, json.dumps(seal(record), indent=2) + "\n")
+
+
+def read_record(path: epath.Path) -> dict[str, Any]:
+    """A record that a run has written to its folder.
+
+    Raises:
+      UserError: it is damaged, or of another version.
+    """
+    try:
+        return unseal(path.read_text())
+    except (DamagedRecord, UnicodeDecodeError):
+        raise UserError(
+            f"{path} is damaged: restore it, or delete it to go on without the check that it is for"
+        ) from None
+    except OtherFormat as error:
+        raise UserError(f"{path} {error}: go on with that version, or choose another --workdir") from None
+
+
+def write_config(workdir: epath.Path, text: str) -> None:
+    """Writes the configuration of a run; it is a gin file that tells when it was changed."""
+    replace_text(workdir / CONFIG, f"{text}{_DIGEST_LINE}{_sha256(text)}\n")
+
+
+def read_config(workdir: epath.Path) -> str:
+    """The configuration that a run was written with.
+
+    Raises:
+      UserError: the file is not what was written.
+    """
+    path = workdir / CONFIG
+    # The lines as they are: gin does not care how they end, the digest does.
+    text, _, digest = path.read_bytes().decode(errors="replace").rpartition(_DIGEST_LINE)
+    if digest != f"{_sha256(text)}\n":
+        raise UserError(
+            f"{path} is not as it was written: restore it (the command that trained the run writes it again), and "
+            "change what is in it by --gin.NAME=VALUE"
+        )
+    return text
+
+
+def _digest_of(record: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(record, sort_keys=True))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

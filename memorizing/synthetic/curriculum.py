@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from memorizing.batch import Batch, BatchIterator, EvaluationBatch
-from memorizing.errors import UserError
+from memorizing.errors import CountOrNone, UserError
 from memorizing.synthetic.task import SyntheticTask
 
 
@@ -21,7 +21,7 @@ class Curriculum:
       stages: pairs of a batch, counted from 0 and growing, and the task from that batch on. Batches are steps.
     """
 
-    stages: tuple[tuple[int, SyntheticTask], ...]
+    stages: tuple[tuple[CountOrNone, SyntheticTask], ...]
     document_bytes: None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -10,11 +10,11 @@ definition could be guessed from that of the query, nothing would have to be loo
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
 
-from memorizing.errors import UserError
+from memorizing.errors import Count, CountOrNone, Range, Share, UserError
 from memorizing.synthetic.task import Split, SyntheticTask, Text
 
 
@@ -73,15 +73,15 @@ class DictionaryLookup(SyntheticTask):
         before that have short queries, which are not scored.
     """
 
-    num_segments: int = 60
-    num_eval_samples: int = 32
-    eval_segments: int = 60
-    num_words: int = 64
-    key_length: int = 4
-    value_length: int = 4
-    short_fraction: float = 0.5
-    distances: tuple[int, int] = (1, 50)
-    eval_distance: int = 50
+    num_segments: CountOrNone = 60
+    num_eval_samples: Annotated[int, Range(1, 2**20)] = 32
+    eval_segments: Count = 60
+    num_words: Annotated[int, Range(1, 2**20)] = 64
+    key_length: Annotated[int, Range(1, 2**16)] = 4
+    value_length: Annotated[int, Range(1, 2**16)] = 4
+    short_fraction: Share = 0.5
+    distances: tuple[Count, Count] = (1, 50)
+    eval_distance: Count = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()

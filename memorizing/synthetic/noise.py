@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 
-from memorizing.errors import UserError
+from memorizing.errors import Range, UserError
 from memorizing.synthetic import babi
 
 
@@ -46,7 +46,7 @@ class SyntheticWords:
       num_words: noise words.
     """
 
-    num_words: int = 256
+    num_words: Annotated[int, Range(1, 2**20)] = 256
 
     def __post_init__(self) -> None:
         if self.num_words < 1:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
 from memorizing.batch import Batch, EvaluationBatch
-from memorizing.errors import UserError
+from memorizing.errors import Range, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +26,10 @@ class RepeatedPassages:
       num_documents: held-out documents.
     """
 
-    vocab_size: int = 64
-    passage_length: int = 48
-    num_passages: int = 8
-    num_documents: int = 4
+    vocab_size: Annotated[int, Range(3, 2**24)] = 64
+    passage_length: Annotated[int, Range(1, 2**24)] = 48
+    num_passages: Annotated[int, Range(1, 2**20)] = 8
+    num_documents: Annotated[int, Range(1, 2**20)] = 4
     document_bytes: None = dataclasses.field(default=None, init=False, repr=False)
     start_id: ClassVar[int] = 0
 

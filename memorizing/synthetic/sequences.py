@@ -12,7 +12,7 @@ import dataclasses
 
 import numpy as np
 
-from memorizing.errors import UserError
+from memorizing.errors import Count, UserError, Width
 from memorizing.synthetic.task import Split, SyntheticTask, Text
 
 
@@ -24,7 +24,7 @@ class SequenceTask(SyntheticTask):
       num_symbols: n.
     """
 
-    num_symbols: int = 8
+    num_symbols: Width = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +72,7 @@ class Copy(SequenceTask):
       num_copies: how often.
     """
 
-    num_copies: int = 2
+    num_copies: Count = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

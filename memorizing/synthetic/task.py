@@ -8,12 +8,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
 from memorizing.batch import Batch, EvaluationBatch
-from memorizing.errors import UserError
+from memorizing.errors import Count, CountOrNone, Range, UserError
 from memorizing.synthetic.stream import SampleStream
 
 Split = Literal["train", "validation"]
@@ -60,9 +60,9 @@ class SyntheticTask(abc.ABC):
       eval_segments: segments of a held-out sample.
     """
 
-    num_segments: int = 0
-    num_eval_samples: int = 256
-    eval_segments: int = 4
+    num_segments: CountOrNone = 0
+    num_eval_samples: Annotated[int, Range(1, 2**20)] = 256
+    eval_segments: Count = 4
     document_bytes: None = dataclasses.field(default=None, init=False, repr=False)
     # No word of a task: words begin at 1.
     start_id: ClassVar[int] = 0

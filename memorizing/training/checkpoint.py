@@ -1,16 +1,18 @@
 """Checkpoints: parameters, optimizer, step, randomness, context and every row's position as one unit, with checksums.
 
 Built on Orbax's CheckpointManager: asynchronous, atomic (a step is there as a whole or not at all), any file system
-that etils.epath can name. Orbax does not notice a flipped bit; the checksums do.
+that etils.epath can name. Orbax does not notice a flipped bit; the checksums do. They lie in the checkpoint's record,
+with the positions of the rows and a list of all that was saved, and the record has a digest of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,18 +22,21 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from memorizing.array_typing import Checksum, Tree
-from memorizing.errors import UserError
+from memorizing.errors import UserError, first_line
 from memorizing.models.stack import unstack
 from memorizing.runtime.failures import find_lost_infrastructure
+from memorizing.runtime.workdir import DamagedRecord, OtherFormat, seal, unseal
 from memorizing.training.state import TrainState
 
 FOLDER = "checkpoints"
-# 1, which did not say so, had other parameters.
-FORMAT = 2
 
 
 class NotFinite(Exception):
     """A value that was to be saved is not finite."""
+
+
+class _Damaged(Exception):
+    """A checkpoint is not what was saved. The message goes on from its name."""
 
 
 class Restored(NamedTuple):
@@ -70,7 +75,8 @@ class Checkpointer:
         self._save_context = save_context
         self._stacked_layers = {name: list(layers) for name, layers in (stacked_layers or {}).items()}
         if jax.process_index() == 0:
-            # What a killed process was writing. Orbax's own cleaning runs in a thread, which fails if the program ends.
+            # What a killed process was writing: the run holds the workdir, so that no other one lives. Orbax's
+            # own cleaning runs in a thread, which fails if the program ends.
             for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
                 unfinished.rmtree()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
@@ -101,14 +107,14 @@ class Checkpointer:
         broken = [path for path, is_finite in _by_path(_are_finite, parts["state"]).items() if not is_finite]
         if broken:
             raise NotFinite(f"step {step}: {broken[0]} is no longer finite")
-        data = {
-            "format": FORMAT,
+        record = {
+            "step": step,
             "rows": rows,
             "stacked_layers": self._stacked_layers,
             "checksums": {name: _named_checksums(part) for name, part in parts.items()},
         }
         items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)))
+        self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(seal(record))))
 
     def restore(
         self,
@@ -131,18 +137,8 @@ class Checkpointer:
         chosen = step if step is not None else self._manager.latest_step()
         if chosen is None:
             return None
-        try:
+        with _told(self._folder, chosen, self.steps, "--restore_step", self._give_up):
             restored = self._read(chosen, abstract, keeps_context)
-        except UserError:
-            self._give_up()
-            raise
-        except Exception as error:
-            if find_lost_infrastructure(error, has_progressed=False):
-                raise
-            self._give_up()
-            raise UserError(
-                self._damaged(chosen, f"cannot be read ({str(error).strip().splitlines()[0][:120]})")
-            ) from error
         for later in [other for other in self.steps if other > chosen]:
             self._manager.delete(later)
         return restored
@@ -160,26 +156,16 @@ class Checkpointer:
             self.close()
 
     def _read(self, step: int, abstract: TrainState, keeps_context: Callable[[dict[str, Any]], bool]) -> Restored:
-        data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
-        _check_format(data, self._folder / str(step))
+        record = _read_record(self._folder, step)
         parts = _parts(abstract)
-        if "context" not in data["checksums"] or not keeps_context(data["rows"]):
+        if "context" not in record["checksums"] or not keeps_context(record["rows"]):
             del parts["context"]
         items = {name: ocp.args.StandardRestore(part) for name, part in parts.items()}
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         for name in parts:
-            for path, checksum in _named_checksums(found[name]).items():
-                if checksum != data["checksums"][name][path]:
-                    raise UserError(self._damaged(step, f"does not have the checksum it was saved with ({path})"))
+            _check(found[name], record["checksums"][name])
         state = dataclasses.replace(abstract, **found["state"], context=found.get("context"))
-        return Restored(state, data["rows"])
-
-    def _damaged(self, step: int, what: str) -> str:
-        older = [other for other in self.steps if other < step]
-        advice = (
-            f"the step before it is {older[-1]}: add --restore_step={older[-1]}" if older else "there is no older one"
-        )
-        return f"checkpoint {self._folder / str(step)} {what}; {advice}"
+        return Restored(state, record["rows"])
 
 
 def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, ...] = ("",)) -> dict[str, np.ndarray]:
@@ -198,7 +184,7 @@ def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, .
     _quiet_orbax()
     folder = workdir / FOLDER
     options = ocp.CheckpointManagerOptions(read_only=True)
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+    handlers = {"state": ocp.PyTreeCheckpointHandler()}
     if not folder.exists():
         raise UserError(f"{workdir} has no checkpoint: there is no folder {folder}")
     with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
@@ -208,35 +194,101 @@ def read_arrays(workdir: epath.Path, step: int | None = None, only: tuple[str, .
         if step is not None and step not in steps:
             raise UserError(f"{folder} has no step {step}, but {', '.join(map(str, steps))}")
         step = steps[-1] if step is None else step
-        try:
-            arrays, data = _read_wanted(manager, step, only, folder / str(step))
-        except UserError:
-            raise
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-            raise UserError(f"checkpoint {folder / str(step)} cannot be read ({reason})") from error
-    for path, checksum in _named_checksums(arrays).items():
-        if checksum != data["checksums"]["state"][path]:
-            raise UserError(f"checkpoint {folder / str(step)} does not have the checksum it was saved with ({path})")
-    return unstack(arrays, data["stacked_layers"])
+        with _told(folder, step, steps, "--step"):
+            record = _read_record(folder, step)
+            arrays = _read_wanted(manager, step, only)
+            checksums = record["checksums"]["state"]
+            _check(arrays, {path: checksum for path, checksum in checksums.items() if path.startswith(only)})
+    return unstack(arrays, record["stacked_layers"])
+
+
+def saved_steps(workdir: epath.Path) -> list[int]:
+    """The complete checkpoints of a run, oldest first, of which the record is right."""
+    folder = workdir / FOLDER
+    with contextlib.suppress(OSError):
+        steps = sorted(int(child.name) for child in folder.glob("*") if child.name.isdigit())
+        return [step for step in steps if _has_good_record(folder, step)]
+    return []
 
 
 def weights_digest(workdir: epath.Path, step: int) -> str:
     """What tells the parameters and buffers of a checkpoint from others: a digest of their checksums, hexadecimal."""
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    handlers = {"data": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(workdir / FOLDER, options=options, item_handlers=handlers) as manager:
-        data = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
-    checksums = data["checksums"]["state"]
+    checksums = _read_record(workdir / FOLDER, step)["checksums"]["state"]
     weights = {path: checksum for path, checksum in checksums.items() if path.startswith(("params/", "buffers/"))}
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
 
 
-def _read_wanted(
-    manager: ocp.CheckpointManager, step: int, only: tuple[str, ...], name: epath.Path
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    data = manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
-    _check_format(data, name)
+@contextlib.contextmanager
+def _told(
+    folder: epath.Path, step: int, steps: Iterable[int], flag: str, give_up: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Reads a checkpoint in the block, and tells the user what is wrong with it, and which older one is not.
+
+    Args:
+      folder: of the checkpoints.
+      step: what is read.
+      steps: that are there.
+      flag: with which the user can name another one.
+      give_up: called before.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    name = folder / str(step)
+    try:
+        yield
+    except OtherFormat as error:
+        give_up()
+        raise UserError(
+            f"checkpoint {name} {error}: go on with that version, or train anew in another --workdir"
+        ) from None
+    except Exception as error:
+        if find_lost_infrastructure(error, has_progressed=False):
+            raise
+        give_up()
+        what = str(error) if isinstance(error, _Damaged) else f"cannot be read ({first_line(error)[:120]})"
+        older = max((other for other in steps if other < step and _has_good_record(folder, other)), default=None)
+        advice = (
+            "there is no older one" if older is None else f"the one before it is that of step {older}: {flag}={older}"
+        )
+        raise UserError(f"checkpoint {name} {what}; {advice}") from error
+
+
+def _read_record(folder: epath.Path, step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself: its step, rows, layers, and the checksums of all arrays, by part and path.
+
+    Raises:
+      _Damaged: it is not what was saved.
+      OtherFormat: it was saved by another version of the library.
+    """
+    # What Orbax wrote of `JsonSave`.
+    path = folder / str(step) / "data" / "metadata"
+    try:
+        record = unseal(path.read_text())
+    except (DamagedRecord, UnicodeDecodeError):
+        raise _Damaged(f"is not as it was saved ({path.relative_to(folder / str(step))} is damaged)") from None
+    if record["step"] != step:
+        raise _Damaged(f"was saved as step {record['step']}")
+    return record
+
+
+def _has_good_record(folder: epath.Path, step: int) -> bool:
+    try:
+        _read_record(folder, step)
+    except (_Damaged, OtherFormat, OSError):
+        return False
+    return True
+
+
+def _check(arrays: Tree, expected: Mapping[str, int]) -> None:
+    """Raises _Damaged unless these are the arrays that were saved."""
+    found = _named_checksums(arrays)
+    for path in sorted({*found, *expected}):
+        if found.get(path) != expected.get(path):
+            raise _Damaged(f"does not have the checksum it was saved with ({path})")
+
+
+def _read_wanted(manager: ocp.CheckpointManager, step: int, only: tuple[str, ...]) -> dict[str, np.ndarray]:
     structure = manager.item_metadata(step)["state"].tree
     wanted = [path.startswith(only) for path in paths(structure)]
     leaves, treedef = jax.tree.flatten(structure)
@@ -244,16 +296,7 @@ def _read_wanted(
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
     restore = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy)
     found = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
-    return {path: leaf for path, leaf in paths(found).items() if path.startswith(only)}, data
-
-
-def _check_format(data: Mapping[str, Any], name: epath.Path) -> None:
-    """Raises UserError for a checkpoint of another version of the library."""
-    if data.get("format") != FORMAT:
-        raise UserError(
-            f"checkpoint {name} was written by another version of memorizing (format {data.get('format', 1)}, this one "
-            f"reads {FORMAT}): go on with that version, or train anew in another --workdir"
-        )
+    return {path: leaf for path, leaf in paths(found).items() if path.startswith(only)}
 
 
 def _quiet_orbax() -> None:

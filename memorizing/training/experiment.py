@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import optax
 from jax.sharding import Mesh
 
 from memorizing.batch import DataSource
-from memorizing.errors import UserError
+from memorizing.errors import Count, CountOrNone, Range, Seed, UserError
 from memorizing.models.language_model import LMConfig
 from memorizing.runtime import sharding
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.training.optimizer import AdamW, Optimizer
+
+# More documents side by side than any machine reads, and more bytes than all machines of a pod have.
+MAX_ROWS = 1 << 20
+MAX_CONTEXT_BYTES = 1 << 53
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +34,11 @@ class BatchConfig:
         step grow.
     """
 
-    tokens_per_step: int = 2048
-    segment_length: int = 128
-    num_segments: int = 1
-    num_microbatches: int = 1
-    curriculum: tuple[tuple[int, int], ...] = ()
+    tokens_per_step: Count = 2048
+    segment_length: Annotated[int, Range(1, 2**24)] = 128
+    num_segments: Annotated[int, Range(1, 2**16)] = 1
+    num_microbatches: Count = 1
+    curriculum: tuple[tuple[Count, Annotated[int, Range(1, 2**16)]], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_step", "segment_length", "num_segments", "num_microbatches"):
@@ -52,6 +56,11 @@ class BatchConfig:
             raise UserError(
                 f"BatchConfig.tokens_per_step = {self.tokens_per_step} is not a multiple of the {tokens_per_row} tokens "
                 f"of a row (segment_length {self.segment_length} x num_segments {self.num_segments})"
+            )
+        if self.num_rows > MAX_ROWS:
+            raise UserError(
+                f"BatchConfig.tokens_per_step = {self.tokens_per_step} makes {self.num_rows:,} rows of {tokens_per_row} "
+                f"tokens: at most {MAX_ROWS:,} rows"
             )
         if self.num_rows % self.num_microbatches:
             raise UserError(
@@ -96,18 +105,18 @@ class LoopConfig:
       compilation_cache: folder that keeps compiled programs for the next start; empty for JAX's own setting.
     """
 
-    num_steps: int = 1000
-    log_every: int = 50
-    evaluate_every: int = 0
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 3
+    num_steps: Count = 1000
+    log_every: Count = 50
+    evaluate_every: CountOrNone = 0
+    checkpoint_every: CountOrNone = 500
+    keep_checkpoints: Count = 3
     save_context: bool = True
-    seed: int = 0
-    profile_steps: tuple[int, ...] = ()
+    seed: Seed = 0
+    profile_steps: tuple[Count, ...] = ()
     start_from: str = ""
     start_optimizer: bool = True
-    evaluate_segments: tuple[int, ...] = ()
-    hang_seconds: float = 1800.0
+    evaluate_segments: tuple[Count, ...] = ()
+    hang_seconds: Annotated[float, Range(0, 1e9)] = 1800.0
     compilation_cache: str = ""
 
     def __post_init__(self) -> None:
@@ -115,8 +124,13 @@ class LoopConfig:
             raise UserError("LoopConfig.num_steps, log_every and keep_checkpoints have to be at least 1")
         if self.hang_seconds < 0:
             raise UserError(f"LoopConfig.hang_seconds = {self.hang_seconds}: seconds, or 0 for never")
-        if len(self.profile_steps) not in (0, 2):
-            raise UserError(f"LoopConfig.profile_steps = {self.profile_steps}: a first and a last step, or ()")
+        if 0 < self.hang_seconds < 1:
+            # Ended before its first step, it would be started again for ever.
+            raise UserError(f"LoopConfig.hang_seconds = {self.hang_seconds}: at least a second, or 0 for never")
+        if len(self.profile_steps) not in (0, 2) or list(self.profile_steps) != sorted(self.profile_steps):
+            raise UserError(
+                f"LoopConfig.profile_steps = {self.profile_steps}: a first step and a last one that is no earlier, or ()"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +154,12 @@ class Experiment:
         if self.without_memory:
             object.__setattr__(self, "model", self.model.without_memory())
         self.model.check(self.batch.segment_length)
+        num_bytes = self.model.state_bytes(self.batch.segment_length) * self.batch.num_rows
+        if num_bytes > MAX_CONTEXT_BYTES:
+            raise UserError(
+                f"the context of {self.batch.num_rows:,} rows takes {num_bytes:.1e} bytes, more than any machine has: "
+                "choose a smaller memory or window, fewer layers with one, or fewer rows"
+            )
 
     def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over `devices` (default: all).

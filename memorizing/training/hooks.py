@@ -123,7 +123,13 @@ class CheckpointHook(Hook):
     """Saves the state and the positions of the rows every so many steps and at the end, if all of it is finite."""
 
     def __init__(
-        self, training: Training, checkpointer: Checkpointer, every: int, metrics: MetricsHook, events: EventLog
+        self,
+        training: Training,
+        checkpointer: Checkpointer,
+        every: int,
+        metrics: MetricsHook,
+        events: EventLog,
+        check_lock: Callable[[], None],
     ) -> None:
         """
         Args:
@@ -132,7 +138,9 @@ class CheckpointHook(Hook):
           every: steps between two checkpoints; 0 for none before the end.
           metrics: know whether the last step was finite.
           events: where the times go.
+          check_lock: raises if the workdir is no longer this run's.
         """
+        self._check_lock = check_lock
         self._training = training
         self._checkpointer = checkpointer
         self._every = every
@@ -167,6 +175,7 @@ class CheckpointHook(Hook):
         step = self._training.step
         if step in self._checkpointer.steps:
             return
+        self._check_lock()
         with self._events.measure("save", step=step):
             try:
                 self._checkpointer.save(self._training.state, self._training.batches.position())

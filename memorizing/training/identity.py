@@ -10,9 +10,16 @@ from etils import epath
 
 from memorizing.batch import text_of
 from memorizing.errors import UserError
-from memorizing.runtime.json_lines import replace_text
-from memorizing.runtime.workdir import CONFIG, EXPERIMENT, VOCABULARY, read_record, resolve
-from memorizing.training.checkpoint import FOLDER, FORMAT
+from memorizing.runtime.workdir import (
+    EXPERIMENT,
+    FORMAT,
+    VOCABULARY,
+    read_record,
+    resolve,
+    write_config,
+    write_record,
+)
+from memorizing.training.checkpoint import FOLDER
 from memorizing.training.experiment import Experiment
 
 # The parts that may change when a run goes on: its length, the machines it runs on, how rows are laid out.
@@ -35,12 +42,12 @@ def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.P
         # Without a checkpoint there is nothing yet that could be mixed up.
         if record.exists() and _has_checkpoint(workdir):
             _check_same(read_record(record), described, path)
-        (workdir / CONFIG).write_text(config_text)
-        _write_record(record, described)
+        write_config(workdir, config_text)
+        write_record(record, described)
         text = text_of(experiment.data)
         if text is not None:
             vocabulary = text.vocabulary
-            _write_record(
+            write_record(
                 workdir / VOCABULARY,
                 {"name": vocabulary.name, "size": vocabulary.size, "digest": vocabulary.digest},
             )
@@ -63,10 +70,6 @@ def _has_checkpoint(workdir: epath.Path) -> bool:
     return any(child.name.isdigit() for child in (workdir / FOLDER).glob("*"))
 
 
-def _write_record(path: epath.Path, record: dict[str, Any]) -> None:
-    replace_text(path, json.dumps(record, indent=2) + "\n")
-
-
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """The leaves of dataclasses and tuples, by their path."""
     if dataclasses.is_dataclass(value):
@@ -86,11 +89,6 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _check_same(there: dict[str, Any], here: dict[str, Any], path: str) -> None:
     """Raises UserError unless two identities are equal; the message names the first difference."""
-    if there.get("format") != FORMAT:
-        raise UserError(
-            f"--workdir={path} holds a run of another version of memorizing (format {there.get('format', 1)}, this one "
-            f"has {FORMAT}): go on with that version, or choose another --workdir"
-        )
     names = {**there, **here}
     changed = [name for name in names if there.get(name) != here.get(name)]
     if changed:

@@ -76,7 +76,11 @@ def train(
 
 
 def make_tick(
-    watchdog: HangDetector, stop: StopSignal, events: EventLog, save: Callable[[], int]
+    watchdog: HangDetector,
+    stop: StopSignal,
+    events: EventLog,
+    check_lock: Callable[[], None],
+    save: Callable[[], int],
 ) -> Callable[[], None]:
     """What is called before every step, of training and of evaluation. Only here a run notices that it is to stop.
 
@@ -84,11 +88,13 @@ def make_tick(
       watchdog: is told that one more step is done.
       stop: says whether to stop.
       events: where a stop is noted.
+      check_lock: raises if the workdir is no longer this run's.
       save: saves, waits until that is on disk, and returns the step.
     """
 
     def tick() -> None:
         watchdog.beat()
+        check_lock()
         if stop.reached():
             step = save()
             events.write("preemption", step=step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ import optax
 from jax.typing import ArrayLike
 
 from memorizing.array_typing import Tree
-from memorizing.errors import UserError
+from memorizing.errors import Count, CountOrNone, Factor, FactorAboveZero, Range, UserError
+
+# Of running means: 1 would never forget.
+Decay = Annotated[float, Range(0, 0.999_999_9)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +27,8 @@ class InverseSquareRoot:
       warmup_steps: steps of linear warm-up.
     """
 
-    peak: float = 1.0
-    warmup_steps: int = 1000
+    peak: FactorAboveZero = 1.0
+    warmup_steps: CountOrNone = 1000
 
     def __call__(self, step: ArrayLike) -> jax.Array:
         warmup_steps = max(self.warmup_steps, 1)
@@ -45,10 +49,10 @@ class Cosine:
       decay_steps: step at which `final` is reached, warm-up included.
     """
 
-    peak: float = 1e-3
-    final: float = 1e-5
-    warmup_steps: int = 100
-    decay_steps: int = 10_000
+    peak: FactorAboveZero = 1e-3
+    final: Factor = 1e-5
+    warmup_steps: CountOrNone = 100
+    decay_steps: Count = 10_000
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps < self.decay_steps:
@@ -83,9 +87,9 @@ class Adafactor:
     """
 
     learning_rate: Schedule = InverseSquareRoot()
-    momentum: float = 0.9
-    decay_rate: float = 0.8
-    max_gradient_norm: float = 1.0
+    momentum: Decay = 0.9
+    decay_rate: Decay = 0.8
+    max_gradient_norm: FactorAboveZero = 1.0
 
     def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
         """The transformation of updates; for `stacked` see `by_layer`."""
@@ -106,10 +110,10 @@ class AdamW:
     """
 
     learning_rate: Schedule = Cosine()
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.1
-    max_gradient_norm: float = 1.0
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    weight_decay: Factor = 0.1
+    max_gradient_norm: FactorAboveZero = 1.0
 
     def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
         """The transformation of updates; for `stacked` see `by_layer`."""

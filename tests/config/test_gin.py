@@ -192,7 +192,7 @@ def mistake(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture):
         ("LMConfig.num_layers=three", ["LMConfig.num_layers", "three", "whole number"]),
         ("LMConfig.num_layers=2.5", ["LMConfig.num_layers", "2.5", "whole number"]),
         ("LMConfig.num_layers=True", ["LMConfig.num_layers", "True", "whole number"]),
-        ("LMConfig.num_layers=0", ["LMConfig.num_layers", "0", "at least 1"]),
+        ("LMConfig.num_layers=0", ["LMConfig.num_layers = 0", "from 1 to 10,000"]),
         ("LMConfig.dtype=float16", ["LMConfig.dtype", "float16", "bfloat16"]),
         # What could stand there, and what is wrong inside a tuple of pairs.
         ("LMConfig.attention=5", ["LMConfig.attention = 5", "@FullAttention()", "@KNNAttention()"]),
@@ -278,17 +278,17 @@ def test_a_workdir_without_permission_is_named(mistake, tmp_path: pathlib.Path):
 def test_a_workdir_of_another_experiment_is_left_alone(mistake, tmp_path: pathlib.Path):
     from memorizing.training.identity import open_workdir
 
-    there, text = load_experiment(["smoke"], [])
-    open_workdir(str(tmp_path / "run"), there, text)
+    open_workdir(str(tmp_path / "run"), *load_experiment(["smoke"], []))
     # As if it had saved: before that, nothing can be mixed up.
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    written = (tmp_path / "run" / "config.gin").read_text()
     error = mistake("--gin.LMConfig.embed_dim=32", workdir=tmp_path / "run")
     assert "LMConfig.embed_dim" in error and "64" in error and "32" in error
-    assert (tmp_path / "run" / "config.gin").read_text() == text, "the other run's configuration was overwritten"
+    assert (tmp_path / "run" / "config.gin").read_text() == written, "the other run's configuration was overwritten"
     # A record that was cut short may be of any experiment.
     (tmp_path / "run" / "experiment.json").write_text('{"data": {"name"')
     assert "experiment.json is damaged" in mistake(workdir=tmp_path / "run")
-    assert (tmp_path / "run" / "config.gin").read_text() == text
+    assert (tmp_path / "run" / "config.gin").read_text() == written
 
 
 def test_mistakes_after_the_first_checkpoint_folder_leave_no_traceback_either(tmp_path: pathlib.Path):

@@ -167,7 +167,6 @@ def test_what_to_install_is_said():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--slices=0", "--topology=v3:4x4"), "--slices=0: at least 1"),
         (("--flops", "--topology=v3:4x4"), "give either --topology"),
         ((), "give either --topology"),
     ],

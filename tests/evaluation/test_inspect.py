@@ -395,7 +395,7 @@ def test_a_file_that_cannot_be_read_as_text(
         (["--document=.py"], "no one held-out document"),
         (["--memory_sizes=16,8"], "smaller and a larger"),
         (["--memory_sizes=0,12"], r"12.*multiple"),
-        (["--max_tokens=0"], "at least 1"),
+        (["--max_tokens=0"], "--max_tokens=0: expected from 1"),
         (["--gin.TinyTexts.is_shifted=True"], r"vocabulary.*bytes.*shifted"),
         (["--gin.LMConfig.mlp_dim=32"], r"mlp"),
     ],

@@ -31,6 +31,7 @@ from memorizing.generation import text_model
 from memorizing.generation.decoding import Decoder, Drawn, TextDecoder, Weights
 from memorizing.generation.text_model import TextModel, TextStream
 from memorizing.runtime import sharding
+from memorizing.runtime.workdir import write_record
 from memorizing.synthetic import RepeatedPassages
 from memorizing.training.checkpoint import read_arrays
 
@@ -291,10 +292,10 @@ def test_a_book_is_read_once(
         (["--prompt_file={tmp}/zeros"], "zeros is not text: byte 2 is 0"),
         (["--prompt_file={tmp}/missing"], "missing: cannot be read"),
         (["--prompt_file={tmp}"], "cannot be read"),
-        (["--prompt=a", "--top_p=1.5"], "top_p = 1.5: above 0 and at most 1"),
-        (["--prompt=a", "--temperature=-1"], "temperature = -1.0"),
-        (["--prompt=a", "--num_tokens=-1"], "num_tokens = -1"),
-        (["--prompt=a", "--seed=-1"], "seed = -1"),
+        (["--prompt=a", "--top_p=1.5"], "--top_p=1.5: expected from 0 to 1"),
+        (["--prompt=a", "--temperature=-1"], "--temperature=-1: expected from 0"),
+        (["--prompt=a", "--num_tokens=-1"], "--num_tokens=-1: expected from 0"),
+        (["--prompt=a", "--seed=-1"], "--seed=-1: expected from 0"),
         (["--prompt=a", "--step=7"], "7"),
         (["--session={tmp}/picture"], "is no session, or is damaged"),
     ],
@@ -323,7 +324,7 @@ def test_runs_that_cannot_write_are_told_so(
     other = tmp_path / "other"
     shutil.copytree(workdir, other)
     record = json.loads((other / "vocabulary.json").read_text())
-    (other / "vocabulary.json").write_text(json.dumps(record | {"digest": "0" * 64}))
+    write_record(epath.Path(other / "vocabulary.json"), {"name": record["name"], "digest": "0" * 64})
     refused(other, "was trained with the vocabulary bytes")
     shutil.rmtree(other / "checkpoints")
     refused(other, "checkpoint")

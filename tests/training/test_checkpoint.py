@@ -30,6 +30,7 @@ from memorizing.evaluation.train_and_evaluate import train_and_evaluate
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.language_model import LMConfig
 from memorizing.runtime.sharding import MeshConfig
+from memorizing.runtime.workdir import seal
 from memorizing.synthetic import RepeatedPassages
 from memorizing.training import checkpoint
 from memorizing.training.checkpoint import Checkpointer, paths, read_arrays
@@ -244,7 +245,8 @@ def test_what_orbax_does_not_notice_the_checksums_do(run: Run, saved: epath.Path
     record = pathlib.Path(saved / "checkpoints" / "6" / "data" / "metadata")
     data = json.loads(record.read_text())
     data["checksums"]["state"]["params/final_norm/scale"] ^= 1
-    record.write_text(json.dumps(data))
+    del data["sha256"]
+    record.write_text(json.dumps(seal(data)))
     with pytest.raises(UserError, match=r"checkpoints/6 .*checksum.*params/final_norm/scale.*--restore_step=4"):
         restore_from(saved, run)
 
@@ -254,7 +256,7 @@ def test_checkpoints_of_the_first_edition_are_refused_in_one_line(run: Run, save
     for step in (2, 4, 6):
         record = pathlib.Path(saved / "checkpoints" / str(step) / "data" / "metadata")
         data = json.loads(record.read_text())
-        del data["format"]
+        del data["format"], data["sha256"]
         record.write_text(json.dumps(data))
     for read in (lambda: restore_from(saved, run), lambda: checkpoint.read_arrays(saved)):
         with pytest.raises(UserError, match=r"checkpoints/6 was written by another version of memorizing") as told:
@@ -269,7 +271,7 @@ def test_a_workdir_of_the_first_edition_is_refused_in_one_line(tmp_path: pathlib
     open_workdir(str(tmp_path), experiment, "")
     record = tmp_path / "experiment.json"
     described = json.loads(record.read_text())
-    del described["format"]
+    del described["format"], described["sha256"]
     record.write_text(json.dumps(described))
     with pytest.raises(UserError, match=r"another version of memorizing.*choose another --workdir"):
         open_workdir(str(tmp_path), experiment, "")

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +136,27 @@ def test_a_run_killed_at_any_moment_ends_as_the_one_never_killed(undisturbed: pa
     assert {key: count for key, count in times.items() if count > 1} == {}, "logged more than once"
     for line, wanted in zip(lines, expected_lines, strict=True):
         assert (line["step"], line["loss"]) == (wanted["step"], wanted["loss"])
+
+
+def test_a_second_training_is_refused_and_the_first_goes_on_undisturbed(
+    undisturbed: pathlib.Path, tmp_path: pathlib.Path
+):
+    """Even while the first is stopped in the middle of a save. To read beside it is allowed."""
+    first = Process(tmp_path)
+    while not in_the_middle_of_a_save(tmp_path) and first.process.poll() is None:
+        time.sleep(0.001)
+    first.process.send_signal(signal.SIGSTOP)
+    unfinished = {path.name for path in (tmp_path / "checkpoints").glob("*tmp*")}
+    code, _, error = Process(tmp_path).end()
+    assert code == 2
+    assert re.fullmatch(rf"memorizing: process {first.process.pid} on \S+ is writing into .*another --workdir\n", error)
+    assert {path.name for path in (tmp_path / "checkpoints").glob("*tmp*")} == unfinished
+    first.process.send_signal(signal.SIGCONT)
+    code, _, error = first.end()
+    assert code == 0, error
+    assert record(tmp_path) == record(undisturbed)
+    times = collections.Counter((line["step"], line["kind"]) for line in metrics(tmp_path))
+    assert set(times.values()) == {1}
 
 
 def test_a_damaged_checkpoint_is_told_in_a_line_or_two(undisturbed: pathlib.Path, tmp_path: pathlib.Path):

@@ -89,11 +89,16 @@ def test_a_run_that_is_told_to_stop_reads_no_further_batch():
 
     stop = SimpleNamespace(reached=lambda: "update with batch 1" in calls)
     watchdog = SimpleNamespace(beat=lambda: calls.append("beat"))
+
+    def check_lock() -> None:
+        calls.append("lock")
+
     with pytest.raises(Preempted, match="saved at step 1"):
-        run(0, 3, calls, make_tick(watchdog, stop, events, save))
-    assert calls[2] == "beat" and calls[-4:] == [
+        run(0, 3, calls, make_tick(watchdog, stop, events, check_lock, save))
+    assert calls[2] == "beat" and calls[-5:] == [
         "B after 1: metrics of batch 1",
         "beat",
+        "lock",
         "save",
         "preemption {'step': 1}",
     ]
@@ -141,11 +146,12 @@ def test_a_step_is_saved_only_once_its_loss_is_known_to_be_finite():
     checkpointer = SimpleNamespace(steps=saved, save=lambda state, position: saved.append(state))
     metrics = metrics_hook(checkpointer)
     training = SimpleNamespace(step=12, state=12, batches=SimpleNamespace(position=dict))
-    hook = CheckpointHook(training, checkpointer, every=4, metrics=metrics, events=EventLog(None))
+    checks = []
+    hook = CheckpointHook(training, checkpointer, 4, metrics, EventLog(None), check_lock=lambda: checks.append(1))
 
     metrics.after_step(12, metrics_of(12, reads))
     hook.after_step(12, {})
-    assert saved == [10, 12] and reads == [12, 12]
+    assert saved == [10, 12] and reads == [12, 12] and checks == [1]
     # Between two checkpoints nothing is waited for.
     training.step = training.state = 14
     metrics.after_step(14, metrics_of(14, reads, loss=math.nan))

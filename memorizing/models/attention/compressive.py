@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from memorizing.array_typing import Activations, AxesTree, Scalar
 from memorizing.context import Layout, Report, Segment
-from memorizing.errors import UserError
+from memorizing.errors import Count, CountOrNone, Factor, UserError
 from memorizing.models.attention.base import (
     Attention,
     Example,
@@ -69,12 +69,12 @@ class CompressiveAttention(Attention):
 
     can_decode: ClassVar[bool] = True
 
-    window: int = 512
-    compressed_size: int = 512
-    rate: int = 4
+    window: Count = 512
+    compressed_size: CountOrNone = 512
+    rate: Count = 4
     compressor: Literal["mean", "max", "conv", "dilated", "most_used"] = "conv"
     loss: Literal["attention", "autoencoding", "none"] = "attention"
-    loss_weight: float = 1.0
+    loss_weight: Factor = 1.0
 
     def check(self, segment_length: int) -> None:
         if self.window % segment_length or self.window < 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import flax.linen as nn
 
 from memorizing.array_typing import HeadScale, Keys, Queries, Values
 from memorizing.context import Layout, Report, Segment
+from memorizing.errors import Count, Range
 from memorizing.models.attention.base import (
     Attention,
     LayerDims,
@@ -18,6 +19,7 @@ from memorizing.models.attention.base import (
     projection_flops,
     visible_keys,
 )
+from memorizing.models.positions import check_buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,11 @@ class FullAttention(Attention):
 
     can_decode: ClassVar[bool] = True
 
-    num_buckets: int = 32
-    max_distance: int = 128
+    num_buckets: Annotated[int, Range(2, 2**16)] = 32
+    max_distance: Count = 128
+
+    def __post_init__(self) -> None:
+        check_buckets("FullAttention", self.num_buckets, self.max_distance)
 
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return FullCore(self, dims, name=name)

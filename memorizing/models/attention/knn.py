@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from memorizing.array_typing import AxesTree, Clock, HeadScale, Keys, Queries, Values
 from memorizing.context import Layout, Report, Segment
-from memorizing.errors import UserError
+from memorizing.errors import Count, Factor, Range, Share, UserError
 from memorizing.models.attention.base import (
     Attention,
     Example,
@@ -78,14 +78,14 @@ class KNNAttention(Attention):
 
     stackable: ClassVar[bool] = False
 
-    memory_size: int = 8192
-    num_neighbors: int = 32
+    memory_size: Count = 8192
+    num_neighbors: Annotated[int, Range(1, 2**16)] = 32
     local: Attention = FullAttention()
     search: ExactSearch | ApproximateSearch = ExactSearch()
-    initial_gate: float = 0.5
+    initial_gate: Share = 0.5
     stored_value: Literal["own", "next"] = "own"
-    retrieval_loss: float = 0.0
-    retrieval_rows: int = 1
+    retrieval_loss: Factor = 0.0
+    retrieval_rows: Count = 1
 
     def __post_init__(self) -> None:
         if self.memory_size < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Activations, HeadScale
 from memorizing.context import Layout, Report, Rngs, Segment
-from memorizing.errors import UserError
+from memorizing.errors import Count, Range, UserError, Width
 from memorizing.models import buckets, partial_softmax
 from memorizing.models.attention.base import (
     Attention,
@@ -30,6 +30,7 @@ from memorizing.models.buckets import Pairs, Sorted
 from memorizing.models.layers import Einsum, parameter
 from memorizing.models.memory.external_memory import NEIGHBOURS
 from memorizing.models.partial_softmax import Partial
+from memorizing.models.positions import check_buckets
 
 # Logit of the query's own position, which counts only where nothing else is visible (section 2 of the paper).
 _ITSELF = -1e5
@@ -62,14 +63,15 @@ class ReformerAttention(Attention):
         "training and generation"
     )
 
-    hash_buckets: int | tuple[int, ...] = 32
-    num_rounds: int = 2
-    chunk_size: int = 64
+    hash_buckets: Width | tuple[Width, ...] = 32
+    num_rounds: Annotated[int, Range(1, 2**10)] = 2
+    chunk_size: Count = 64
     strictly_causal: bool = False
-    num_buckets: int = 32
-    max_distance: int = 128
+    num_buckets: Annotated[int, Range(2, 2**16)] = 32
+    max_distance: Count = 128
 
     def __post_init__(self) -> None:
+        check_buckets("ReformerAttention", self.num_buckets, self.max_distance)
         for name in ("num_rounds", "chunk_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"ReformerAttention.{name} = {getattr(self, name)}: at least 1")

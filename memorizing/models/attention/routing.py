@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Activations, AxesTree, Clock, Tree
 from memorizing.context import Layout, Report, Segment
-from memorizing.errors import UserError
+from memorizing.errors import Count, CountOrNone, Factor, Range, Share, UserError, Width
 from memorizing.models import buckets, clusters, partial_softmax
 from memorizing.models.attention.base import (
     Attention,
@@ -34,6 +34,7 @@ from memorizing.models.attention.sparse import SparseAttention
 from memorizing.models.clusters import Clusters
 from memorizing.models.layers import Einsum, parameter
 from memorizing.models.memory.external_memory import NEIGHBOURS
+from memorizing.models.positions import check_buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +65,19 @@ class RoutingAttention(Attention):
         "RoutingAttention.strictly_causal = True in training and generation, and local heads that can decode"
     )
 
-    num_clusters: int = 16
-    cluster_size: int = 64
-    num_local_heads: int | None = None
+    num_clusters: Width = 16
+    cluster_size: Count = 64
+    num_local_heads: CountOrNone | None = None
     local: Attention = SparseAttention(sees="first", stride=64)
     strictly_causal: bool = False
     random_projection: bool = False
-    decay: float = 0.999
-    commitment: float = 1e-4
-    num_buckets: int = 32
-    max_distance: int = 128
+    decay: Share = 0.999
+    commitment: Factor = 1e-4
+    num_buckets: Annotated[int, Range(2, 2**16)] = 32
+    max_distance: Count = 128
 
     def __post_init__(self) -> None:
+        check_buckets("RoutingAttention", self.num_buckets, self.max_distance)
         for name in ("num_clusters", "cluster_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"RoutingAttention.{name} = {getattr(self, name)}: at least 1")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import HeadScale, Keys, Queries, Values
 from memorizing.context import Layout, Report, Segment
-from memorizing.errors import UserError
+from memorizing.errors import Count, Range, UserError
 from memorizing.models import partial_softmax
 from memorizing.models.attention.base import (
     Attention,
@@ -29,6 +29,7 @@ from memorizing.models.attention.base import (
     projection_flops,
 )
 from memorizing.models.partial_softmax import Partial
+from memorizing.models.positions import check_buckets
 
 # The segment cut into m blocks of l positions.
 Blocks = Float[Array, "B m l N H"]
@@ -62,12 +63,13 @@ class SparseAttention(Attention):
 
     pattern: Literal["strided", "fixed"] = "strided"
     sees: Literal["first", "second", "merged", "split"] = "merged"
-    stride: int = 128
-    summary_width: int = 32
-    num_buckets: int = 32
-    max_distance: int = 128
+    stride: Count = 128
+    summary_width: Count = 32
+    num_buckets: Annotated[int, Range(2, 2**16)] = 32
+    max_distance: Count = 128
 
     def __post_init__(self) -> None:
+        check_buckets("SparseAttention", self.num_buckets, self.max_distance)
         if self.stride < 1:
             raise UserError(f"SparseAttention.stride = {self.stride}: at least 1 position")
         if self.pattern == "fixed" and (self.summary_width < 1 or self.stride % self.summary_width):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from memorizing.array_typing import Activations, AxesTree
 from memorizing.context import Layout, Report, Segment
-from memorizing.errors import UserError
+from memorizing.errors import Count, CountOrNone, UserError
 from memorizing.models import masks, positions
 from memorizing.models.attention.base import (
     Attention,
@@ -57,8 +57,8 @@ class TransformerXLAttention(Attention):
 
     can_decode: ClassVar[bool] = True
 
-    window: int = 512
-    clamp_distance: int = 0
+    window: Count = 512
+    clamp_distance: CountOrNone = 0
     same_length: bool = False
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class RelativeAttention(nn.Module):
     """
 
     dims: LayerDims
-    clamp_distance: int = 0
+    clamp_distance: CountOrNone = 0
 
     def setup(self) -> None:
         dims = self.dims

@@ -6,7 +6,7 @@ Every position also sees the last W positions before its segment.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Shaped
 
 from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
 from memorizing.context import Layout, Report, Segment
-from memorizing.errors import UserError
+from memorizing.errors import Count, Range, UserError
 from memorizing.models import masks
 from memorizing.models.attention.base import (
     Attention,
@@ -29,6 +29,7 @@ from memorizing.models.attention.base import (
     push,
     visible_keys,
 )
+from memorizing.models.positions import check_buckets
 
 
 @struct.dataclass
@@ -58,9 +59,9 @@ class XLAttention(Attention):
 
     can_decode: ClassVar[bool] = True
 
-    window: int = 512
-    num_buckets: int = 32
-    max_distance: int = 128
+    window: Count = 512
+    num_buckets: Annotated[int, Range(2, 2**16)] = 32
+    max_distance: Count = 128
     same_length: bool = False
 
     def __post_init__(self) -> None:
@@ -68,6 +69,7 @@ class XLAttention(Attention):
             raise UserError(
                 f"XLAttention.window = {self.window}: at least 1 position; without a cache use @FullAttention()"
             )
+        check_buckets("XLAttention", self.num_buckets, self.max_distance)
 
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> XLState:
         shape = (batch_size, self.window, dims.num_heads, dims.head_dim)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -33,7 +33,7 @@ from memorizing.array_typing import (
     Tokens,
 )
 from memorizing.context import Report, Segment, reset_rows
-from memorizing.errors import UserError
+from memorizing.errors import Count, Factor, FactorAboveZero, Range, Share, UserError
 from memorizing.models.attention.base import SOFTMAX_FLOPS, matmul_flops, normalize
 from memorizing.models.layers import parameter
 from memorizing.models.memory import external_memory, recall
@@ -94,14 +94,14 @@ class ContinuousCache:
       retrieval_rows: rows of the batch among whose positions that loss lets them choose, the own included.
     """
 
-    memory_size: int = 2048
-    num_neighbors: int = 32
-    theta: float = 15.0
-    weight: float = 0.3
+    memory_size: Count = 2048
+    num_neighbors: Annotated[int, Range(1, 2**16)] = 32
+    theta: FactorAboveZero = 15.0
+    weight: Share = 0.3
     mixing: Literal["fixed", "learned", "gated"] = "fixed"
     search: Search = ExactSearch()
-    retrieval_loss: float = 0.0
-    retrieval_rows: int = 1
+    retrieval_loss: Factor = 0.0
+    retrieval_rows: Count = 1
 
     def __post_init__(self) -> None:
         if self.memory_size < 1:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
-from memorizing.errors import UserError
+from memorizing.errors import Count, Share, UserError
 
 _PRECISION = jax.lax.Precision.HIGHEST
 # Vectors have norm 1, and two programs may round the same product otherwise.
@@ -91,8 +91,8 @@ class ExactSearch:
 
     is_exact: ClassVar[bool] = True
 
-    block_scores: int = 1 << 21
-    group_size: int = 16
+    block_scores: Count = 1 << 21
+    group_size: Count = 16
 
     def __post_init__(self) -> None:
         if min(self.block_scores, self.group_size) < 1:
@@ -157,7 +157,7 @@ class ApproximateSearch:
 
     is_exact: ClassVar[bool] = False
 
-    recall_target: float = 0.95
+    recall_target: Share = 0.95
 
     def __post_init__(self) -> None:
         if not 0 < self.recall_target <= 1:
