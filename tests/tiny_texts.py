@@ -117,6 +117,9 @@ BINDINGS = (
     "LMConfig.attention_at=((1, @KNNAttention()),)",
     f"KNNAttention.memory_size={MEMORY}",
     "KNNAttention.num_neighbors=4",
+    # With the values that follow, equal keys lead to different values. Which of them is the last to be found depends on
+    # where the ring stands, and so on what a row has read before.
+    "KNNAttention.stored_value=own",
     f"BatchConfig.segment_length={LENGTH}",
     f"BatchConfig.tokens_per_step={2 * LENGTH}",
 )

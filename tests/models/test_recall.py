@@ -21,7 +21,7 @@ from memorizing.models.language_model import LMConfig
 from memorizing.models.memory import external_memory, recall
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.external_memory import NO_NEIGHBOUR, Memory
-from memorizing.models.memory.recall import LookUps, SlotTokens, Targets
+from memorizing.models.memory.recall import LookUps, Targets, TokensAround
 from memorizing.models.memory.search import ExactSearch
 
 M = 3 * LENGTH
@@ -87,7 +87,8 @@ def test_the_tokens_around_a_key_are_those_of_the_document(attention: KNNAttenti
     context, (tokens, _, _) = context_after(attention, num_segments)
     memory = memory_of(attention, context)
     following = np.random.default_rng(5).integers(0, VOCAB, (ROWS, LENGTH), np.int32)
-    around = recall.slot_tokens(memory, following, context["clock"], attention.stores_next)
+    slots = jnp.broadcast_to(jnp.arange(M), (ROWS, M))
+    around = recall.tokens_around(memory, slots, following, context["clock"], attention.stores_next)
     read_so_far = np.concatenate([tokens, following], axis=1)
     newest = num_segments * LENGTH
     for row, slot in zip(*np.nonzero(np.asarray(memory.valid)), strict=True):
@@ -103,7 +104,7 @@ def test_the_tokens_around_a_key_are_those_of_the_document(attention: KNNAttenti
 B, T, N, K, H = 2, 8, 3, 4, 8
 
 
-def look_ups(rng: np.random.Generator) -> tuple[LookUps, SlotTokens, np.ndarray, np.ndarray, Targets]:
+def look_ups(rng: np.random.Generator) -> tuple[LookUps, TokensAround, Memory, np.ndarray, Targets]:
     """Random ones, some without a neighbour, among few tokens; the second row ends early."""
     queries, keys = (normalize(jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32)) for _ in range(2))
     logits = np.where(rng.random((B, T, N, K)) < 0.8, rng.normal(size=(B, T, N, K)), NO_NEIGHBOUR)
@@ -114,11 +115,12 @@ def look_ups(rng: np.random.Generator) -> tuple[LookUps, SlotTokens, np.ndarray,
         jnp.asarray(rng.integers(0, M, (B, T, N, K))),
         jnp.asarray(logits, jnp.float32),
     )
-    around = SlotTokens(*(jnp.asarray(rng.integers(0, 4, (B, M))) for _ in range(2)))
+    around = TokensAround(*(jnp.asarray(rng.integers(0, 4, (B, T, N, K))) for _ in range(2)))
     tokens = rng.integers(0, 4, (B, T))
     is_real = np.arange(T)[None] < np.array([[T], [T - 3]])
-    valid = rng.random((B, M)) < 0.7
-    return found, around, valid, tokens, recall.targets(jnp.asarray(tokens), jnp.asarray(is_real))
+    valid = jnp.asarray(rng.random((B, M)) < 0.7)
+    memory = Memory(None, None, jnp.asarray(rng.integers(0, 4, (B, M))), valid)
+    return found, around, memory, tokens, recall.targets(jnp.asarray(tokens), jnp.asarray(is_real))
 
 
 def test_targets_are_the_next_tokens_of_the_segment():
@@ -130,22 +132,21 @@ def test_targets_are_the_next_tokens_of_the_segment():
 
 def test_metrics_count_hits():
     """Against plain counting; with eight queries a row, all of them are measured here."""
-    found, around, valid, tokens, wanted = look_ups(np.random.default_rng(0))
-    metrics = recall.recall_metrics(found, around, jnp.asarray(valid), jnp.asarray(tokens), wanted)
+    found, around, memory, tokens, wanted = look_ups(np.random.default_rng(0))
+    metrics = recall.recall_metrics(found.logits, around, memory, jnp.asarray(tokens), wanted)
     queries = [(b, t) for b in range(B) for t in range(T) if wanted.known[b, t]]
     candidates = [
-        around.followed[b, slot] == wanted.tokens[b, t] for b, t in queries for slot in range(M) if valid[b, slot]
+        memory.tokens[b, slot] == wanted.tokens[b, t] for b, t in queries for slot in range(M) if memory.valid[b, slot]
     ]
     np.testing.assert_allclose(metrics["hit_chance"], np.mean(candidates), rtol=1e-5)
     for head in range(N):
         hits, same, on_hits, entropies = [], [], [], []
         for b, t in queries:
             exists = np.asarray(found.logits[b, t, head]) > NO_NEIGHBOUR
-            slots = np.asarray(found.slots[b, t, head])[exists]
             weights = np.asarray(jax.nn.softmax(found.logits[b, t, head][exists]))
-            is_hit = np.asarray(around.followed)[b, slots] == wanted.tokens[b, t]
+            is_hit = np.asarray(around.followed)[b, t, head, exists] == wanted.tokens[b, t]
             hits += list(is_hit)
-            same += list(np.asarray(around.read)[b, slots] == tokens[b, t])
+            same += list(np.asarray(around.read)[b, t, head, exists] == tokens[b, t])
             on_hits.append(weights[is_hit].sum())
             entropies.append(-(weights * np.log(weights)).sum())
         expected = {
@@ -159,9 +160,9 @@ def test_metrics_count_hits():
 
 
 def test_metrics_of_an_empty_memory_are_finite():
-    found, around, valid, tokens, wanted = look_ups(np.random.default_rng(0))
-    nothing = found._replace(logits=jnp.full_like(found.logits, NO_NEIGHBOUR))
-    metrics = recall.recall_metrics(nothing, around, jnp.zeros_like(valid), jnp.asarray(tokens), wanted)
+    found, around, memory, tokens, wanted = look_ups(np.random.default_rng(0))
+    nothing = jnp.full_like(found.logits, NO_NEIGHBOUR)
+    metrics = recall.recall_metrics(nothing, around, external_memory.cleared(memory), jnp.asarray(tokens), wanted)
     for name, value in metrics.items():
         assert not np.any(value), name
 
@@ -175,7 +176,7 @@ def test_the_retrieval_loss_is_that_of_its_definition(num_rows: int):
         if not wanted.known[b, t]:
             continue
         logits = [float(logit) for logit in found.logits[b, t, n]]
-        followed = [int(around.followed[b, slot]) for slot in found.slots[b, t, n]]
+        followed = [int(token) for token in around.followed[b, t, n]]
         for s in range(t):
             logits.append(float(found.scale[n] * found.queries[b, t, n] @ found.keys[b, s, n]))
             followed.append(int(tokens[b, s + 1]))

@@ -21,38 +21,44 @@ from memorizing.models.memory.external_memory import NO_NEIGHBOUR, Memory, take_
 _MEASURED_QUERIES = 8
 
 
-class SlotTokens(NamedTuple):
-    """What stood around the key of every slot.
+class TokensAround(NamedTuple):
+    """What stood around the keys of some slots.
 
     Attributes:
-      read: int32 [B, M], the token that was read where the key was made.
-      followed: int32 [B, M], the token after it.
+      read: int32, the token that was read where the key was made.
+      followed: int32, the token after it.
     """
 
-    read: Int[Array, "B M"]
-    followed: Int[Array, "B M"]
+    read: Int[Array, "B *rest"]
+    followed: Int[Array, "B *rest"]
 
 
-def slot_tokens(memory: Memory, tokens: Tokens, clock: Clock, stores_next: bool) -> SlotTokens:
-    """The tokens around the keys of a memory.
+def tokens_around(
+    memory: Memory,
+    slots: Int[Array, "B *rest"],
+    tokens: Tokens,
+    clock: Clock,
+    stores_next: bool,
+) -> TokensAround:
+    """The tokens around the keys of some slots of a memory, each of its own row.
 
     Args:
       memory: as a segment reads it.
+      slots: of it.
       tokens: int32 [B, T], of that segment.
       clock: int32 scalar, segments processed before it.
       stores_next: whether a slot holds the key of the position before its own.
     """
-    own = memory.tokens
+    num_slots = memory.tokens.shape[1]
+    own = take_slots(memory.tokens, slots)
     if stores_next:
-        # The oldest slot gets the newest token here: what was read there is gone.
-        return SlotTokens(read=jnp.roll(own, 1, axis=1), followed=own)
-    num_slots = own.shape[1]
-    segment_length = tokens.shape[1]
-    newest = (clock * segment_length - 1) % num_slots
-    is_newest = jnp.arange(num_slots) == newest
+        # For the oldest slot this is the newest token: what was read there is gone.
+        return TokensAround(read=take_slots(memory.tokens, (slots - 1) % num_slots), followed=own)
+    newest = (clock * tokens.shape[1] - 1) % num_slots
     # What followed the newest slot is the segment's first token.
-    followed = jnp.where(is_newest[None], tokens[:, :1], jnp.roll(own, -1, axis=1))
-    return SlotTokens(read=own, followed=followed)
+    first = tokens[:, 0].reshape(-1, *(1,) * (slots.ndim - 1))
+    followed = jnp.where(slots == newest, first, take_slots(memory.tokens, (slots + 1) % num_slots))
+    return TokensAround(read=own, followed=followed)
 
 
 class Targets(NamedTuple):
@@ -109,12 +115,12 @@ def add_to(
       segment: it.
       loss_factor: of the auxiliary loss; 0 for none.
       loss_rows: see `retrieval_loss`.
-      stores_next: see `slot_tokens`.
+      stores_next: see `tokens_around`.
     """
     assert segment.tokens is not None and segment.clock is not None, "a layer with a memory is told both"
     wanted = targets(segment.tokens, segment.layout.own(segment.is_real))
-    around = slot_tokens(memory, segment.tokens, segment.clock, stores_next)
-    metrics = recall_metrics(look_ups, around, memory.valid, segment.tokens, wanted)
+    around = tokens_around(memory, look_ups.slots, segment.tokens, segment.clock, stores_next)
+    metrics = recall_metrics(look_ups.logits, around, memory, segment.tokens, wanted)
     losses = dict(report.losses)
     if loss_factor:
         losses["retrieval_loss"] = loss_factor * retrieval_loss(look_ups, around.followed, wanted, loss_rows)
@@ -122,51 +128,57 @@ def add_to(
 
 
 def recall_metrics(
-    look_ups: LookUps,
-    around: SlotTokens,
-    valid: Bool[Array, "B M"],
+    logits: Float[Array, "B T N K"],
+    around: TokensAround,
+    memory: Memory,
     tokens: Tokens,
     wanted: Targets,
 ) -> dict[str, jax.Array]:
     """How well a few queries of each row looked up; float32, means over them.
 
     Args:
-      look_ups: of the segment.
-      around: tokens around the memory's keys.
-      valid: which slots hold anything.
+      logits: of the neighbours, before the softmax over K; NO_NEIGHBOUR where there is none.
+      around: int32 [B, T, N, K], tokens around the neighbours' keys.
+      memory: that was read.
       tokens: int32 [B, T], of the segment.
       wanted: what its positions have to predict.
 
     Returns:
       hit_share [N]: share of the neighbours that are hits.
       hit_weight [N]: share of the attention that is on hits.
-      hit_chance: share of hits among all valid slots, which a search at random would find.
+      hit_chance: share of the target among all tokens of the memory, which a search at random would find.
       same_token_share [N]: share of the neighbours that were read where the same token was.
       weight_entropy [N]: of the attention to the neighbours, in nats.
     """
     every = max(tokens.shape[1] // _MEASURED_QUERIES, 1)
-    all_of_segment = (look_ups.slots, look_ups.logits, tokens, *wanted)
-    slots, logits, tokens, target, known = (array[:, ::every] for array in all_of_segment)
+    logits, read, followed, tokens, target, known = (array[:, ::every] for array in (logits, *around, tokens, *wanted))
+    num_slots = jnp.sum(memory.valid, axis=1)
     # [B, Q]: queries that have a target and something to find.
-    counts = known & jnp.any(valid, axis=1)[:, None]
+    counts = known & (num_slots > 0)[:, None]
     # [B, Q, N, K]
     exists = (logits > NO_NEIGHBOUR) & counts[:, :, None, None]
-    is_hit = exists & (take_slots(around.followed, slots) == target[:, :, None, None])
-    is_same = exists & (take_slots(around.read, slots) == tokens[:, :, None, None])
+    is_hit = exists & (followed == target[:, :, None, None])
+    is_same = exists & (read == tokens[:, :, None, None])
     weights = jnp.where(exists, jax.nn.softmax(logits, axis=-1), 0.0)
     nats = -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1.0)), axis=-1)
-    # [B, Q, M]
-    is_candidate = counts[:, :, None] & valid[:, None, :]
-    would_hit = is_candidate & (around.followed[:, None, :] == target[:, :, None])
+
+    def count_in_memory(query: tuple[Int[Array, "B"], Bool[Array, "B"]]) -> Int[Array, ""]:
+        target, is_counted = query
+        is_target = (memory.tokens == target[:, None]) & memory.valid & is_counted[:, None]
+        return jnp.sum(is_target)
+
+    # One query after the other: all of them at once would take as much room as a part of the memory.
+    would_hit = jax.lax.map(count_in_memory, (target.T, counts.T))
 
     # Sums over everything but heads.
     over = (0, 1, 3)
     num_neighbours = jnp.maximum(jnp.sum(exists, axis=over), 1)
     num_queries = jnp.maximum(jnp.sum(counts), 1)
+    num_candidates = jnp.maximum(jnp.sum(counts * num_slots[:, None]), 1)
     metrics = {
         "hit_share": jnp.sum(is_hit, axis=over) / num_neighbours,
         "hit_weight": jnp.sum(weights * is_hit, axis=over) / num_queries,
-        "hit_chance": jnp.sum(would_hit) / jnp.maximum(jnp.sum(is_candidate), 1),
+        "hit_chance": jnp.sum(would_hit) / num_candidates,
         "same_token_share": jnp.sum(is_same, axis=over) / num_neighbours,
         "weight_entropy": jnp.sum(nats, axis=(0, 1)) / num_queries,
     }
@@ -175,7 +187,7 @@ def recall_metrics(
 
 def retrieval_loss(
     look_ups: LookUps,
-    followed: Int[Array, "B M"],
+    followed: Int[Array, "B T N K"],
     wanted: Targets,
     num_rows: int = 1,
 ) -> Scalar:
@@ -189,7 +201,7 @@ def retrieval_loss(
 
     Args:
       look_ups: of the segment.
-      followed: int32 [B, M], the token after the key of each slot.
+      followed: int32 [B, T, N, K], the token after the key of each neighbour.
       wanted: what the positions have to predict.
       num_rows: rows of the batch (of a microbatch) whose segments have candidates, the own included: TRIME's in-batch
         memories, and the negatives of other documents of the Focused Transformer (Tworkowski et al. 2023).
@@ -199,7 +211,7 @@ def retrieval_loss(
     """
     batch_size, length, num_heads, _ = look_ups.queries.shape
     all_logits = [look_ups.logits]
-    all_tokens = [take_slots(followed, look_ups.slots)]
+    all_tokens = [followed]
     for shift in range(min(num_rows, batch_size)):
         keys, tokens, known = (jnp.roll(rows, shift, axis=0) for rows in (look_ups.keys, *wanted))
         products = jnp.einsum("BTNH,BSNH->BTNS", look_ups.queries, keys, preferred_element_type=jnp.float32)
