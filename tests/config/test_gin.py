@@ -334,5 +334,7 @@ def test_tiny_models_of_one_segment_go_with_the_demo_and_can_write(name: str):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_go_with_their_segments(name: str):
     files = ["runs/base.gin", f"models/{name}.gin", "tasks/repeated_passages.gin"]
-    experiment, _ = load_experiment(files, [f"BatchConfig.segment_length={PUBLISHED[name]}", "VOCAB_SIZE=256"])
-    experiment.model.check(PUBLISHED[name])
+    length = PUBLISHED[name]
+    one_row = [f"BatchConfig.segment_length={length}", f"BatchConfig.tokens_per_step={length}"]
+    experiment, _ = load_experiment(files, one_row)
+    experiment.model.check(length)

@@ -1,4 +1,4 @@
-"""Models whose layers carry nothing, sparse, hashing or routing: trained, stopped and resumed, evaluated, written with."""
+"""Models whose layers carry nothing, sparse, hashing or routing: trained, resumed, evaluated, written with."""
 
 from __future__ import annotations
 
