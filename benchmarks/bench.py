@@ -18,6 +18,7 @@ BENCHMARKS = {
     "tpu": ("memorizing.benchmarks.tpu", "the same on slices of TPUs, as the TPU compiler estimates it"),
     "stream": ("memorizing.benchmarks.stream", "a stream of a million tokens: memory, and time per segment"),
     "scaling": ("memorizing.benchmarks.scaling", "an attention layer against the length of a segment"),
+    "activations": ("memorizing.benchmarks.activations", "memory and time of ways not to store activations"),
     "data": ("memorizing.benchmarks.data", "tokens a second that a host's stream hands out"),
 }
 

@@ -57,8 +57,8 @@ class LMConfig:
       dropout: probability, on the embedding and on the outputs of attention and MLP.
       initial_logit_scale: value at initialisation of the learned per-head scale of the attention logits.
       dtype: of activations and carried states; parameters are float32.
-      remat: what is computed again for the gradient: 'none'; 'layer', each layer, all but the memory search; 'dots', also
-        but products with parameters.
+      remat: what is computed again for the gradient: 'none'; 'layer', each layer, all but the memory search; 'dots',
+        all but that and products with parameters.
       remat_every: with the square root of the number of layers, and 'layer', memory grows as that root.
       residuals: 'plain', or 'reversible': two streams, whose activations are computed back from the outputs.
       mlp_chunks: parts of a segment that pass through the MLP one after the other, so that its hidden layer is small.

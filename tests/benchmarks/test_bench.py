@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from memorizing import main
-from memorizing.benchmarks import data, measure, search, step, stream
+from memorizing.benchmarks import data, measure, scaling, search, step, stream
 from memorizing.config.loading import load_experiment
 
 
@@ -102,3 +102,28 @@ def test_a_wrong_flag_is_named(arguments: list[str], told: str, capsys: pytest.C
     assert main._run(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
+
+
+def test_growth_with_the_length_is_measured_and_drawn(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture):
+    picture, output = tmp_path / "scaling.png", tmp_path / "scaling.json"
+    flags = ["--lengths=16,32", "--mechanisms=sparse", "--max_full=16", "--rounds=1", f"--picture={picture}"]
+    assert main._run(["bench", "scaling", *flags, f"--output={output}"]) == 0
+    assert "full / it at 16" in capsys.readouterr().out
+    results = json.loads(output.read_text())["results"]
+    assert results["full"]["seconds"].keys() == {"16"} and results["sparse"]["seconds"].keys() == {"16", "32"}
+    assert picture.stat().st_size > 1000
+
+
+def test_the_exponent_is_that_of_the_upper_half():
+    bent = {64: 5.0, 128: 5.0, 256: 4.0, 512: 16.0}
+    assert scaling.exponent(bent) == pytest.approx(2)
+    assert scaling.exponent({64: 1.0}) is None
+
+
+def test_ways_to_keep_activations_are_compared(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture):
+    output = tmp_path / "activations.json"
+    flags = ["--layers=4", "--length=16", "--width=32", "--rounds=1", f"--output={output}"]
+    assert main._run(["bench", "activations", *flags]) == 0
+    assert "reversible" in capsys.readouterr().out
+    results = json.loads(output.read_text())["results"]
+    assert len(results) == 5 and all(of_way["4"]["mebibytes"] > 0 for of_way in results.values())

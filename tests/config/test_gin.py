@@ -35,6 +35,17 @@ RUNS = [name for name in FILES if name.startswith("runs/") and name not in PARTS
 POD = 32
 
 
+TALK = ("sparse", "reformer", "routing")
+# The length of segments that their papers train on.
+PUBLISHED = {
+    "sparse_base": 12288,
+    "reformer_base": 65536,
+    "routing_base": 4096,
+    "routing_enwik8": 8192,
+    "routing_pg19": 8192,
+}
+
+
 def given(file: str) -> list[str]:
     """Bindings for what a run leaves to its user."""
     names = {"START_FROM": "START_FROM=elsewhere", "CACHE": "CACHE=nowhere"}
@@ -308,3 +319,22 @@ def test_help_tells_a_newcomer_what_to_type(capsys: pytest.CaptureFixture):
         assert ended.value.code == 0
         assert "memorizing train" in out and "--gin_file" in out
     assert [name for name in FILES if name.startswith("runs/") and name not in out] == []
+
+
+@pytest.mark.parametrize("name", TALK)
+def test_tiny_models_of_one_segment_go_with_the_demo_and_can_write(name: str):
+    experiment, _ = load_experiment(["demo", f"models/{name}_tiny.gin"], [])
+    model = experiment.model
+    model.check(experiment.batch.segment_length)
+    model.check_can_decode()
+    assert not model.has_memory and len(model.groups) == 1
+    assert 0 < trace_step(experiment, 1) < 2
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_go_with_their_segments(name: str):
+    files = ["runs/base.gin", f"models/{name}.gin", "tasks/repeated_passages.gin"]
+    length = PUBLISHED[name]
+    one_row = [f"BatchConfig.segment_length={length}", f"BatchConfig.tokens_per_step={length}"]
+    experiment, _ = load_experiment(files, one_row)
+    experiment.model.check(length)

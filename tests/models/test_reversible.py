@@ -158,11 +158,10 @@ def test_a_loss_in_chunks_is_the_same_loss():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected)
 
 
-@pytest.mark.parametrize("pattern", [(XL,), (XL, REFORMER)], ids=["one mechanism", "a pattern"])
-@pytest.mark.parametrize("remat", [("layer", 2), ("dots", 1), ("dots", 3)], ids=str)
-def test_what_is_computed_again_is_the_same(pattern: tuple, remat: tuple[str, int]):
-    """Dropout and hashes, too; also where the blocks do not divide the layers."""
-    plain = dataclasses.replace(MODEL, residuals="plain", num_layers=5 * len(pattern), attention=pattern)
+@pytest.mark.parametrize("remat", [("layer", 2), ("dots", 1)], ids=str)
+def test_what_is_computed_again_is_the_same(remat: tuple[str, int]):
+    """Dropout and hashes, too; also where the blocks do not divide the repetitions of the pattern."""
+    plain = dataclasses.replace(MODEL, residuals="plain", num_layers=6, attention=(XL, REFORMER))
     found = gradient(dataclasses.replace(plain, remat=remat[0], remat_every=remat[1]))
     for (path, leaf), (_, other) in zip(
         *map(jax.tree_util.tree_leaves_with_path, (found, plainly_differentiated(plain))), strict=True

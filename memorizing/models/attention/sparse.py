@@ -281,7 +281,7 @@ def _last_positions(heads: BlockHeads) -> Partial:
     distance = np.arange(stride)[:, None] + stride - np.arange(2 * stride)[None, :]
     is_near = (distance >= 0) & (distance <= stride)
     # Nothing is before the first block: [m, l, 2 l].
-    exists = np.arange(2 * stride)[None, None, :] + stride * np.arange(num_blocks)[:, None, None] >= stride
+    exists = np.arange(2 * stride)[None, None, :] + stride * jnp.arange(num_blocks)[:, None, None] >= stride
     visible = is_near[None] & exists
 
     products = jnp.einsum("BmaNH,BmsNH->BNmas", heads.queries, keys, preferred_element_type=jnp.float32)
@@ -333,7 +333,7 @@ def _summaries(heads: BlockHeads, columns: Int[np.ndarray, "N c"]) -> Partial:
         return jnp.moveaxis(chosen, (0, 1), (1, 3)).reshape(num_rows, num_heads, -1, head_dim)
 
     # Positions of queries and keys, [1, T, 1] and [N, 1, S], S = m c.
-    query = np.arange(length)[None, :, None]
+    query = jnp.arange(length)[None, :, None]
     key = (stride * np.arange(num_blocks)[None, :, None] + columns[:, None, :]).reshape(num_heads, 1, -1)
     # The query's own block is in the first set, its own position is added below.
     is_before = key // stride < query // stride if heads.are_merged else key < query
@@ -353,9 +353,9 @@ def _summary_bias(heads: BlockHeads, columns: Int[np.ndarray, "N c"]) -> Float[A
     """The bias of every query for the summaries of every block."""
     _, num_blocks, stride, num_heads, _ = heads.queries.shape
     # It depends on the number of blocks back and on the two columns: [N, m, l, c].
-    blocks_back = stride * np.arange(num_blocks)[None, :, None, None]
-    columns_back = np.arange(stride)[None, :, None] - columns[:, None, :]
-    distance = np.maximum(blocks_back + columns_back[:, None], 0)
+    blocks_back = stride * jnp.arange(num_blocks)[None, :, None, None]
+    columns_back = jnp.arange(stride)[None, :, None] - columns[:, None, :]
+    distance = jnp.maximum(blocks_back + columns_back[:, None], 0)
     by_distance = heads.bias(np.arange(num_blocks * stride))
     by_blocks_back = by_distance[np.arange(num_heads)[:, None, None, None], distance]
     # [N, m, m, l, c]
