@@ -7,7 +7,9 @@ that `--help` is instant and training never imports TensorFlow.
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib
+import io
 import re
 import sys
 from typing import NoReturn
@@ -48,7 +50,30 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with its code."""
+    _show_what_can_be_shown()
     sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _show_what_can_be_shown() -> None:
+    """Characters that a terminal cannot show become question marks, which is said once: no reason to fail."""
+    said: list[bool] = []
+
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        if not said:
+            said.append(True)
+            print(
+                f"memorizing: this terminal's encoding, {error.encoding}, has not all of these characters: ? stands for "
+                "the others (PYTHONIOENCODING=utf-8 shows them)",
+                file=sys.stderr,
+            )
+        return "?" * (error.end - error.start), error.end
+
+    codecs.register_error("memorizing", replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="memorizing")
 
 
 def _run(arguments: list[str]) -> int:

@@ -5,6 +5,7 @@ Abstract arrays only: the 200M model with 256 rows and a memory of 65536 needs n
 
 from __future__ import annotations
 
+import io
 import math
 import pathlib
 import stat
@@ -298,6 +299,30 @@ def test_mistakes_after_the_first_checkpoint_folder_leave_no_traceback_either(tm
     assert ended.returncode == 2, ended.stderr
     assert "--restore_step=3" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) <= 3, ended.stderr
+
+
+def test_gin_files_may_begin_with_a_byte_order_mark_and_end_lines_as_windows_does(tmp_path: pathlib.Path):
+    included = tmp_path / "included.gin"
+    included.write_bytes("\ufeffLMConfig.num_layers = 1\r\n".encode())
+    own = tmp_path / "own.gin"
+    own.write_bytes(f"\ufeffinclude 'runs/smoke.gin'\r\ninclude '{included}'\r\nLMConfig.mlp_dim = 8\r\n".encode())
+    experiment, _ = load_experiment([str(own)], ["LMConfig.attention_at=()"])
+    assert (experiment.model.num_layers, experiment.model.mlp_dim) == (1, 8)
+
+
+def test_text_that_a_terminal_cannot_show_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with pytest.raises(SystemExit, match="0"):
+        main.main(["--help"])
+    print("Größe 漢字")
+    print("Größe")
+    out.flush()
+    err.flush()
+    assert out.buffer.getvalue().endswith(b"Gr??e ??\nGr??e\n")
+    told = err.buffer.getvalue().decode()
+    assert len(told.splitlines()) == 1 and "ascii" in told and "PYTHONIOENCODING=utf-8" in told
 
 
 def test_help_tells_a_newcomer_what_to_type(capsys: pytest.CaptureFixture):
