@@ -10,12 +10,14 @@ import argparse
 import codecs
 import importlib
 import io
+import os
 import re
+import signal
 import sys
 from typing import NoReturn
 
 from memorizing import __version__
-from memorizing.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError, what_the_machine_lacks
+from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN, EXIT_USER_ERROR, UserError, what_the_machine_lacks
 
 DESCRIPTION = """\
 Language models that remember: training with external memories in JAX.
@@ -50,8 +52,12 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     _show_what_can_be_shown()
-    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+    if arguments[:1] == ["train"]:
+        # Until the run itself listens, after seconds of imports: there is nothing yet to be saved.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_START_AGAIN))
+    sys.exit(_run(arguments))
 
 
 def _show_what_can_be_shown() -> None:

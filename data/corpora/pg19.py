@@ -109,8 +109,7 @@ def _metadata(path: str) -> tuple[dict[str, dict[str, str]], Counter[str]]:
 
 def _parsed(label: str, text: str, damage: Counter[str]) -> dict[str, dict[str, str]]:
     books = {}
-    # A text file may begin with a byte-order mark.
-    rows = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+    rows = csv.reader(io.StringIO(text, newline=""))
     try:
         for row in rows:
             if len(row) == len(_COLUMNS):

@@ -22,6 +22,7 @@ from memorizing import main
 from memorizing.batch import Batch
 from memorizing.config.files import GIN_FOLDER, shipped_files
 from memorizing.config.loading import load_experiment
+from memorizing.errors import UserError
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
 from memorizing.runtime.sharding import AXES
@@ -216,6 +217,7 @@ def mistake(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture):
         # gin's own, which takes no such parameter.
         ("singleton.value=3", ["singleton.value"]),
         ("LMConfig.num_layers", ["LMConfig.num_layers", "NAME=VALUE"]),
+        ("KNNAttention.local=@KNNAttention()", ["a value contains itself", "local"]),
         ("LMConfig.attention_at=((1, @KNNAttention()", ["LMConfig.attention_at"]),
         ("MeshConfig.data=3", ["MeshConfig.data", "3", "8 devices"]),
         ("MeshConfig.memory=3", ["MeshConfig", "memory", "3"]),
@@ -290,6 +292,25 @@ def test_a_workdir_of_another_experiment_is_left_alone(mistake, tmp_path: pathli
     (tmp_path / "run" / "experiment.json").write_text('{"data": {"name"')
     assert "experiment.json is damaged" in mistake(workdir=tmp_path / "run")
     assert (tmp_path / "run" / "config.gin").read_text() == written
+
+
+def test_a_run_of_another_seed_or_of_more_steps_is_left_alone(tmp_path: pathlib.Path):
+    """Its results were once printed as those of the seed and the length that were given."""
+    from memorizing.training.identity import open_workdir
+
+    path = str(tmp_path)
+    open_workdir(path, *load_experiment(["smoke"], []))
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    written = (tmp_path / "config.gin").read_bytes()
+    other, text = load_experiment(["smoke"], ["LoopConfig.seed=5"])
+    with pytest.raises(UserError, match=r"LoopConfig\.seed is 0 there and 5 here.*another --workdir"):
+        open_workdir(path, other, text)
+    shorter, text = load_experiment(["smoke"], ["LoopConfig.num_steps=19"])
+    with pytest.raises(UserError, match=r"LoopConfig\.num_steps = 19, but the run .* has done 20"):
+        open_workdir(path, shorter, text)
+    assert (tmp_path / "config.gin").read_bytes() == written
+    open_workdir(path, shorter, text, restore_step=10)
+    open_workdir(path, *load_experiment(["smoke"], ["LoopConfig.num_steps=20"]))
 
 
 def test_mistakes_after_the_first_checkpoint_folder_leave_no_traceback_either(tmp_path: pathlib.Path):
