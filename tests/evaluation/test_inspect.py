@@ -24,8 +24,8 @@ from tiny_texts import TinyTexts, expect_error, finished_run
 
 from memorizing import main
 from memorizing.config.runs import open_run
-from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, Lookups, inspect
 from memorizing.evaluation.inspection import page as page_module
+from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, Lookups, inspect
 from memorizing.evaluation.inspection.page import kept_positions, make_page
 from memorizing.models.attention.full import FullCore
 from memorizing.models.attention.knn import KNNAttention, KNNCore
