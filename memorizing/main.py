@@ -35,6 +35,7 @@ COMMANDS = {
     "evaluate": ("memorizing.commands.evaluate", "a finished run on held-out documents, with several memories"),
     "inspect": ("memorizing.commands.inspect", "see what the memory of a run looks up"),
     "plan": ("memorizing.commands.plan", "what a run will cost"),
+    "gin": ("memorizing.commands.gin_files", "list the gin files that come with the package, show one"),
     "prepare": ("memorizing.data.prepare.command", "make a token cache from a corpus"),
     "bench": ("memorizing.benchmarks.bench", "measure what the documentation claims"),
     "launch": ("memorizing.launch.command", "start a run on a pod, or on several processes here"),
@@ -92,6 +93,10 @@ def _run(arguments: list[str]) -> int:
     except UserError as error:
         print(f"memorizing: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:
+        # Whoever reads, such as `head`, has seen enough; Python flushes once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except Exception as error:
         lack = what_the_machine_lacks(error)
         if lack is None:

@@ -353,4 +353,17 @@ def test_help_tells_a_newcomer_what_to_type(capsys: pytest.CaptureFixture):
         out = capsys.readouterr().out
         assert ended.value.code == 0
         assert "memorizing train" in out and "--gin_file" in out
-    assert [name for name in FILES if name.startswith("runs/") and name not in out] == []
+    # What stands there is there, and what does not is a command away.
+    for name in ("demo", "smoke", "dictionary_near", "dictionary", "rmt_curriculum", "add_memory_1b"):
+        assert name in out and f"runs/{name}.gin" in FILES
+    assert main._run(["gin"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [name for name in FILES if not any(line.split()[:1] == [name.removesuffix(".gin")] for line in lines)] == []
+    assert max(map(len, lines)) <= 120
+
+
+def test_a_gin_file_is_shown(capsys: pytest.CaptureFixture):
+    assert main._run(["gin", "demo"]) == 0
+    assert capsys.readouterr().out.strip() == (GIN_FOLDER / "runs" / "demo.gin").read_text().strip()
+    assert main._run(["gin", "demmo"]) == 2
+    assert "did you mean" in capsys.readouterr().err
