@@ -88,6 +88,8 @@ def _run(arguments: list[str]) -> int:
     bindings = [argument.removeprefix("--gin.") for argument in arguments if argument.startswith("--gin.")]
     rest = [argument for argument in arguments if not argument.startswith("--gin.")]
     try:
+        for binding in bindings:
+            _check_text(f"--gin.{binding}")
         options = _parser(rest).parse_args(rest)
         return options.run(options, bindings)
     except UserError as error:
@@ -103,6 +105,15 @@ def _run(arguments: list[str]) -> int:
             raise
         print(f"memorizing: {lack}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _check_text(argument: str) -> None:
+    """Raises UserError for bytes that are no UTF-8, which Python takes from a command line as halves of characters."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        shown = argument.encode(errors="backslashreplace").decode()
+        raise UserError(f"{shown} is no text in UTF-8 (at character {error.start})") from None
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:
