@@ -99,12 +99,12 @@ def what_the_machine_lacks(error: BaseException) -> str | None:
         if isinstance(cause, OSError) and cause.errno in numbers:
             where = f": {cause.filename}" if cause.filename else ""
             return f"{cause.strerror}{where}"
-        if isinstance(cause, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
-            return f"out of memory ({text[:200]})"
         # Libraries in other languages tell it in their own words, and the system's.
         for number in numbers:
             if os.strerror(number) in str(cause):
                 return f"{os.strerror(number)} ({text[:200]})"
+        if isinstance(cause, MemoryError) or text.startswith("RESOURCE_EXHAUSTED"):
+            return f"out of memory ({text[:200]})"
     return None
 
 

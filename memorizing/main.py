@@ -7,13 +7,17 @@ that `--help` is instant and training never imports TensorFlow.
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib
+import io
+import os
 import re
+import signal
 import sys
 from typing import NoReturn
 
 from memorizing import __version__
-from memorizing.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError, what_the_machine_lacks
+from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN, EXIT_USER_ERROR, UserError, what_the_machine_lacks
 
 DESCRIPTION = """\
 Language models that remember: training with external memories in JAX.
@@ -31,6 +35,7 @@ COMMANDS = {
     "evaluate": ("memorizing.commands.evaluate", "a finished run on held-out documents, with several memories"),
     "inspect": ("memorizing.commands.inspect", "see what the memory of a run looks up"),
     "plan": ("memorizing.commands.plan", "what a run will cost"),
+    "gin": ("memorizing.commands.gin_files", "list the gin files that come with the package, show one"),
     "prepare": ("memorizing.data.prepare.command", "make a token cache from a corpus"),
     "bench": ("memorizing.benchmarks.bench", "measure what the documentation claims"),
     "launch": ("memorizing.launch.command", "start a run on a pod, or on several processes here"),
@@ -48,7 +53,34 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with its code."""
-    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _show_what_can_be_shown()
+    if arguments[:1] == ["train"]:
+        # Until the run itself listens, after seconds of imports: there is nothing yet to be saved.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_START_AGAIN))
+    sys.exit(_run(arguments))
+
+
+def _show_what_can_be_shown() -> None:
+    """Characters that a terminal cannot show become question marks, which is said once: no reason to fail."""
+    said: list[bool] = []
+
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        if not said:
+            said.append(True)
+            print(
+                f"memorizing: this terminal's encoding, {error.encoding}, has not all of these characters: ? stands for "
+                "the others (PYTHONIOENCODING=utf-8 shows them)",
+                file=sys.stderr,
+            )
+        return "?" * (error.end - error.start), error.end
+
+    codecs.register_error("memorizing", replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="memorizing")
 
 
 def _run(arguments: list[str]) -> int:
@@ -56,17 +88,32 @@ def _run(arguments: list[str]) -> int:
     bindings = [argument.removeprefix("--gin.") for argument in arguments if argument.startswith("--gin.")]
     rest = [argument for argument in arguments if not argument.startswith("--gin.")]
     try:
+        for binding in bindings:
+            _check_text(f"--gin.{binding}")
         options = _parser(rest).parse_args(rest)
         return options.run(options, bindings)
     except UserError as error:
         print(f"memorizing: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:
+        # Whoever reads, such as `head`, has seen enough; Python flushes once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except Exception as error:
         lack = what_the_machine_lacks(error)
         if lack is None:
             raise
         print(f"memorizing: {lack}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _check_text(argument: str) -> None:
+    """Raises UserError for bytes that are no UTF-8, which Python takes from a command line as halves of characters."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        shown = argument.encode(errors="backslashreplace").decode()
+        raise UserError(f"{shown} is no text in UTF-8 (at character {error.start})") from None
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:

@@ -96,3 +96,16 @@ def test_the_package_and_the_command_line_load_nothing_heavy():
         "print([name for name in ('jax', 'flax', 'orbax', 'gin', 'numpy') if name in sys.modules])"
     )
     assert ended.stdout.strip().splitlines()[-1] == "[]", ended.stdout + ended.stderr
+
+
+def test_sigterm_while_importing_asks_to_be_started_again():
+    """A launcher would count 143 as a failure."""
+    ended = fresh(
+        "import importlib, os, time, memorizing.main as main\n"
+        "def slow(name):\n"
+        "    os.kill(os.getpid(), 15)\n"
+        "    time.sleep(60)\n"
+        "importlib.import_module = slow\n"
+        "main.main(['train'])\n"
+    )
+    assert ended.returncode == 42, ended.stderr

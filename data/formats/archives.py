@@ -31,6 +31,9 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", "
 READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
 
 SYMBOLIC_LINK = "symbolic link"
+# What one member, or one line, may become: an archive of a megabyte can hold a text of gigabytes.
+MAX_BYTES = 256 << 20
+TOO_LARGE = "too large"
 # How the message ends where an archive could not be read to its end.
 REST_IS_LOST = "the rest of it is lost"
 
@@ -137,15 +140,16 @@ def files(folder: str, *names: str) -> Iterator[Member]:
 
 
 def read_bytes(member: Member, skipped: Counter[str], max_bytes: int | None = None) -> bytes | None:
-    """The bytes of a member; None, counted, where it is damaged or larger than `max_bytes`."""
+    """The bytes of a member; None, counted, where it is damaged or larger than `max_bytes` (default: `MAX_BYTES`)."""
+    limit = MAX_BYTES if max_bytes is None else max_bytes
     try:
         with member.open() as file:
-            content = file.read(-1 if max_bytes is None else max_bytes + 1)
+            content = file.read(limit + 1)
     except READ_ERRORS as error:
         skipped[damaged(member.label, why(error))] += 1
         return None
-    if max_bytes is not None and len(content) > max_bytes:
-        skipped["too large"] += 1
+    if len(content) > limit:
+        skipped[TOO_LARGE] += 1
         return None
     return content
 

@@ -42,7 +42,15 @@ def read(
 def _lines(path: str, label: str, skipped: Counter[str]) -> Iterator[bytes]:
     try:
         with archives.open_file(path) as file:
-            yield from file
+            while line := file.readline(archives.MAX_BYTES + 1):
+                if len(line) <= archives.MAX_BYTES:
+                    yield line
+                    continue
+                skipped[archives.TOO_LARGE] += 1
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(archives.MAX_BYTES)
+                # In its place, so that the lines after it keep their numbers.
+                yield b""
     except archives.READ_ERRORS as error:
         skipped[damaged(label, archives.why(error))] += 1
 

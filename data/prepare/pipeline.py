@@ -9,6 +9,8 @@ documents. The second reading (`tokenising`) writes the tokens. Finished parts a
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,7 @@ from memorizing.data.prepare.text_sample import max_bytes_of_part
 from memorizing.data.prepare.tokenising import Tokenising
 from memorizing.data.prepare.workers import Workers
 from memorizing.data.tasks import splits, task_name
-from memorizing.data.tasks.splits import SplitRule
+from memorizing.data.tasks.splits import FileSplits, SplitRule
 from memorizing.data.tasks.task_name import TaskName
 from memorizing.data.tokens import cache_writer, staging, vocabulary
 from memorizing.data.tokens.staging import Staging
@@ -36,6 +38,8 @@ from memorizing.data.tokens.token_cache import METADATA_FILE
 from memorizing.data.tokens.vocabulary import Vocabulary
 
 _MAX_PARTS = 1024
+# Keys among which the nearest to a wrong one is looked for.
+_MAX_COMPARED = 20_000
 # Size of the text to train a vocabulary on. Byte-pair merges change little with more than this for each piece.
 _MIN_SAMPLE_BYTES = 4 << 20
 _SAMPLE_BYTES_PER_PIECE = 2 << 10
@@ -212,6 +216,7 @@ class _Preparation:
         rule: SplitRule
         if self._file_splits:
             rule = self._file_splits
+            self._check_all_found(rule, surveyed)
         elif by == splits.OFFICIAL:
             rule = splits.OfficialSplits()
         else:
@@ -219,6 +224,26 @@ class _Preparation:
         numbers = surveyed.split_numbers(rule)
         splits.check_none_empty(splits.count(numbers), documents.reasons(surveyed.skipped))
         return rule, numbers
+
+    def _check_all_found(self, rule: FileSplits, surveyed: Survey) -> None:
+        """Says which keys of the file of splits are those of no document.
+
+        Raises:
+          DataError: a document was to be held out: under another key it would be trained on.
+        """
+        missing = rule.without_document(surveyed.hashes)
+        if not missing:
+            return
+        first = missing[0]
+        keys = itertools.chain.from_iterable(surveyed.keys(number) for number in range(len(surveyed.parts)))
+        nearest = difflib.get_close_matches(first, itertools.islice(keys, _MAX_COMPARED), n=1, cutoff=0)
+        told = (
+            f"{len(missing):,} of the keys in {self.settings.split_rule} are those of no document, such as {first!r}; "
+            f"the nearest is {nearest[0]!r}"
+        )
+        if rule.by_key[first] != splits.NAMES.index(splits.TRAIN):
+            raise DataError(f"{told}: what is to be held out has to be found; correct the file, or delete the line")
+        self._progress.print(told)
 
     def vocabulary(self, staged: Staging, surveyed: Survey, split_numbers: Sequence[np.ndarray]) -> Vocabulary:
         """Bytes, the vocabulary that the user gave, or one that is trained on the training documents only."""

@@ -125,6 +125,16 @@ class FileSplits:
             )
         return found
 
+    def without_document(self, hashes: np.ndarray) -> list[str]:
+        """The keys that are those of no document, those first whose documents were to be held out.
+
+        Args:
+          hashes: uint64 [n], `key_hash` of all documents.
+        """
+        named = np.asarray([key_hash(key) for key in self.by_key], np.uint64)
+        missing = [key for key, is_there in zip(self.by_key, np.isin(named, hashes), strict=True) if not is_there]
+        return sorted(missing, key=lambda key: self.by_key[key] == NAMES.index(TRAIN))
+
     def described(self) -> dict[str, Any]:
         return {"by": "file", "digest": self.digest, "default": None if self.default == NONE else NAMES[self.default]}
 
@@ -167,7 +177,8 @@ def from_file(path: str, default: str | None) -> FileSplits:
     try:
         with open(path, "rb") as file:
             content = file.read()
-        lines = content.decode().split("\n")
+        # A text file may begin with a byte-order mark.
+        lines = content.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--splits={path}: cannot be read ({error}); give official, hash, or a file") from None
     by_key: dict[str, int] = {}

@@ -27,7 +27,7 @@ def read_text(path: epath.Path, named: str, not_utf8: str, not_text: str) -> str
     except OSError as error:
         raise UserError(f"{named}: cannot be read ({error.strerror or error})") from error
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         reason = not_utf8.format(place=error.start, byte=content[error.start])
         raise UserError(f"{named} {reason}") from error

@@ -199,7 +199,9 @@ def _larger(finished: FinishedRun, own: int) -> list[int]:
 def _parsed(memory_sizes: str) -> list[int]:
     sizes = [size.strip() for size in memory_sizes.split(",")]
     if not all(size.isdecimal() and len(size) < 20 and int(size) <= MOST for size in sizes):
-        raise UserError(f"--memory_sizes={memory_sizes}: numbers of tokens with commas between, such as 0,1536,8192")
+        raise UserError(
+            f"--memory_sizes={memory_sizes}: numbers of tokens, at most {MOST:,}, with commas between, such as 0,1536,8192"
+        )
     return [int(size) for size in sizes]
 
 

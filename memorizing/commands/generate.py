@@ -124,6 +124,10 @@ def _given_prompt(options: argparse.Namespace) -> str | None:
     if options.prompt_file is None:
         if options.prompt == "":
             raise UserError("--prompt is empty: give at least one character, or no --prompt for a default")
+        try:
+            (options.prompt or "").encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"--prompt is no text in UTF-8 (at character {error.start})") from None
         return options.prompt
     named = f"--prompt_file={options.prompt_file}"
     text = read_text(

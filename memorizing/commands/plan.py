@@ -24,7 +24,7 @@ Says what a run will need, before it runs.
 
   memorizing plan --topology=v3:4x4 --gin_file=NAME     compiles the training step for a slice of TPUs, here and without one (pip install 'memorizing[tpu]'):
                                                         memory of a device by kind, estimated time, collectives
-  memorizing plan --flops --gin_file=NAME               FLOPs of a forward pass, against the length of the input
+  memorizing plan --flops                               FLOPs of a forward pass, against the length of the input
 """
 
 
@@ -79,8 +79,7 @@ def _plan_flops(options: argparse.Namespace, bindings: Sequence[str]) -> str:
             raise UserError("--flops=opt is about the shapes of OPT: it takes no --gin_file and no --gin.NAME=VALUE")
         of_opt = flops_report.opt_flops()
         return json.dumps(of_opt, indent=2) if options.json else flops_report.opt_text(of_opt)
-    if not options.gin_file:
-        raise UserError("--gin_file is not given: name the run whose FLOPs to count, such as --gin_file=runs/smoke.gin")
-    experiment, _ = load_experiment(options.gin_file, bindings)
+    # The data is not opened: a cache need not be named.
+    experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings, base="CACHE = None")
     of_run = flops_report.run_flops(experiment.model, experiment.batch.segment_length)
     return json.dumps(of_run, indent=2) if options.json else flops_report.run_text(of_run)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from memorizing.commands import experiment_flags
-from memorizing.config.files import find_file, shipped_files
+from memorizing.config.files import find_file
 from memorizing.config.loading import load_experiment
 from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN, UserError
 from memorizing.evaluation import baselines
@@ -26,8 +26,13 @@ Everything is configured by gin files and bindings:
   --gin.NAME=VALUE       one binding, e.g. --gin.LoopConfig.num_steps=200 --gin.KNNAttention.memory_size=4096
                          --gin.LMConfig.dtype=bfloat16 --gin.LMConfig.attention_at='()'   (the same model without memory)
 
-shipped runs:
-{runs}
+Shipped runs, among others (memorizing gin lists all of them, memorizing gin NAME shows one):
+  demo                                   this one: minutes on a laptop
+  smoke                                  the whole loop in seconds, on made-up documents
+  dictionary_near, dictionary            look-ups in a dictionary
+  rmt_curriculum                         a Recurrent Memory Transformer on facts in noise
+  table4_..., table5_..., add_memory_1b  the runs of the Memorizing Transformers paper
+
 On several hosts the same command runs once on each; memorizing/runtime/distributed.py lists the environment variables that bring the processes together.
 
 exit codes: 0 done; 42 stopped and saved, or a process, device or connection was lost: start it again; 1 the run failed; 2 something given is wrong
@@ -36,8 +41,7 @@ exit codes: 0 done; 42 stopped and saved, or a process, device or connection was
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's flags."""
-    runs = "".join(f"  {name}\n" for name in shipped_files() if name.startswith("runs/"))
-    parser.description = DESCRIPTION.format(default=DEFAULT_RUN, runs=runs)
+    parser.description = DESCRIPTION.format(default=DEFAULT_RUN)
     experiment_flags.add_gin_file(parser, DEFAULT_RUN)
     parser.add_argument(
         "--workdir", metavar="DIR", help="folder of the run (default: runs/NAME of the gin file, in the current folder)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import gin.config
 from gin import resource_reader
@@ -26,10 +26,18 @@ def _is_in_a_package(path: str) -> bool:
         return False
 
 
+def _open(path: str) -> IO[str]:
+    """A gin file; a text file may begin with a byte-order mark."""
+    return open(path, encoding="utf-8-sig")
+
+
 # gin's own check fails at a folder of that name that Python could import; it comes first on a path that gin includes.
 _readers: list[Any] = gin.config._FILE_READERS
 _readers[:] = [
-    (reader, _is_in_a_package if exists is resource_reader.system_path_file_exists else exists)
+    (
+        _open if reader is open else reader,
+        _is_in_a_package if exists is resource_reader.system_path_file_exists else exists,
+    )
     for reader, exists in _readers
 ]
 

@@ -25,6 +25,8 @@ _LOCATION = re.compile(r"In (?:file|bindings string)[^\n]*\n\s*(.+)")
 
 def explain(error: Exception) -> str:
     """An error of gin in one line: where it is, and the nearest right name where a name is unknown."""
+    if isinstance(error, RecursionError):
+        return "gin: a value contains itself, such as a KNNAttention whose `local` is @KNNAttention(): name another"
     text = str(error)
     location = _LOCATION.search(text)
     where = f" (in: {location[1].strip()})" if location else ""
@@ -133,5 +135,7 @@ def _parameters(owner: str) -> list[str]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    # What was given is no help.
+    others = [other for other in known if other != name]
+    match = difflib.get_close_matches(name, others, n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""

@@ -58,7 +58,7 @@ def load_experiment(gin_files: Sequence[str], bindings: Sequence[str], base: str
 
 def _names_given(bindings: Sequence[str], files: Sequence[Path]) -> list[str]:
     """What the user has bound, on the command line and in files that do not come with the package."""
-    own_files = [file.read_text() for file in files if not is_shipped(file)]
+    own_files = [file.read_text(encoding="utf-8-sig") for file in files if not is_shipped(file)]
     names = []
     for text in [*bindings, *own_files]:
         names += names_bound(text)

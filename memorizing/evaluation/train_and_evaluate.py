@@ -76,7 +76,7 @@ def train_and_evaluate(
     else:
         held = contextlib.nullcontext(lambda: None)
     with held as check_lock:
-        folder = distributed.primary_first(lambda: open_workdir(workdir, experiment, config_text))
+        folder = distributed.primary_first(lambda: open_workdir(workdir, experiment, config_text, restore_step))
         return _run(experiment, folder, mesh, check_lock, restore_step)
 
 

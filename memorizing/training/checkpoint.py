@@ -300,8 +300,8 @@ def _read_wanted(manager: ocp.CheckpointManager, step: int, only: tuple[str, ...
 
 
 def _quiet_orbax() -> None:
-    """Orbax tells of every save at level INFO and of what it could not know in warnings meant for its developers ..."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Orbax tells of every save at level INFO, and of one that failed in tracebacks; the error itself reaches us ..."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     # ... and leaves tasks of a failed read to an event loop that is no longer there.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 

@@ -22,17 +22,24 @@ from memorizing.runtime.workdir import (
 from memorizing.training.checkpoint import FOLDER
 from memorizing.training.experiment import Experiment
 
-# The parts that may change when a run goes on: its length, the machines it runs on, how rows are laid out.
+# The parts that may change when a run goes on: its length, the machines it runs on, how rows are laid out. Of the loop
+# the seed may not.
 _MAY_CHANGE = ("batch", "mesh", "loop")
 
 
-def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.Path:
+def open_workdir(path: str, experiment: Experiment, config_text: str, restore_step: int | None = None) -> epath.Path:
     """Creates the folder of a run, or checks that it holds this experiment, and writes the files that describe the run.
 
     These are `config.gin`, `experiment.json`, and `vocabulary.json` where the data is text.
 
+    Args:
+      path: of the folder.
+      experiment: that is to be run there.
+      config_text: its resolved configuration.
+      restore_step: from which it is to go on; None for the newest checkpoint.
+
     Raises:
-      UserError: the folder cannot be written, or holds another experiment.
+      UserError: the folder cannot be written, or holds another experiment, or a longer run.
     """
     workdir = resolve(path)
     record = workdir / EXPERIMENT
@@ -40,8 +47,11 @@ def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.P
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Without a checkpoint there is nothing yet that could be mixed up.
-        if record.exists() and _has_checkpoint(workdir):
+        steps = _checkpoints(workdir)
+        if record.exists() and steps:
             _check_same(read_record(record), described, path)
+        # The files that follow say what was run.
+        _check_length(steps if restore_step is None else [restore_step], experiment.loop.num_steps, path)
         write_config(workdir, config_text)
         write_record(record, described)
         text = text_of(experiment.data)
@@ -58,7 +68,7 @@ def open_workdir(path: str, experiment: Experiment, config_text: str) -> epath.P
 
 def identity(experiment: Experiment) -> dict[str, Any]:
     """What makes two experiments the same: `{'data': ..., 'LMConfig.embed_dim': 64, ...}`, JSON-able."""
-    flat: dict[str, Any] = {"format": FORMAT, "data": experiment.data.identity}
+    flat: dict[str, Any] = {"format": FORMAT, "data": experiment.data.identity, "LoopConfig.seed": experiment.loop.seed}
     for field in dataclasses.fields(experiment):
         if field.name not in (*_MAY_CHANGE, "data"):
             flat |= _flatten(getattr(experiment, field.name))
@@ -66,8 +76,18 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     return json.loads(json.dumps(flat))
 
 
-def _has_checkpoint(workdir: epath.Path) -> bool:
-    return any(child.name.isdigit() for child in (workdir / FOLDER).glob("*"))
+def _checkpoints(workdir: epath.Path) -> list[int]:
+    """The steps of which there are checkpoints."""
+    return [int(child.name) for child in (workdir / FOLDER).glob("*") if child.name.isdigit()]
+
+
+def _check_length(steps: list[int], num_steps: int, path: str) -> None:
+    """Raises UserError where a run has already done more than it is to do."""
+    if steps and max(steps) > num_steps:
+        raise UserError(
+            f"LoopConfig.num_steps = {num_steps}, but the run in --workdir={path} has done {max(steps)}: give at least "
+            "as many, an earlier --restore_step, or another --workdir"
+        )
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

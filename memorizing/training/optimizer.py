@@ -100,12 +100,15 @@ class Adafactor:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices only.
+    """AdamW (Loshchilov and Hutter 2019).
+
+    Decayed are the kernels of linear maps and the embedding. Scales, biases (the tables of T5's too), gates,
+    Transformer-XL's u and v, and the initial memory tokens are not: to be small is nothing that they should strive for.
 
     Attributes:
       learning_rate: schedule.
       b1, b2: decay of the moments.
-      weight_decay: factor of the decoupled decay.
+      weight_decay: factor of the decoupled decay, which the learning rate multiplies.
       max_gradient_norm: the gradient is scaled down to this global norm.
     """
 
@@ -118,7 +121,7 @@ class AdamW:
     def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
         """The transformation of updates; for `stacked` see `by_layer`."""
         clip = optax.clip_by_global_norm(self.max_gradient_norm)
-        rule = optax.adamw(self.learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=_is_matrix)
+        rule = optax.adamw(self.learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=_is_decayed)
         return optax.chain(clip, by_layer(rule, stacked))
 
 
@@ -155,5 +158,11 @@ def by_layer(rule: optax.GradientTransformation, stacked: Collection[str]) -> op
     return optax.GradientTransformation(init, update)
 
 
-def _is_matrix(params: Tree) -> Tree:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+def _is_decayed(params: Tree) -> Tree:
+    """Which parameters of a layer, or of the embedding, are matrices by their role: a rank says nothing of it."""
+
+    def decays(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> bool:
+        names = [key.key for key in path]
+        return names[-1] == "kernel" or names == ["table"]
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -5,6 +5,7 @@ Abstract arrays only: the 200M model with 256 rows and a memory of 65536 needs n
 
 from __future__ import annotations
 
+import io
 import math
 import pathlib
 import stat
@@ -21,6 +22,7 @@ from memorizing import main
 from memorizing.batch import Batch
 from memorizing.config.files import GIN_FOLDER, shipped_files
 from memorizing.config.loading import load_experiment
+from memorizing.errors import UserError
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
 from memorizing.runtime.sharding import AXES
@@ -226,6 +228,7 @@ def mistake(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture):
         # gin's own, which takes no such parameter.
         ("singleton.value=3", ["singleton.value"]),
         ("LMConfig.num_layers", ["LMConfig.num_layers", "NAME=VALUE"]),
+        ("KNNAttention.local=@KNNAttention()", ["a value contains itself", "local"]),
         ("LMConfig.attention_at=((1, @KNNAttention()", ["LMConfig.attention_at"]),
         ("MeshConfig.data=3", ["MeshConfig.data", "3", "8 devices"]),
         ("MeshConfig.memory=3", ["MeshConfig", "memory", "3"]),
@@ -302,6 +305,25 @@ def test_a_workdir_of_another_experiment_is_left_alone(mistake, tmp_path: pathli
     assert (tmp_path / "run" / "config.gin").read_text() == written
 
 
+def test_a_run_of_another_seed_or_of_more_steps_is_left_alone(tmp_path: pathlib.Path):
+    """Its results were once printed as those of the seed and the length that were given."""
+    from memorizing.training.identity import open_workdir
+
+    path = str(tmp_path)
+    open_workdir(path, *load_experiment(["smoke"], []))
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    written = (tmp_path / "config.gin").read_bytes()
+    other, text = load_experiment(["smoke"], ["LoopConfig.seed=5"])
+    with pytest.raises(UserError, match=r"LoopConfig\.seed is 0 there and 5 here.*another --workdir"):
+        open_workdir(path, other, text)
+    shorter, text = load_experiment(["smoke"], ["LoopConfig.num_steps=19"])
+    with pytest.raises(UserError, match=r"LoopConfig\.num_steps = 19, but the run .* has done 20"):
+        open_workdir(path, shorter, text)
+    assert (tmp_path / "config.gin").read_bytes() == written
+    open_workdir(path, shorter, text, restore_step=10)
+    open_workdir(path, *load_experiment(["smoke"], ["LoopConfig.num_steps=20"]))
+
+
 def test_mistakes_after_the_first_checkpoint_folder_leave_no_traceback_either(tmp_path: pathlib.Path):
     """In a process of its own: what libraries say while the interpreter ends is on the user's screen too."""
     command = [sys.executable, "-m", "memorizing", "train", "--gin_file=smoke", f"--workdir={tmp_path}"]
@@ -311,6 +333,30 @@ def test_mistakes_after_the_first_checkpoint_folder_leave_no_traceback_either(tm
     assert len(ended.stderr.strip().splitlines()) <= 3, ended.stderr
 
 
+def test_gin_files_may_begin_with_a_byte_order_mark_and_end_lines_as_windows_does(tmp_path: pathlib.Path):
+    included = tmp_path / "included.gin"
+    included.write_bytes("\ufeffLMConfig.num_layers = 1\r\n".encode())
+    own = tmp_path / "own.gin"
+    own.write_bytes(f"\ufeffinclude 'runs/smoke.gin'\r\ninclude '{included}'\r\nLMConfig.mlp_dim = 8\r\n".encode())
+    experiment, _ = load_experiment([str(own)], ["LMConfig.attention_at=()"])
+    assert (experiment.model.num_layers, experiment.model.mlp_dim) == (1, 8)
+
+
+def test_text_that_a_terminal_cannot_show_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with pytest.raises(SystemExit, match="0"):
+        main.main(["--help"])
+    print("Größe 漢字")
+    print("Größe")
+    out.flush()
+    err.flush()
+    assert out.buffer.getvalue().endswith(b"Gr??e ??\nGr??e\n")
+    told = err.buffer.getvalue().decode()
+    assert len(told.splitlines()) == 1 and "ascii" in told and "PYTHONIOENCODING=utf-8" in told
+
+
 def test_help_tells_a_newcomer_what_to_type(capsys: pytest.CaptureFixture):
     for arguments in (["--help"], ["train", "--help"]):
         with pytest.raises(SystemExit) as ended:
@@ -318,7 +364,20 @@ def test_help_tells_a_newcomer_what_to_type(capsys: pytest.CaptureFixture):
         out = capsys.readouterr().out
         assert ended.value.code == 0
         assert "memorizing train" in out and "--gin_file" in out
-    assert [name for name in FILES if name.startswith("runs/") and name not in out] == []
+    # What stands there is there, and what does not is a command away.
+    for name in ("demo", "smoke", "dictionary_near", "dictionary", "rmt_curriculum", "add_memory_1b"):
+        assert name in out and f"runs/{name}.gin" in FILES
+    assert main._run(["gin"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [name for name in FILES if not any(line.split()[:1] == [name.removesuffix(".gin")] for line in lines)] == []
+    assert max(map(len, lines)) <= 120
+
+
+def test_a_gin_file_is_shown(capsys: pytest.CaptureFixture):
+    assert main._run(["gin", "demo"]) == 0
+    assert capsys.readouterr().out.strip() == (GIN_FOLDER / "runs" / "demo.gin").read_text().strip()
+    assert main._run(["gin", "demmo"]) == 2
+    assert "did you mean" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TALK)

@@ -207,7 +207,7 @@ def test_sizes_that_are_right_one_by_one_and_together_too_large():
             ["plan", "--topology=v3:4x4", "--slices=0"],
         ),
         *(["train", "--restore_step=-1"], ["prepare", "--validation_fraction=2"], ["train", "--restore_step=x"]),
-        ["train", "--nothing=1"],
+        *(["train", "--nothing=1"], ["generate", "--prompt=\udcff"], ["train", "--gin.TASK=\udcff"]),
     ],
     ids=" ".join,
 )

@@ -24,6 +24,7 @@ from tiny_texts import TinyTexts, expect_error, finished_run
 
 from memorizing import main
 from memorizing.config.runs import open_run
+from memorizing.evaluation.inspection import page as page_module
 from memorizing.evaluation.inspection.lookups import (
     DocumentTokens,
     Inspection,
@@ -441,3 +442,31 @@ press("End"); press("ArrowLeft"); document.title = String(chosen);
         score, weight, back = scores[-2, head, 0], weights[-2, head, 0], distances[-2, head, 0]
         row = f'<td>{score:.3f}</td><td>{weight:.3f}</td><td>{back}</td><td><button title="show in the text">{position - back}</button>'
         assert row in shown
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no Node.js on this machine")
+def test_a_list_of_buttons_is_one_stop_of_the_tab_key():
+    """Sixty of them once stood between the beginning of the page and its text."""
+    template = (pathlib.Path(page_module.__file__).parent / "inspection.html").read_text()
+    function = re.search(r"^function oneStop.*?^}$", template, re.MULTILINE | re.DOTALL)[0]
+    assert template.count("oneStop(") == 2
+    script = (
+        function
+        + """
+let focused = null;
+const buttons = [0, 1, 2].map(i => ({addEventListener(_, f) { this.press = f; }, focus() { focused = i; }}));
+oneStop(buttons);
+const seen = [buttons.map(each => each.tabIndex)];
+for (const key of ["ArrowDown", "End", "ArrowDown", "Home", "ArrowUp", "x"]) {
+  buttons[focused ?? 0].press({key, preventDefault() {}});
+  seen.push([focused, buttons.map(each => each.tabIndex)]);
+}
+console.log(JSON.stringify(seen));
+"""
+    )
+    ended = subprocess.run(["node", "-e", script], capture_output=True, text=True, timeout=60)
+    first, *moves = json.loads(ended.stdout)
+    assert first == [0, -1, -1]
+    assert [focused for focused, _ in moves] == [1, 2, 2, 0, 0, 0]
+    for focused, stops in moves:
+        assert [index for index, stop in enumerate(stops) if stop == 0] == [focused]

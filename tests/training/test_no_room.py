@@ -42,7 +42,7 @@ def test_a_full_disk_ends_a_run_in_one_line(
     def save_once(checkpointer: Checkpointer, state, rows) -> None:
         # In a thread of Orbax it is told by another exception, which has the system's words.
         if checkpointer.steps:
-            raise ValueError("INTERNAL: writing chunk") from ValueError("[OS error 28: No space left on device]")
+            raise ValueError("RESOURCE_EXHAUSTED: writing chunk: No space left on device")
         save(checkpointer, state, rows)
         checkpointer.wait()
 

@@ -195,3 +195,23 @@ def test_counts_of_damage_add_up_like_all_others():
     other = Counter({documents.damaged("y.tar", "it ends early"): 1, "empty": 1})
     assert documents.reasons(one + other) == {"damaged": 2, "empty": 3}
     assert documents.all_damage(one + other) == ["x.tar: it ends early", "y.tar: it ends early"]
+
+
+def test_what_becomes_too_large_is_left_out_and_counted(tmp_path, monkeypatch):
+    """A zip of a kilobyte can hold a text of gigabytes; neither it nor a line of it is ever in memory."""
+    monkeypatch.setattr(archives, "MAX_BYTES", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.txt", b"a" * (64 << 20))
+        archive.writestr("text.txt", b"text")
+    skipped = Counter()
+    tracemalloc.start()
+    texts = [archives.read_text(member, skipped) for member in archives.members(str(tmp_path / "bomb.zip"), skipped)]
+    path = tmp_path / "lines.json"
+    path.write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * (8 << 20) + b'"}\n{"text": 3}\n{"text": "b"}')
+    found = list(json_lines.read(str(path), "lines.json", skipped, {"text": str}))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert texts == [None, "text"]
+    assert found == [(1, {"text": "a"}), (4, {"text": "b"})]
+    assert skipped["too large"] == 2 and skipped.total() == 3
+    assert peak < 24 << 20

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -337,6 +338,15 @@ def test_a_file_divides_the_documents(corpus, tmp_path, capsys):
         name: [cache.split(name).key(i) for i in range(len(cache.split(name)))] for name in cache.metadata["splits"]
     }
     assert found == {"train": sorted(keys[2:]), "validation": [keys[1]], "test": [keys[0]]}
+    whole = path.read_text()
+    # A document that was to be held out, and is not found, would be trained on.
+    path.write_text(f"{whole}répositry 3\tvalidation\n")
+    assert run(*flags, "--default_split=train", "--overwrite") == 2
+    assert re.search(r"1 of the keys .* such as 'répositry 3'; the nearest is 'répository 3'", capsys.readouterr().err)
+    path.write_text(f"{whole}répositry 3\ttrain\n")
+    assert run(*flags, "--default_split=train", "--overwrite") == 0
+    assert "those of no document, such as 'répositry 3'" in capsys.readouterr().out
+    path.write_text(whole)
     assert run(*flags, "--default_split=test", "--overwrite") == 2
     assert "no document is in the split 'train'" in capsys.readouterr().err
     assert run(f"--source={corpus}", f"--output={tmp_path / 'other'}", "--splits=official") == 2

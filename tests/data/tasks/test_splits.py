@@ -79,6 +79,21 @@ def test_a_file_names_the_split_of_each_key(tmp_path):
     assert splits.from_file(str(path), "validation").described() != described
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    """Its first document would be trained on."""
+    path = tmp_path / "splits.tsv"
+    path.write_bytes("\ufeffa\tvalidation\r\nb\ttrain\r\n".encode())
+    assert numbers(splits.from_file(str(path), None), ["a", "b"]).tolist() == [1, 0]
+
+
+def test_keys_of_no_document_are_known_the_held_out_ones_first(tmp_path):
+    path = tmp_path / "splits.tsv"
+    path.write_text("a\ttrain\nb\ttrain\nc\ttest\nd\tvalidation\n")
+    rule = splits.from_file(str(path), None)
+    hashes = np.asarray([splits.key_hash(key) for key in ("b", "d", "x")], np.uint64)
+    assert rule.without_document(hashes) == ["c", "a"]
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
