@@ -20,7 +20,7 @@ from memorizing.batch import Batch
 from memorizing.benchmarks import measure
 from memorizing.benchmarks.scaling import cpu_seconds
 from memorizing.context import Rngs
-from memorizing.errors import UserError
+from memorizing.errors import MOST, Range, UserError
 from memorizing.models.language_model import LMConfig
 from memorizing.runtime import tables
 from memorizing.training.state import init_variables
@@ -30,18 +30,21 @@ from memorizing.training.step import Carried, batch_gradient
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's flags."""
     parser.add_argument("--layers", default="6,12,24", metavar="L,...", help="(default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, metavar="T", help="of the segment (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=128, metavar="D", help="of the model (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
+    parser.add_argument(
+        "--length", type=Range(1, MOST).of(int), default=256, metavar="T", help="of the segment (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--width", type=Range(32, MOST).of(int), default=128, metavar="D", help="of the model (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=Range(1, MOST).of(int), default=3, metavar="N", help="runs of each (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Measures, prints a table, and returns the figures."""
     if bindings:
         raise UserError(f"bench activations takes no bindings, but was given --gin.{bindings[0]}")
-    measure.at_least("--rounds", options.rounds, 1)
-    measure.at_least("--length", options.length, 1)
-    measure.at_least("--width", options.width, 32)
     results: dict[str, dict[int, dict[str, float]]] = {}
     for num_layers in measure.sizes("--layers", options.layers, least=1):
         base = LMConfig(

@@ -23,7 +23,7 @@ import numpy as np
 
 from memorizing.benchmarks import measure
 from memorizing.context import Layout, Segment
-from memorizing.errors import UserError
+from memorizing.errors import MOST, Range, UserError
 from memorizing.models import attention as attention_lib
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.runtime import tables
@@ -38,9 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths", default="1024,2048,4096,8192,16384,32768", metavar="T,...", help="(default: %(default)s)"
     )
     parser.add_argument("--mechanisms", default="sparse,Reformer,routing", metavar="NAME,...", help="(%(default)s)")
-    parser.add_argument("--max_full", type=int, default=16384, metavar="T", help="of full attention (%(default)s)")
-    parser.add_argument("--heads", type=int, default=2, metavar="N", help="of width 64 (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
+    parser.add_argument(
+        "--max_full", type=Range(0, MOST).of(int), default=16384, metavar="T", help="of full attention (%(default)s)"
+    )
+    parser.add_argument(
+        "--heads", type=Range(2, MOST).of(int), default=2, metavar="N", help="of width 64 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=Range(1, MOST).of(int), default=3, metavar="N", help="runs of each (default: %(default)s)"
+    )
     parser.add_argument("--picture", metavar="FILE.png", help="where to draw the curves")
 
 
@@ -48,8 +54,6 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Measures, prints a table, and returns the figures."""
     if bindings:
         raise UserError(f"bench scaling takes no bindings, but was given --gin.{bindings[0]}")
-    measure.at_least("--rounds", options.rounds, 1)
-    measure.at_least("--heads", options.heads, 2)
     lengths = measure.sizes("--lengths", options.lengths, least=16)
     names = options.mechanisms.split(",")
     curves: Curves = {"full": {}} | {name: {} for name in names}

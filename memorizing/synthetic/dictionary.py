@@ -81,7 +81,7 @@ class DictionaryLookup(SyntheticTask):
     value_length: Annotated[int, Range(1, 2**16)] = 4
     short_fraction: Share = 0.5
     distances: tuple[Count, Count] = (1, 50)
-    eval_distance: Count = 50
+    eval_distance: CountOrNone = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -99,7 +99,9 @@ def test_every_run_traces_a_full_size_step(file: str):
 @pytest.mark.parametrize("file", [name for name in FILES if name.startswith("models/")])
 def test_every_model_traces_a_step(file: str):
     files = ["runs/base.gin", file, "tasks/repeated_passages.gin"]
-    experiment, _ = load_experiment(files, ["BatchConfig.tokens_per_step=4096", "BatchConfig.segment_length=128"])
+    length = PUBLISHED.get(file.removeprefix("models/").removesuffix(".gin"), 128)
+    sizes = [f"BatchConfig.tokens_per_step={32 * length}", f"BatchConfig.segment_length={length}"]
+    experiment, _ = load_experiment(files, sizes)
     trace_step(experiment, POD)
 
 

@@ -36,6 +36,7 @@ from memorizing.evaluation.inspection.lookups import (
 from memorizing.evaluation.inspection.page import kept_positions, make_page
 from memorizing.models.attention.full import FullCore
 from memorizing.models.attention.knn import KNNAttention, KNNCore
+from memorizing.models.attention.sparse import SparseCore
 from memorizing.models.attention.xl import XLCore
 from memorizing.models.memory import external_memory
 from memorizing.models.memory.continuous_cache import ContinuousCache
@@ -46,6 +47,7 @@ from memorizing.runtime.sharding import MeshConfig
 # What is inspected are the look-ups of a layer.
 WITH_MEMORY = [mechanism for mechanism in MECHANISMS if "layer_01" in mechanism.config.memory_sizes]
 SMALL, LARGE = 2 * LENGTH, 5 * LENGTH
+LOCAL_CORES = (FullCore, XLCore, SparseCore)
 
 
 @pytest.fixture(params=WITH_MEMORY, ids=lambda mechanism: mechanism.name)
@@ -72,7 +74,7 @@ def run(
 
         def look_on(next_method: Any, args: tuple, kwargs: dict, call: Any) -> Any:
             output = next_method(*args, **kwargs)
-            if call.method_name == "__call__" and isinstance(call.module, (KNNCore, FullCore, XLCore)):
+            if call.method_name == "__call__" and isinstance(call.module, (KNNCore, *LOCAL_CORES)):
                 queries, keys, values, scale, *_ = args
                 seen[type(call.module).__name__] = {
                     "q": queries,
@@ -130,7 +132,7 @@ def test_neighbours_are_the_nearest_of_what_was_stored_and_what_was_attended_to(
     mine = range(FIRST, FIRST + SECOND)
     keys, values, queries = (np.concatenate([seen[i]["KNNCore"][name][0, own] for i in mine]) for name in "kvq")
     gate = nn.sigmoid(remembering.model.params["layer_01"]["attention"]["core"]["gate"])[:, None]
-    local = {"XLCore", "FullCore"} & seen[0].keys()
+    local = {core.__name__ for core in LOCAL_CORES} & seen[0].keys()
     for index in mine[1:]:
         slots, scores = handed[index].slots[0], handed[index].scores[0]
         # Clock `index`: as many segments, of both documents, came before.
