@@ -132,7 +132,7 @@ def test_neighbours_are_the_nearest_of_what_was_stored_and_what_was_attended_to(
     mine = range(FIRST, FIRST + SECOND)
     keys, values, queries = (np.concatenate([seen[i]["KNNCore"][name][0, own] for i in mine]) for name in "kvq")
     gate = nn.sigmoid(remembering.model.params["layer_01"]["attention"]["core"]["gate"])[:, None]
-    local = {core.__name__ for core in LOCAL_CORES} & seen[0].keys()
+    local = type(attention.local.core(remembering.config.dims)).__name__
     for index in mine[1:]:
         slots, scores = handed[index].slots[0], handed[index].scores[0]
         # Clock `index`: as many segments, of both documents, came before.
@@ -154,9 +154,8 @@ def test_neighbours_are_the_nearest_of_what_was_stored_and_what_was_attended_to(
                 weights = np.exp(seen[index]["KNNCore"]["scale"][head] * scores[t, head, found])
                 read = weights / weights.sum() @ values[at, head]
                 y = seen[index]["KNNCore"]["y"][0, own][t, head]
-                # The last of the local cores that was called is that of the layer with the memory.
-                (name,) = local
-                y_local = seen[index][name]["y"][0, own][t, head]
+                # The last of these local cores that was called is that of the layer with the memory.
+                y_local = seen[index][local]["y"][0, own][t, head]
                 np.testing.assert_allclose(y, gate[head] * read + (1 - gate[head]) * y_local, atol=1e-5)
 
 
