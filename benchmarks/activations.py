@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--width", type=Range(32, MOST).of(int), default=128, metavar="D", help="of the model (default: %(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=Range(1, MOST).of(int), default=3, metavar="N", help="runs of each (default: %(default)s)"
+        "--rounds",
+        type=Range(0, MOST).of(int),
+        default=3,
+        metavar="N",
+        help="runs of each (default: %(default)s); 0 for memory alone",
     )
 
 
@@ -58,9 +63,12 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
         )
         for name, config in ways(base).items():
             memory, step = compiled(config, options.length)
-            seconds = cpu_seconds(step, options.rounds)
-            results.setdefault(name, {})[num_layers] = {"mebibytes": memory / 2**20, "seconds": seconds}
-    print(_table(results))
+            figures = {"mebibytes": memory / 2**20}
+            if options.rounds:
+                figures["seconds"] = cpu_seconds(step, options.rounds)
+            results.setdefault(name, {})[num_layers] = figures
+            print(f"{num_layers} layers, {name}: {figures['mebibytes']:,.1f} MiB", flush=True)
+    print(f"\n{_table(results)}")
     return results
 
 
@@ -86,24 +94,35 @@ def compiled(config: LMConfig, length: int) -> tuple[int, Callable[[], Any]]:
     tokens, targets = np.random.default_rng(0).integers(1, config.vocab_size, (2, *shape), np.int32)
     is_real = np.ones(shape, bool)
     batch = Batch(tokens, targets, is_real.astype(np.float32), is_real, np.ones(shape[:2], bool))
-    variables = jax.jit(lambda: init_variables(config, 4, length, jax.random.key(0)))()
-    carried = Carried(config.init_context(4, length), variables["buffers"])
+    init = jax.jit(lambda: init_variables(config, 4, length, jax.random.key(0)))
+    context = config.init_context(4, length)
 
     def gradient(params: Any, carried: Carried, batch: Batch) -> Any:
         rngs = Rngs(jax.random.key(1), jnp.arange(4))
         return batch_gradient(config, params, batch, carried, rngs, 1)[0]
 
-    program = jax.jit(gradient).lower(variables["params"], carried, batch).compile()
+    shapes = jax.eval_shape(init)
+    program = jax.jit(gradient).lower(shapes["params"], Carried(context, shapes["buffers"]), batch).compile()
     memory = program.memory_analysis().temp_size_in_bytes
-    return memory, lambda: jax.block_until_ready(program(variables["params"], carried, batch))
+
+    @functools.cache
+    def variables() -> Any:
+        return init()
+
+    def step() -> None:
+        carried = Carried(context, variables()["buffers"])
+        jax.block_until_ready(program(variables()["params"], carried, batch))
+
+    return memory, step
 
 
 def _table(results: dict[str, dict[int, dict[str, float]]]) -> str:
     depths = list(next(iter(results.values())))
-    rows = [["", *(f"{depth} layers" for depth in depths), *(f"time at {depth}" for depth in depths)]]
     plain = results["plain"]
+    timed = depths if "seconds" in plain[depths[0]] else []
+    rows = [["", *(f"{depth} layers" for depth in depths), *(f"time at {depth}" for depth in timed)]]
     for name, by_depth in results.items():
         memory = [f"{figures['mebibytes']:,.1f} MiB" for figures in by_depth.values()]
-        ratios = [f"{by_depth[depth]['seconds'] / plain[depth]['seconds']:.2f}" for depth in depths]
+        ratios = [f"{by_depth[depth]['seconds'] / plain[depth]['seconds']:.2f}" for depth in timed]
         rows.append([name, *memory, *ratios])
     return tables.align(rows)
