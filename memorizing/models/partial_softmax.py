@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 # Logit where nothing is visible: of weight 0 beside any other, and finite, also when logarithms are added.
@@ -30,7 +31,7 @@ class Partial(NamedTuple):
 
 def attend(
     logits: Float[Array, "*rows T S"],
-    visible: Bool[Array, "*#rows T S"],
+    visible: Bool[Array, "*#rows T S"] | Bool[np.ndarray, "*#rows T S"],
     values: Float[Array, "*#rows S H"],
 ) -> Partial:
     """softmax(logits) values over the visible keys of one part.

@@ -132,6 +132,8 @@ class Checkpointer:
         Raises:
           UserError: there is no such step, or it is damaged; the message names an older one.
         """
+        # A save that was begun counts.
+        self.wait()
         if step is not None and step not in self.steps:
             raise UserError(f"--restore_step={step}: {self._folder} has the steps {self.steps or 'none'}")
         chosen = step if step is not None else self._manager.latest_step()

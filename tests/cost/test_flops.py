@@ -198,7 +198,6 @@ def test_plan_prints_the_run_of_a_gin_file(capsys: pytest.CaptureFixture) -> Non
     "arguments, message",
     [
         ((), "give either --topology"),
-        (("--flops",), "--gin_file is not given"),
         (("--flops=opt", "--gin_file=smoke"), "takes no --gin_file"),
     ],
 )

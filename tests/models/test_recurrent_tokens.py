@@ -186,7 +186,8 @@ def test_a_document_begins_with_the_initial_tokens_and_goes_on_with_the_state(mo
 def test_caches_and_memories_hold_the_segments_own_positions_only(attention: Attention, version: str):
     """As many as the segment has, and what they hold does not depend on the memory tokens' activations."""
     layout = RecurrentTokens(R, version=version).layout(T)
-    segment = Segment(jnp.ones((B, layout.size), bool), layout)
+    tokens = jnp.zeros((B, T), jnp.int32)
+    segment = Segment(jnp.ones((B, layout.size), bool), layout, tokens=tokens, clock=jnp.asarray(0))
     layer, state = attention.layer(DIMS), attention.init_state(DIMS, B, T)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(B, layout.size, D)), jnp.float32)
     params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x, segment, state))["params"]

@@ -30,6 +30,7 @@ from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
+from memorizing.runtime.workdir import seal, unseal
 from memorizing.training.checkpoint import Checkpointer, paths, read_arrays
 from memorizing.training.optimizer import AdamW
 from memorizing.training.state import TrainState, init_train_state, init_variables
@@ -196,9 +197,9 @@ def test_buffers_are_saved_with_checksums_and_come_back(tmp_path: pathlib.Path):
     arrays = read_arrays(workdir, only=("buffers/",))
     assert arrays.keys() == {f"buffers/layer_{index:02d}/attention/count" for index in range(4)}
     record = tmp_path / "checkpoints" / "1" / "data" / "metadata"
-    data = json.loads(record.read_text())
+    data = unseal(record.read_text())
     data["checksums"]["state"]["buffers/layers_00_03/attention/count"] ^= 1
-    record.write_text(json.dumps(data))
+    record.write_text(json.dumps(seal(data)))
     with pytest.raises(UserError, match=r"checksum.*buffers/layers_00_03/attention/count"):
         read_arrays(workdir, only=("buffers/",))
 

@@ -43,7 +43,7 @@ MODEL = LMConfig(
     mlp_dim=32,
     attention=XL,
     # One segment a shard where the memory is sharded into 4; the steps below fill it and wrap around.
-    attention_at=((2, KNNAttention(memory_size=4 * LENGTH, num_neighbors=6, local=XL)),),
+    attention_at=((2, KNNAttention(4 * LENGTH, 6, XL, stored_value="next", retrieval_loss=0.1)),),
     initial_logit_scale=4.0,
 )
 EXPERIMENT = Experiment(
@@ -74,7 +74,10 @@ def initial_state() -> TrainState:
     return jax.device_get(Program(EXPERIMENT, MeshConfig().make_mesh(jax.devices()[:1])).init())
 
 
-def run(experiment: Experiment, num_devices: int, initial_state: TrainState) -> tuple[TrainState, list[float], Program]:
+def run(
+    experiment: Experiment, num_devices: int, initial_state: TrainState
+) -> tuple[TrainState, list[float], Program, dict[str, np.ndarray]]:
+    """The state after all batches, the losses, the program, and what the last step tells of look-ups."""
     mesh = experiment.mesh.make_mesh(jax.devices()[:num_devices])
     with jax.set_mesh(mesh):
         program = Program(experiment, mesh)
@@ -83,11 +86,12 @@ def run(experiment: Experiment, num_devices: int, initial_state: TrainState) -> 
         for batch in batches():
             state, metrics = program.step(state, jax.device_put(batch, program.rows))
             losses.append(float(metrics["loss"]))
-    return jax.device_get(state), losses, program
+    look_ups = {name: value for name, value in jax.device_get(metrics).items() if name.startswith("layer_02")}
+    return jax.device_get(state), losses, program, look_ups
 
 
 @pytest.fixture(scope="module")
-def alone(initial_state: TrainState) -> tuple[TrainState, list[float], Program]:
+def alone(initial_state: TrainState) -> tuple:
     return run(EXPERIMENT, 1, initial_state)
 
 
@@ -109,8 +113,11 @@ def changed(name: str, **fields: Any) -> Experiment:
 def test_equals_the_run_of_one_device(
     experiment: Experiment, num_devices: int, initial_state: TrainState, alone: tuple
 ):
-    state, losses, _ = run(experiment, num_devices, initial_state)
+    state, losses, _, look_ups = run(experiment, num_devices, initial_state)
     np.testing.assert_allclose(losses, alone[1], rtol=0, atol=1e-5)
+    # Shares are those of a microbatch, and their mean is not that of the whole.
+    for name, value in look_ups.items() if experiment.batch.num_microbatches == 1 else ():
+        np.testing.assert_allclose(value, alone[3][name], rtol=1e-4, atol=1e-6, err_msg=name)
     assert min(np.abs(np.diff(losses))) > 1e-3, "nothing was trained"
     actual, expected = paths(state), paths(alone[0])
     assert actual.keys() == expected.keys()

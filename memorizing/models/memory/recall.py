@@ -162,25 +162,37 @@ def recall_metrics(
     weights = jnp.where(exists, jax.nn.softmax(logits, axis=-1), 0.0)
     nats = -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1.0)), axis=-1)
 
-    def count_in_memory(query: tuple[Int[Array, "B"], Bool[Array, "B"]]) -> Int[Array, ""]:
+    def count_in_memory(query: tuple[Int[Array, "B"], Bool[Array, "B"]]) -> Int[Array, "B"]:
         target, is_counted = query
         is_target = (memory.tokens == target[:, None]) & memory.valid & is_counted[:, None]
-        return jnp.sum(is_target)
+        return jnp.sum(is_target, axis=1)
 
     # One query after the other: all of them at once would take as much room as a part of the memory.
     would_hit = jax.lax.map(count_in_memory, (target.T, counts.T))
 
-    # Sums over everything but heads.
-    over = (0, 1, 3)
-    num_neighbours = jnp.maximum(jnp.sum(exists, axis=over), 1)
-    num_queries = jnp.maximum(jnp.sum(counts), 1)
-    num_candidates = jnp.maximum(jnp.sum(counts * num_slots[:, None]), 1)
+    # Sums over a row: by head [B, N], and of all heads [B].
+    of_heads = [
+        jnp.sum(is_hit, axis=(1, 3)),
+        jnp.sum(weights * is_hit, axis=(1, 3)),
+        jnp.sum(is_same, axis=(1, 3)),
+        jnp.sum(nats, axis=1),
+        jnp.sum(exists, axis=(1, 3)),
+    ]
+    of_rows = [
+        jnp.sum(would_hit, axis=0),
+        jnp.sum(counts, axis=1),
+        jnp.sum(counts, axis=1) * num_slots,
+    ]
+    # Over rows in one reduction: on a mesh each is an exchange between devices. [N, 8]
+    by_row = [*of_heads, *(jnp.broadcast_to(row[:, None], of_heads[0].shape) for row in of_rows)]
+    totals = jnp.sum(jnp.stack(by_row, axis=-1).astype(jnp.float32), axis=0)
+    hits, hit_weight, same, nats, num_neighbours, would_hit, num_queries, num_candidates = jnp.moveaxis(totals, -1, 0)
     metrics = {
-        "hit_share": jnp.sum(is_hit, axis=over) / num_neighbours,
-        "hit_weight": jnp.sum(weights * is_hit, axis=over) / num_queries,
-        "hit_chance": jnp.sum(would_hit) / num_candidates,
-        "same_token_share": jnp.sum(is_same, axis=over) / num_neighbours,
-        "weight_entropy": jnp.sum(nats, axis=(0, 1)) / num_queries,
+        "hit_share": hits / jnp.maximum(num_neighbours, 1),
+        "hit_weight": hit_weight / jnp.maximum(num_queries, 1),
+        "hit_chance": would_hit[0] / jnp.maximum(num_candidates[0], 1),
+        "same_token_share": same / jnp.maximum(num_neighbours, 1),
+        "weight_entropy": nats / jnp.maximum(num_queries, 1),
     }
     return jax.lax.stop_gradient(metrics)
 

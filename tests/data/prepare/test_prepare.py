@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 
+from memorizing import main
 from memorizing.data import documents
 from memorizing.data.corpora.github import GithubReader
 from memorizing.data.documents import SEPARATOR
@@ -33,6 +34,11 @@ def run(*flags):
     parser = argparse.ArgumentParser()
     prepare_lib.add_arguments(parser)
     return prepare_lib.run(parser.parse_args(["--processes=1", *flags]))
+
+
+def run_command(*flags):
+    """The same as users run it: with mistakes in flags told in a line."""
+    return main._run(["prepare", "--processes=1", *flags])
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +170,7 @@ def test_mistakes_are_told_in_a_line_and_leave_nothing(corpus, tmp_path, monkeyp
         (tmp_path / folder / name).write_text("x = 1\n" * 1000)
     (tmp_path / "single/repo/LICENSE").write_text("SPDX-License-Identifier: MIT\n")
     before = sorted(tmp_path.rglob("*"))
-    assert run("--task=github_bytes", f"--source={corpus}", "--output=cache", *flags) == 2
+    assert run_command("--task=github_bytes", f"--source={corpus}", "--output=cache", *flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("memorizing: ") and told in line
     assert sorted(tmp_path.rglob("*")) == before
@@ -378,7 +384,7 @@ def test_a_vocabulary_is_trained_alone_and_used_again(corpus, in_parts, tmp_path
         ([f"--task={SPM_TASK}", f"--vocabulary={__file__}"], "cannot be read as a SentencePiece model"),
         ([f"--task={SPM_TASK}", "--processes=0"], "--processes=0"),
     ):
-        assert run(f"--source={corpus}", f"--output={tmp_path / 'new'}", *changed) == 2, changed
+        assert run_command(f"--source={corpus}", f"--output={tmp_path / 'new'}", *changed) == 2, changed
         assert told in capsys.readouterr().err
 
 
