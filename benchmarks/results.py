@@ -308,7 +308,9 @@ def picture(results: Mapping[str, Any], path: pathlib.Path) -> None:
             if i > 0:
                 difference = losses - base_losses
                 lower.plot(middles, difference.mean(axis=0), **style)
-                lower.fill_between(middles, difference.min(axis=0), difference.max(axis=0), color=COLORS[i], alpha=0.15)
+                lower.fill_between(
+                    middles, difference.min(axis=0), difference.max(axis=0), color=COLORS[i % len(COLORS)], alpha=0.15
+                )
         upper.set_title(f"{corpus}: held-out loss by position in the document")
         upper.set_ylabel("loss (nats per token)")
         lower.axhline(0, color="gray", linewidth=0.8, linestyle="--")
