@@ -211,45 +211,56 @@ class ProjectedAttention(nn.Module):
         """See `Attention.layer`."""
         dims = self.dims
 
-        def project(name: str) -> Float[Array, "B T N H"]:
-            projection = Einsum(
-                "BTD,DNH->BTNH",
-                shape=(dims.embed_dim, dims.num_heads, dims.head_dim),
-                axes=("embed", "heads", "head_dim"),
-                dtype=dims.dtype,
-                name=name,
-            )
-            return projection(x)
-
-        queries = project("query")
-        keys = project("key")
-        values = project("value")
+        queries = project_to_heads(dims, "query")(x)
+        keys = project_to_heads(dims, "key")(x)
+        values = project_to_heads(dims, "value")(x)
         if dims.qk_norm == "l2":
             queries = normalize(queries)
             keys = normalize(keys)
 
         core = self.attention.core(dims, name="core")
-        scale = self._logit_scale()
+        scale = logit_scale(self, dims, fixed=dims.head_dim**-0.5)
         y, state, report = core(queries, keys, values, scale, segment, state)
 
-        project_back = Einsum(
-            "BTNH,NHD->BTD",
-            shape=(dims.num_heads, dims.head_dim, dims.embed_dim),
-            axes=("heads", "head_dim", "embed"),
-            dtype=dims.dtype,
-            initial_scale=dims.initial_output_scale,
-            name="output",
-        )
-        return project_back(y), state, report
+        return project_from_heads(dims)(y), state, report
 
-    def _logit_scale(self) -> HeadScale:
-        dims = self.dims
-        shape = (dims.num_heads,)
-        if dims.qk_norm == "none":
-            return jnp.full(shape, dims.head_dim**-0.5, jnp.float32)
-        initializer = nn.initializers.constant(dims.initial_logit_scale)
-        scale = parameter(self, "scale", initializer, shape, ("heads",))
-        return jnp.abs(scale)
+
+def project_to_heads(dims: LayerDims, name: str) -> Einsum:
+    """A projection [B, T, D] -> [B, T, N, H]; to be made in the module whose submodule it is."""
+    return Einsum(
+        "BTD,DNH->BTNH",
+        shape=(dims.embed_dim, dims.num_heads, dims.head_dim),
+        axes=("embed", "heads", "head_dim"),
+        dtype=dims.dtype,
+        name=name,
+    )
+
+
+def project_from_heads(dims: LayerDims) -> Einsum:
+    """The output projection [B, T, N, H] -> [B, T, D]; to be made in the module whose submodule it is."""
+    return Einsum(
+        "BTNH,NHD->BTD",
+        shape=(dims.num_heads, dims.head_dim, dims.embed_dim),
+        axes=("heads", "head_dim", "embed"),
+        dtype=dims.dtype,
+        initial_scale=dims.initial_output_scale,
+        name="output",
+    )
+
+
+def logit_scale(module: nn.Module, dims: LayerDims, fixed: float) -> HeadScale:
+    """The scale of the logits of each head, float32 [N].
+
+    Args:
+      module: whose parameter it is where it is learned.
+      dims: of the layer; with `qk_norm` = 'l2' the scale is learned.
+      fixed: what it is else.
+    """
+    shape = (dims.num_heads,)
+    if dims.qk_norm == "none":
+        return jnp.full(shape, fixed, jnp.float32)
+    initializer = nn.initializers.constant(dims.initial_logit_scale)
+    return jnp.abs(parameter(module, "scale", initializer, shape, ("heads",)))
 
 
 class T5Bias(nn.Module):

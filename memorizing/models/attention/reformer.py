@@ -23,11 +23,13 @@ from memorizing.models.attention.base import (
     LayerDims,
     attend_flops,
     distance_bias,
+    logit_scale,
     matmul_flops,
     normalize,
+    project_from_heads,
+    project_to_heads,
 )
 from memorizing.models.buckets import Pairs, Sorted
-from memorizing.models.layers import Einsum, parameter
 from memorizing.models.memory.external_memory import NEIGHBOURS
 from memorizing.models.partial_softmax import Partial
 from memorizing.models.positions import check_buckets
@@ -141,12 +143,12 @@ class ReformerLayer(nn.Module):
         config = self.attention
         dims = self.dims
         # [B, T, N, H]
-        queries = self._project("query", x)
-        values = self._project("value", x)
+        queries = project_to_heads(dims, "query")(x)
+        values = project_to_heads(dims, "value")(x)
         keys = normalize(queries)
         if dims.qk_norm == "l2":
             queries = keys
-        scale = self._logit_scale()
+        scale = logit_scale(self, dims, fixed=dims.head_dim**-0.5)
         bias = distance_bias(dims, config.num_buckets, config.max_distance)
         # [r, B, N, T]
         hashes = angular_hash(config, keys, segment.rngs)
@@ -165,34 +167,7 @@ class ReformerLayer(nn.Module):
         else:
             y = attend_in_rounds(config, queries, keys, values, hashes, scale, by_distance, segment.is_real)
 
-        project_back = Einsum(
-            "BTNH,NHD->BTD",
-            shape=(dims.num_heads, dims.head_dim, dims.embed_dim),
-            axes=("heads", "head_dim", "embed"),
-            dtype=dims.dtype,
-            initial_scale=dims.initial_output_scale,
-            name="output",
-        )
-        return project_back(y), None if segment.decoding is not None else state, report
-
-    def _project(self, name: str, x: Activations) -> Float[Array, "B T N H"]:
-        dims = self.dims
-        projection = Einsum(
-            "BTD,DNH->BTNH",
-            shape=(dims.embed_dim, dims.num_heads, dims.head_dim),
-            axes=("embed", "heads", "head_dim"),
-            dtype=dims.dtype,
-            name=name,
-        )
-        return projection(x)
-
-    def _logit_scale(self) -> HeadScale:
-        """Learned as in other layers; else 1 / sqrt(H), with keys of length 1 as in the paper."""
-        dims = self.dims
-        if dims.qk_norm == "none":
-            return jnp.full(dims.num_heads, dims.head_dim**-0.5, jnp.float32)
-        initializer = nn.initializers.constant(dims.initial_logit_scale)
-        return jnp.abs(parameter(self, "scale", initializer, (dims.num_heads,), ("heads",)))
+        return project_from_heads(dims)(y), None if segment.decoding is not None else state, report
 
 
 def angular_hash(

@@ -27,12 +27,14 @@ from memorizing.models.attention.base import (
     LayerDims,
     attend_flops,
     distance_bias,
+    logit_scale,
     matmul_flops,
     normalize,
+    project_from_heads,
+    project_to_heads,
 )
 from memorizing.models.attention.sparse import SparseAttention
 from memorizing.models.clusters import Clusters
-from memorizing.models.layers import Einsum, parameter
 from memorizing.models.memory.external_memory import NEIGHBOURS
 from memorizing.models.positions import check_buckets
 
@@ -180,13 +182,14 @@ class RoutingLayer(nn.Module):
         num_local = local_dims.num_heads
 
         # [B, T, N, H]; a routing head's query is its key.
-        queries = self._project("query", dims, x)
-        values = self._project("value", dims, x)
-        scale = self._logit_scale()
+        queries = project_to_heads(dims, "query")(x)
+        values = project_to_heads(dims, "value")(x)
+        # Routing heads' vectors of length 1 stand for layer-normalised ones: without a learned scale it is sqrt(H).
+        scale = logit_scale(self, dims, fixed=dims.head_dim**0.5)
         attended = []
         report = Report()
         if num_local:
-            keys = self._project("key", local_dims, x)
+            keys = project_to_heads(local_dims, "key")(x)
             local_queries = queries[:, :, :num_local]
             if dims.qk_norm == "l2":
                 local_queries, keys = normalize(local_queries), normalize(keys)
@@ -200,15 +203,7 @@ class RoutingLayer(nn.Module):
         y, routing_report = route(vectors, values[:, :, num_local:], scale[num_local:], segment)
         attended.append(y)
 
-        project_back = Einsum(
-            "BTNH,NHD->BTD",
-            shape=(dims.num_heads, dims.head_dim, dims.embed_dim),
-            axes=("heads", "head_dim", "embed"),
-            dtype=dims.dtype,
-            initial_scale=dims.initial_output_scale,
-            name="output",
-        )
-        y = project_back(jnp.concatenate(attended, axis=2))
+        y = project_from_heads(dims)(jnp.concatenate(attended, axis=2))
         report = dataclasses.replace(
             report,
             losses={**report.losses, **routing_report.losses},
@@ -217,24 +212,6 @@ class RoutingLayer(nn.Module):
             choices={**report.choices, **routing_report.choices},
         )
         return y, None if segment.decoding is not None else state, report
-
-    def _project(self, name: str, of_heads: LayerDims, x: Activations) -> Float[Array, "B T N H"]:
-        projection = Einsum(
-            "BTD,DNH->BTNH",
-            shape=(of_heads.embed_dim, of_heads.num_heads, of_heads.head_dim),
-            axes=("embed", "heads", "head_dim"),
-            dtype=of_heads.dtype,
-            name=name,
-        )
-        return projection(x)
-
-    def _logit_scale(self) -> Float[Array, "N"]:
-        """Learned as in other layers; else that of routing heads is sqrt(H), as of layer-normalised vectors."""
-        dims = self.dims
-        if dims.qk_norm == "none":
-            return jnp.full(dims.num_heads, dims.head_dim**0.5, jnp.float32)
-        initializer = nn.initializers.constant(dims.initial_logit_scale)
-        return jnp.abs(parameter(self, "scale", initializer, (dims.num_heads,), ("heads",)))
 
 
 class Routing(nn.Module):
