@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import glob
 import importlib
+import importlib.metadata
+import importlib.util
 import io
 import os
 import re
 import signal
 import sys
+from collections.abc import MutableMapping
 from typing import NoReturn
 
 from memorizing import __version__
@@ -41,6 +45,9 @@ COMMANDS = {
     "launch": ("memorizing.launch.command", "start a run on a pod, or on several processes here"),
 }
 
+# Where Linux shows the TPUs of a machine: those up to v4, and later ones.
+TPU_DEVICES = ("/dev/accel*", "/dev/vfio/*")
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser that tells a mistake in one line, as everything else does."""
@@ -55,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _show_what_can_be_shown()
+    leave_out_absent_tpus(os.environ)
     if arguments[:1] == ["train"]:
         # Until the run itself listens, after seconds of imports: there is nothing yet to be saved.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_START_AGAIN))
@@ -81,6 +89,30 @@ def _show_what_can_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="memorizing")
+
+
+def leave_out_absent_tpus(environment: MutableMapping[str, str]) -> None:
+    """Keeps JAX off the TPU library on a machine that has it but no TPU: it would begin with a page of errors.
+
+    Nothing changes where the user has chosen a platform, or where JAX has yet another one than TPU and CPU.
+
+    Args:
+      environment: of this process, in which JAX reads the platforms to try.
+    """
+    if importlib.util.find_spec("libtpu") is None or _has_tpu() or _has_plugin():
+        return
+    environment.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _has_tpu() -> bool:
+    return any(glob.glob(pattern) for pattern in TPU_DEVICES)
+
+
+def _has_plugin() -> bool:
+    """Whether JAX has more than TPUs and CPUs: it finds the packages of others in these two ways."""
+    if importlib.util.find_spec("jax_plugins") is not None:
+        return True
+    return bool(importlib.metadata.entry_points(group="jax_plugins"))
 
 
 def _run(arguments: list[str]) -> int:
