@@ -23,7 +23,8 @@ SIZES = (0, MEMORY, 64)
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return finished_run(tmp_path_factory.mktemp("runs") / "run")
+    """Under a name that shells, gin and formats of strings could take for something else."""
+    return finished_run(tmp_path_factory.mktemp("runs") / "50% of 'my' run = {ünfinished} #1")
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +77,16 @@ def test_a_memory_changes_nothing_before_it_is_needed(result: dict):
     assert (np.abs(np.subtract(small, large))[3:] > 1e-4).all()
 
 
-def test_what_is_left_in_the_workdir_and_told(workdir: str, result: dict, capsys: pytest.CaptureFixture):
+def test_what_is_left_in_the_workdir_and_told(
+    workdir: str, result: dict, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """The workdir may be given by a path from the folder that the user is in."""
     folder = pathlib.Path(workdir) / "evaluation"
     for name in ("loss_by_position.png", "loss_by_memory.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert main._run(["evaluate", f"--workdir={workdir}", f"--memory_sizes={MEMORY}", "--step=1", "--rows=1"]) == 0
+    monkeypatch.chdir(pathlib.Path(workdir).parent)
+    relative = pathlib.Path(workdir).name
+    assert main._run(["evaluate", f"--workdir={relative}", f"--memory_sizes={MEMORY}", "--step=1", "--rows=1"]) == 0
     told = capsys.readouterr().out
     again = json.loads((folder / "evaluation.json").read_text())
     assert again["step"] == 1

@@ -145,11 +145,14 @@ def test_saving_may_overlap_with_steps_that_donate_the_state(run: Run, tmp_path:
 
 
 def test_keeps_the_newest(run: Run, tmp_path: pathlib.Path):
+    """By number, not by name: 10 comes after 9."""
     checkpointer = Checkpointer(epath.Path(tmp_path), keep=2)
-    for step in range(5):
-        checkpointer.save(run.put(step), {})
+    steps = range(4, 12)
+    for step, name in zip((0, 1, 2, 3, 4, 5, 6, 6), steps, strict=True):
+        state = dataclasses.replace(run.put(step), step=jnp.asarray(name, jnp.int32))
+        checkpointer.save(state, {})
     checkpointer.wait()
-    assert checkpointer.steps == [3, 4]
+    assert checkpointer.steps == [10, 11]
     checkpointer.close()
 
 
