@@ -430,6 +430,7 @@ def apply(
     rngs: Rngs | None = None,
     decoding: Decoding | None = None,
     update_buffers: bool = False,
+    num_shown: int = 0,
 ) -> ModelOutput:
     """Reads one segment of every row.
 
@@ -442,6 +443,7 @@ def apply(
       rngs: random numbers of the segment, of dropout for example; None where nothing is random, as in evaluation.
       decoding: the place in a segment that is being generated, with `kv_cache` by group; None for a whole segment.
       update_buffers: whether the layers may change their buffers, as they do in training.
+      num_shown: see `context.Segment`.
     """
     layout = config.layout(inputs.is_real.shape[1])
     is_whole = decoding is None
@@ -463,6 +465,7 @@ def apply(
         rngs=rngs,
         tokens=inputs.tokens,
         clock=context["clock"],
+        num_shown=num_shown,
     )
     layers = config.stack.apply(params, buffers, x, segment, context, update_buffers)
     x = _apply_module(_final_norm(config), params["final_norm"], layers.x)

@@ -85,7 +85,7 @@ class StackOutput(NamedTuple):
     Attributes:
       x: [B, T, D].
       states, buffers: of every group by name; a state is None where the segment is not whole.
-      report: losses, metrics and `retrieved` by layer, `kv_cache` by group.
+      report: losses, metrics, `retrieved` and `attended` by layer, `kv_cache` by group.
     """
 
     x: Activations
@@ -246,7 +246,7 @@ class Stack:
           segment: `rngs` of the whole segment; `decoding.kv_cache` by group.
           update_buffers: whether layers may change their buffers, as they do in training only.
         """
-        output = StackOutput(x, states={}, buffers={}, report=Report(retrieved={}))
+        output = StackOutput(x, states={}, buffers={}, report=Report(retrieved={}, attended={}))
         is_reversible = self.residuals == "reversible"
         stream: Activations | Streams = Streams(x, x) if is_reversible else x
         for run in self.runs:

@@ -103,6 +103,7 @@ class Attention:
       memory_size: slots of its external memory in positions, 0 without one.
       takes_memory_tokens: whether recurrent memory tokens may stand before and after the segment's own.
       decoding_advice: what to do where the layer cannot decode.
+      tells_attention: whether it reports what positions attend to within a segment: see `context.Attended`.
     """
 
     stackable: ClassVar[bool] = True
@@ -110,6 +111,7 @@ class Attention:
     memory_size: ClassVar[int] = 0
     takes_memory_tokens: ClassVar[bool] = True
     decoding_advice: ClassVar[str] = ""
+    tells_attention: ClassVar[bool] = False
 
     # What it carries.
 
