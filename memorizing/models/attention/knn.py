@@ -113,6 +113,11 @@ class KNNAttention(Attention):
         return self.local.can_decode
 
     @property
+    def tells_attention(self) -> bool:
+        """Whether its local attention does; what the memory found is told apart."""
+        return self.local.tells_attention
+
+    @property
     def stores_next(self) -> bool:
         """Whether keys are stored with the next position's value."""
         return self.stored_value == "next"
