@@ -7,6 +7,7 @@ from memorizing.evaluation.windows import Windows
 from memorizing.models.attention import MECHANISMS
 from memorizing.models.language_model import LMConfig
 from memorizing.models.memory.continuous_cache import ContinuousCache
+from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
 from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.runtime.sharding import MeshConfig
@@ -35,6 +36,7 @@ for configurable in (
     *MECHANISMS,
     RecurrentTokens,
     ContinuousCache,
+    ProductKeys,
     ExactSearch,
     ApproximateSearch,
     # Optimizers and schedules.

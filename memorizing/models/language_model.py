@@ -33,6 +33,7 @@ from memorizing.models.layers import Embedder, MLPKind, NormKind, dropout, make_
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Mixture
 from memorizing.models.memory.external_memory import Memory
+from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, written
 from memorizing.models.stack import LayerGroup, RematKind, Stack, StackOutput, layer_name
 
@@ -64,6 +65,8 @@ class LMConfig:
       mlp_chunks: parts of a segment that pass through the MLP one after the other, so that its hidden layer is small.
       loss_chunks: parts of a segment whose logits are there at a time in training.
       norm, mlp, qk_norm, positions: the parts of a layer, see `LayerDims`.
+      product_keys: a memory in the place of the MLP of the layers that `product_keys_at` names.
+      product_keys_at: indices of layers, from 0.
       initial_outputs: 'plain', or 'by_depth' to begin with output projections of attention and MLP divided by
         sqrt(2 L), as the Sparse Transformer does (Child et al. 2019, section 5.2).
     """
@@ -91,6 +94,8 @@ class LMConfig:
     loss_chunks: Count = 1
     remat_every: Count = 1
     continuous_cache: ContinuousCache | None = None
+    product_keys: ProductKeys | None = None
+    product_keys_at: tuple[CountOrNone, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -129,6 +134,17 @@ class LMConfig:
                 f"LMConfig.attention_at names the layers {indices}: different indices from 0 to {self.num_layers - 1} "
                 f"(LMConfig.num_layers = {self.num_layers})"
             )
+        at = self.product_keys_at
+        if len(set(at)) < len(at) or not all(0 <= index < self.num_layers for index in at):
+            raise UserError(
+                f"LMConfig.product_keys_at = {at}: different indices of layers from 0 to {self.num_layers - 1} "
+                f"(LMConfig.num_layers = {self.num_layers})"
+            )
+        if bool(at) != bool(self.product_keys):
+            raise UserError(
+                f"LMConfig.product_keys_at = {at} with LMConfig.product_keys = {self.product_keys}: one says which "
+                "layers have the memory that the other describes, set both or neither"
+            )
         if self.qk_norm == "none" and any(each.memory_size for each in self.stack.mechanisms):
             raise UserError(
                 "LMConfig.qk_norm = 'none': an external memory compares keys of different times, which have to have "
@@ -140,7 +156,9 @@ class LMConfig:
         """About how many parameters there are: those of matrices in layers, and of the embedding."""
         of_attention = 4 * self.embed_dim * self.num_heads * self.head_dim
         of_mlp = 2 * self.embed_dim * self.mlp_dim
-        return self.num_layers * (of_attention + of_mlp) + self.vocab_size * self.embed_dim
+        of_layers = self.num_layers * of_attention + (self.num_layers - len(self.product_keys_at)) * of_mlp
+        of_memories = self.product_keys.num_parameters(self.embed_dim) if self.product_keys else 0
+        return of_layers + len(self.product_keys_at) * of_memories + self.vocab_size * self.embed_dim
 
     @property
     def dims(self) -> LayerDims:
@@ -179,6 +197,8 @@ class LMConfig:
             self.remat,
             self.remat_every,
             self.residuals,
+            self.product_keys,
+            self.product_keys_at,
         )
 
     @property

@@ -26,6 +26,7 @@ from memorizing.context import Layout, Report, Segment
 from memorizing.models import masks, positions
 from memorizing.models.layers import Einsum, MLPKind, NormKind, parameter
 from memorizing.models.memory.external_memory import Memory
+from memorizing.models.memory.product_keys import ProductKeys
 
 # Logit where nothing is visible: of weight 0 beside any other, and finite.
 _HIDDEN = jnp.finfo(jnp.float32).min
@@ -49,6 +50,7 @@ class LayerDims:
       positions: 't5' adds a bias learned for each bucket of distances; 'none' leaves the order to the mask.
       initial_output_scale: factor of the initial output projections of attention and MLP.
       mlp_chunks: parts of the segment that pass through the MLP one after the other.
+      product_keys: a memory in the place of the MLP, or None.
     """
 
     embed_dim: int
@@ -64,6 +66,7 @@ class LayerDims:
     positions: Literal["t5", "none"] = "t5"
     initial_output_scale: float = 1.0
     mlp_chunks: int = 1
+    product_keys: ProductKeys | None = None
 
     @property
     def width(self) -> int:
