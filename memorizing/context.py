@@ -165,7 +165,7 @@ class Segment:
             return table
         return jax.lax.dynamic_slice_in_dim(table, self.decoding.position, size, axis)
 
-    def with_kv_cache(self, name: str, new: jax.Array) -> jax.Array:
+    def with_kv_cache(self, name: str, new: jax.Array, carried: jax.Array | None = None) -> jax.Array:
         """Keys, or other entries of which each key has one, of all that is seen: [carried; segment], [B, S, ...].
 
         Entries of tokens that are not known yet are arbitrary.
@@ -173,7 +173,10 @@ class Segment:
         Args:
           name: of the entry in the KV cache.
           new: [carried; positions of the activations]; in a decode step only the latter.
+          carried: what stands before `new`, if it was not joined with it; in a decode step it is not used.
         """
+        if carried is not None and not self.is_decode_step:
+            new = jnp.concatenate([carried, new], axis=1)
         if self.decoding is None:
             return new
         if self.decoding.kv_cache is None:
