@@ -135,6 +135,8 @@ class Segment:
       tokens: int32 [B, length], the segment's own; in a decode step only the one token of the step, [B, 1].
       clock: int32 scalar, segments processed before this one. A layer without a memory needs neither.
       choices: what the layer chose when it passed this segment before (`Report.choices`); None for the first time.
+      num_shown: so many positions that get the most attention from each one are reported, where a mechanism can tell
+        (`Report.attended`); 0, as in training: none.
     """
 
     is_real: RealPositions
@@ -144,6 +146,7 @@ class Segment:
     tokens: Int[Array, "B _"] | None = None
     clock: Clock | None = None
     choices: Mapping[str, jax.Array] | None = None
+    num_shown: int = struct.field(pytree_node=False, default=0)
 
     @property
     def is_decode_step(self) -> bool:
@@ -162,7 +165,7 @@ class Segment:
             return table
         return jax.lax.dynamic_slice_in_dim(table, self.decoding.position, size, axis)
 
-    def with_kv_cache(self, name: str, new: jax.Array) -> jax.Array:
+    def with_kv_cache(self, name: str, new: jax.Array, carried: jax.Array | None = None) -> jax.Array:
         """Keys, or other entries of which each key has one, of all that is seen: [carried; segment], [B, S, ...].
 
         Entries of tokens that are not known yet are arbitrary.
@@ -170,7 +173,10 @@ class Segment:
         Args:
           name: of the entry in the KV cache.
           new: [carried; positions of the activations]; in a decode step only the latter.
+          carried: what stands before `new`, if it was not joined with it; in a decode step it is not used.
         """
+        if carried is not None and not self.is_decode_step:
+            new = jnp.concatenate([carried, new], axis=1)
         if self.decoding is None:
             return new
         if self.decoding.kv_cache is None:
@@ -192,6 +198,26 @@ class Segment:
 
 
 @struct.dataclass
+class Attended:
+    """What heads of a layer attended to within a segment, for an inspector.
+
+    Attributes:
+      positions: int32 [B, T, N, k], in the segment, the one with the greatest weight first; -1 where there is none.
+      weights: float32 [B, T, N, k], of the attention to them.
+      groups: int32 [B, T, N, g], numbers of what each position belongs to: buckets, a cluster. Positions that share
+        one may see each other.
+      group_names: what they are called, g of them.
+      heads: the layer's heads that these are, N of them.
+    """
+
+    positions: Int[Array, "B T N k"] | Any
+    weights: Float[Array, "B T N k"] | Any
+    groups: Int[Array, "B T N g"] | Any
+    group_names: tuple[str, ...] = struct.field(pytree_node=False)
+    heads: range = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class Report:
     """What a layer returns besides its output, by name.
 
@@ -205,6 +231,8 @@ class Report:
         `external_memory.Retrieved`.
       choices: integers that the layer chose without gradient, such as hashes. A layer that is computed again from
         inputs that are equal up to rounding has to choose the same.
+      attended: of a layer, what its heads attended to within the segment, `Attended` for each kind of head; of a model
+        a dict by layer. Only where the segment asks for it (`Segment.num_shown`) and the mechanism can tell.
     """
 
     losses: Mapping[str, jax.Array] = struct.field(default_factory=dict)
@@ -212,20 +240,23 @@ class Report:
     kv_cache: Mapping[str, jax.Array] = struct.field(default_factory=dict)
     retrieved: Any = None
     choices: Mapping[str, jax.Array] = struct.field(default_factory=dict)
+    attended: Any = ()
 
     def with_part(self, name: str, part: Report) -> Report:
         """The report of a model with that of one of its parts, whose losses and metrics are called `name/...`.
 
-        The model's `retrieved` is a dict by part.
+        The model's `retrieved` and `attended` are dicts by part.
         """
         losses = {f"{name}/{key}": value for key, value in part.losses.items()}
         metrics = {f"{name}/{key}": value for key, value in part.metrics.items()}
         retrieved = {} if part.retrieved is None else {name: part.retrieved}
+        attended = {name: part.attended} if part.attended else {}
         return dataclasses.replace(
             self,
             losses={**self.losses, **losses},
             metrics={**self.metrics, **metrics},
             retrieved={**self.retrieved, **retrieved},
+            attended={**self.attended, **attended},
         )
 
 

@@ -17,11 +17,13 @@ from walk_through import DecayingAverage
 
 from memorizing.context import Context, Inputs
 from memorizing.models import language_model
+from memorizing.models.attention.adaptive_span import AdaptiveSpanAttention
 from memorizing.models.attention.base import Attention
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.longformer import LongformerAttention
 from memorizing.models.attention.reformer import ReformerAttention
 from memorizing.models.attention.routing import RoutingAttention
 from memorizing.models.attention.sparse import SparseAttention
@@ -194,6 +196,16 @@ MECHANISMS = (
         "routing, strictly causal, beside a cache",
         attention=RoutingAttention(num_clusters=2, cluster_size=4, local=XL, strictly_causal=True),
         order_of_sums_depends_on_later_tokens=True,
+    ),
+    Mechanism(
+        "longformer",
+        attention=LongformerAttention(window=5, num_global=3),
+        two_segments_equal_one=True,
+    ),
+    Mechanism(
+        "adaptive span",
+        attention=AdaptiveSpanAttention(window=LENGTH, ramp=3, initial_span=0.5, span_loss=0.01),
+        two_segments_equal_one=True,
     ),
     # That of docs/adding-a-mechanism.md.
     Mechanism("decaying average", attention=DecayingAverage(), two_segments_equal_one=True),

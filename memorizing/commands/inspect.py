@@ -1,4 +1,4 @@
-"""The command `inspect`: a page that shows what the memory of a finished run did for one document."""
+"""The command `inspect`: pages that show what a finished run's memory and attention did for one document."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from memorizing.array_typing import Tree
 from memorizing.batch import DataSource, Vocabulary, text_of
 from memorizing.commands import experiment_flags
 from memorizing.commands.documents import longest_document, read_text
@@ -20,11 +21,14 @@ from memorizing.config.runs import open_run
 from memorizing.errors import MOST, Range, UserError
 from memorizing.evaluation import plots
 from memorizing.evaluation.finished_run import FinishedRun
+from memorizing.evaluation.inspection.attention import read_attention, tells_attention
+from memorizing.evaluation.inspection.attention_page import make_attention_page
 from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, Lookups, inspect, recall_of
 from memorizing.evaluation.inspection.page import make_page
 from memorizing.runtime.json_lines import replace_bytes, replace_text
 
 FOLDER = "inspection"
+ATTENTION_PAGE = "attention.html"
 MAX_TOKENS = 100_000
 
 DESCRIPTION = f"""\
@@ -35,6 +39,8 @@ head; and for a chosen token the neighbours that each head found, with score, we
   memorizing inspect --workdir=DIR --document=KEY         a held-out document by its name (or a part of it that only one has)
   memorizing inspect --workdir=DIR --document=FILE        any file of UTF-8 text
   memorizing inspect --workdir=DIR --memory_sizes=8192,32768    two memories, neither of which has to be that of training
+
+Where layers tell what they attended to within a segment (by pattern, hash or cluster), a second page, attention.html, shows it for every token; without a memory it is the only one.
 
 Of a document of more than {MAX_TOKENS:,} tokens the first {MAX_TOKENS:,} are read, unless --max_tokens says otherwise. The page and its pictures are written to
 WORKDIR/inspection.
@@ -74,18 +80,55 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     experiment_flags.use_devices(1)
     finished = open_run(options.workdir or experiment_flags.DEFAULT_WORKDIR, options.step, bindings)
-    sizes = _memory_sizes(finished, options.memory_sizes)
+    model = finished.experiment.model
+    if not model.has_memory and not tells_attention(model):
+        raise UserError(
+            f"the model of {finished.workdir} has no external memory, and its attention tells nothing: there is "
+            "nothing to look into"
+        )
+    if options.memory_sizes and not model.has_memory:
+        raise UserError(
+            f"--memory_sizes={options.memory_sizes}: the model of {finished.workdir} has no external memory; leave the "
+            "flag out"
+        )
+    sizes = _memory_sizes(finished, options.memory_sizes) if model.has_memory else None
     finished.check_data()
     whole = _document(finished, options.document)
     document = NamedDocument(whole.name, whole.tokens[: options.max_tokens], whole.pieces[: options.max_tokens])
+    params, buffers = jax.device_put((finished.params, finished.buffers))
+    if sizes:
+        print(_inspect_memory(finished, params, buffers, document, sizes, len(whole.tokens)))
+    if tells_attention(model):
+        print(_inspect_attention(finished, params, buffers, document, len(whole.tokens)))
+    return 0
+
+
+def _inspect_memory(
+    finished: FinishedRun,
+    params: Tree,
+    buffers: Tree,
+    document: NamedDocument,
+    sizes: tuple[int, int],
+    num_tokens: int,
+) -> str:
+    """Reads with two memories, and writes the page about them.
+
+    Args:
+      finished, params, buffers: the run.
+      document: what is read of the document.
+      sizes: of the memories.
+      num_tokens: of the whole document.
+
+    Returns:
+      What to print.
+    """
     smaller, larger = sizes
-    num_tokens = len(document.tokens)
+    num_read = len(document.tokens)
     print(
-        f"{document.name}: {num_tokens:,} of {len(whole.tokens):,} tokens, with memories of {smaller:,} and {larger:,}",
+        f"{document.name}: {num_read:,} of {num_tokens:,} tokens, with memories of {smaller:,} and {larger:,}",
         flush=True,
     )
-    progress = _Progress(2 * num_tokens)
-    params, buffers = jax.device_put((finished.params, finished.buffers))
+    progress = _Progress(2 * num_read)
     inspection = inspect(
         finished.experiment.model,
         params,
@@ -96,8 +139,59 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
         progress.advance,
     )
     progress.end()
-    print(_write(finished, document, inspection, len(whole.tokens)))
-    return 0
+    return _write(finished, document, inspection, num_tokens)
+
+
+def _inspect_attention(
+    finished: FinishedRun,
+    params: Tree,
+    buffers: Tree,
+    document: NamedDocument,
+    num_tokens: int,
+) -> str:
+    """Reads once, and writes the page about what was attended to; arguments and result as of `_inspect_memory`."""
+    segment_length = finished.experiment.batch.segment_length
+    num_read = len(document.tokens)
+    print(f"{document.name}: attention of {num_read:,} of {num_tokens:,} tokens", flush=True)
+    progress = _Progress(num_read)
+    reading = read_attention(
+        finished.experiment.model,
+        params,
+        buffers,
+        DocumentTokens(document.tokens, finished.experiment.data.start_id),
+        segment_length,
+        progress.advance,
+    )
+    progress.end()
+    facts = _facts(finished, num_read, num_tokens)
+    page = make_attention_page(document.name, reading, document.pieces, segment_length, facts)
+    folder = _folder(finished, document)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / ATTENTION_PAGE, page)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
+    megabytes = len(page.encode()) / 1e6
+    return f"mean loss {reading.nats.mean():.4f}; written to {folder}: {ATTENTION_PAGE} ({megabytes:.1f} MB)"
+
+
+def _facts(finished: FinishedRun, num_read: int, num_tokens: int) -> dict[str, str]:
+    """What both pages say, by label."""
+    if num_read < num_tokens:
+        read = f"the first {num_read:,} of its {num_tokens:,} tokens"
+    else:
+        read = f"all {num_tokens:,} tokens"
+    return {
+        "read": read,
+        "run": f"{finished.workdir}, step {finished.step}",
+        "data": finished.experiment.data.identity,
+    }
+
+
+def _folder(finished: FinishedRun, document: NamedDocument) -> epath.Path:
+    """Where the pages of a document are written."""
+    name = re.sub(r"[^\w.-]+", "-", document.name)[-80:]
+    return finished.workdir / FOLDER / (name or "document")
 
 
 def _write(finished: FinishedRun, document: NamedDocument, inspection: Inspection, num_tokens: int) -> str:
@@ -128,21 +222,13 @@ def _write(finished: FinishedRun, document: NamedDocument, inspection: Inspectio
             "Share of each head's attention by the age of the memory.",
         ),
     }
-    num_read = len(document.tokens)
-    if num_read < num_tokens:
-        read = f"the first {num_read:,} of its {num_tokens:,} tokens"
-    else:
-        read = f"all {num_tokens:,} tokens"
     facts = {
-        "read": read,
-        "run": f"{finished.workdir}, step {finished.step}",
-        "data": finished.experiment.data.identity,
+        **_facts(finished, len(document.tokens), num_tokens),
         "segments": f"of {inspection.segment_length:,} tokens; a token looks up what stands in earlier segments only",
     }
     figures = {caption: (png, f"Plot: {caption}") for png, caption in pictures.values()}
     page = make_page(document.name, inspection, document.pieces, facts, figures)
-    folder_name = re.sub(r"[^\w.-]+", "-", document.name)[-80:]
-    folder = finished.workdir / FOLDER / (folder_name or "document")
+    folder = _folder(finished, document)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, (png, _) in pictures.items():
@@ -178,8 +264,6 @@ def _recall(finished: FinishedRun, inspection: Inspection, lookups: Lookups) -> 
 
 def _memory_sizes(finished: FinishedRun, given: str | None) -> tuple[int, int]:
     model = finished.experiment.model
-    if not model.has_memory:
-        raise UserError(f"the model of {finished.workdir} has no external memory: there is nothing to look into")
     if given is None:
         return 0, model.memory_size
     sizes = [size.strip() for size in given.split(",")]

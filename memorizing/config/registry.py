@@ -7,6 +7,7 @@ from memorizing.evaluation.windows import Windows
 from memorizing.models.attention import MECHANISMS
 from memorizing.models.language_model import LMConfig
 from memorizing.models.memory.continuous_cache import ContinuousCache
+from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
 from memorizing.models.positions import LearnedPositions, Rotary
 from memorizing.models.recurrent_tokens import RecurrentTokens
@@ -38,6 +39,7 @@ for configurable in (
     LearnedPositions,
     RecurrentTokens,
     ContinuousCache,
+    ProductKeys,
     ExactSearch,
     ApproximateSearch,
     # Optimizers and schedules.

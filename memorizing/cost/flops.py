@@ -45,9 +45,13 @@ def segment_flops(config: LMConfig, segment_length: int) -> int:
     # A gated MLP has a second projection up.
     num_matrices = 3 if config.mlp.startswith("gated") else 2
     mlp = matmul_flops(layout.size, config.embed_dim, num_matrices * config.mlp_dim)
+    # A memory in the place of the MLP.
+    num_memories = len(config.product_keys_at)
+    memory = config.product_keys.flops(config.embed_dim, layout.size) if config.product_keys else 0
     logits = matmul_flops(segment_length, config.embed_dim, config.vocab_size)
     cache = config.continuous_cache.flops(config.embed_dim, segment_length) if config.continuous_cache else 0
-    return attention + config.num_layers * mlp + logits + cache
+    feed_forward = (config.num_layers - num_memories) * mlp + num_memories * memory
+    return attention + feed_forward + logits + cache
 
 
 def _opt(num_layers: int, embed_dim: int, num_heads: int) -> LMConfig:

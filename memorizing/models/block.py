@@ -9,6 +9,7 @@ from memorizing.array_typing import Activations, Tree
 from memorizing.context import Report, Segment
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.layers import MLP, dropout, make_norm
+from memorizing.models.memory.product_keys import ProductKeyMemory
 
 
 class Block(nn.Module):
@@ -30,7 +31,10 @@ class Block(nn.Module):
         self.attention_norm = make_norm(dims.norm, dims.norm_epsilon)
         self.attention = self.mechanism.layer(dims)
         self.mlp_norm = make_norm(dims.norm, dims.norm_epsilon)
-        self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype, dims.initial_output_scale, "mlp" in dims.biases)
+        if dims.product_keys:
+            self.mlp = ProductKeyMemory(dims.product_keys, dims.dtype, dims.initial_output_scale)
+        else:
+            self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype, dims.initial_output_scale, "mlp" in dims.biases)
         if dims.sandwich_norms:
             self.attention_output_norm = make_norm(dims.norm, dims.norm_epsilon)
             self.mlp_output_norm = make_norm(dims.norm, dims.norm_epsilon)
@@ -80,7 +84,7 @@ class Block(nn.Module):
         if num_chunks == 1 or length == 1 or self.is_initializing():
             return self.mlp(x)
 
-        def pass_chunk(mlp: MLP, carry: None, chunk: Activations) -> tuple[None, Activations]:
+        def pass_chunk(mlp: nn.Module, carry: None, chunk: Activations) -> tuple[None, Activations]:
             return carry, mlp(chunk)
 
         in_turn = nn.scan(

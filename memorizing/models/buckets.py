@@ -79,6 +79,32 @@ def pairs(positions: Sorted, chunk_size: int, strictly_causal: bool) -> Pairs:
     return Pairs(query, key, visible)
 
 
+def meets(
+    positions: Sorted,
+    query: Int[Array, "t"],
+    chunk_size: int,
+    strictly_causal: bool,
+) -> Bool[Array, "B N t S"]:
+    """The visible pairs of `pairs` for some queries and all keys.
+
+    Args:
+      positions: of a whole segment.
+      query: their positions.
+      chunk_size, strictly_causal: as of `pairs`.
+    """
+    ranks, own = positions.ranks, positions.buckets
+    if strictly_causal:
+        back = ranks[..., query, None] - ranks[..., None, :]
+        is_near = back < chunk_size
+    else:
+        chunks = ranks // chunk_size
+        back = chunks[..., query, None] - chunks[..., None, :]
+        is_near = back <= 1
+    is_same = own[..., query, None] == own[..., None, :]
+    is_earlier = query[:, None] >= jnp.arange(own.shape[-1])[None, :]
+    return is_same & is_near & is_earlier[None, None]
+
+
 def in_chunks(x: Float[Array, "B N T H"], positions: Sorted, chunk_size: int) -> Float[Array, "B N m C H"]:
     """Entries of positions in sorted order, cut into chunks."""
     ordered = jnp.take_along_axis(x, positions.order[..., None], axis=2)

@@ -34,6 +34,7 @@ from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Mixture
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.positions import LearnedPositions, Positions, Rotary
+from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, written
 from memorizing.models.stack import LayerGroup, RematKind, Stack, StackOutput, layer_name
 
@@ -69,6 +70,8 @@ class LMConfig:
       loss_chunks: parts of a segment whose logits are there at a time in training.
       norm, mlp, qk_norm, positions, num_kv_heads, norm_epsilon, biases, attention_scale, attention_logit_cap,
         sandwich_norms: the parts of a layer, see `LayerDims`.
+      product_keys: a memory in the place of the MLP of the layers that `product_keys_at` names.
+      product_keys_at: indices of layers, from 0.
       initial_outputs: 'plain', or 'by_depth' to begin with output projections of attention and MLP divided by
         sqrt(2 L), as the Sparse Transformer does (Child et al. 2019, section 5.2).
       head: how logits are made: by the table of the embedding, divided by sqrt(D) ('tied_scaled') or not ('tied'), or
@@ -109,6 +112,8 @@ class LMConfig:
     head: HeadKind = "tied_scaled"
     scales_embedding: bool = False
     final_logit_cap: Factor = 0.0
+    product_keys: ProductKeys | None = None
+    product_keys_at: tuple[CountOrNone, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -147,6 +152,17 @@ class LMConfig:
                 f"LMConfig.attention_at names the layers {indices}: different indices from 0 to {self.num_layers - 1} "
                 f"(LMConfig.num_layers = {self.num_layers})"
             )
+        at = self.product_keys_at
+        if len(set(at)) < len(at) or not all(0 <= index < self.num_layers for index in at):
+            raise UserError(
+                f"LMConfig.product_keys_at = {at}: different indices of layers from 0 to {self.num_layers - 1} "
+                f"(LMConfig.num_layers = {self.num_layers})"
+            )
+        if bool(at) != bool(self.product_keys):
+            raise UserError(
+                f"LMConfig.product_keys_at = {at} with LMConfig.product_keys = {self.product_keys}: one says which "
+                "layers have the memory that the other describes, set both or neither"
+            )
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -171,7 +187,9 @@ class LMConfig:
         """About how many parameters there are: those of matrices in layers, and of the embedding."""
         of_attention = 2 * self.embed_dim * (self.num_heads + self.dims.kv_heads) * self.head_dim
         of_mlp = 2 * self.embed_dim * self.mlp_dim
-        return self.num_layers * (of_attention + of_mlp) + self.vocab_size * self.embed_dim
+        of_layers = self.num_layers * of_attention + (self.num_layers - len(self.product_keys_at)) * of_mlp
+        of_memories = self.product_keys.num_parameters(self.embed_dim) if self.product_keys else 0
+        return of_layers + len(self.product_keys_at) * of_memories + self.vocab_size * self.embed_dim
 
     @property
     def dims(self) -> LayerDims:
@@ -217,6 +235,8 @@ class LMConfig:
             self.remat,
             self.remat_every,
             self.residuals,
+            self.product_keys,
+            self.product_keys_at,
         )
 
     @property
@@ -475,6 +495,7 @@ def apply(
     rngs: Rngs | None = None,
     decoding: Decoding | None = None,
     update_buffers: bool = False,
+    num_shown: int = 0,
 ) -> ModelOutput:
     """Reads one segment of every row.
 
@@ -487,6 +508,7 @@ def apply(
       rngs: random numbers of the segment, of dropout for example; None where nothing is random, as in evaluation.
       decoding: the place in a segment that is being generated, with `kv_cache` by group; None for a whole segment.
       update_buffers: whether the layers may change their buffers, as they do in training.
+      num_shown: see `context.Segment`.
     """
     layout = config.layout(inputs.is_real.shape[1])
     is_whole = decoding is None
@@ -511,6 +533,7 @@ def apply(
         rngs=rngs,
         tokens=inputs.tokens,
         clock=context["clock"],
+        num_shown=num_shown,
     )
     layers = config.stack.apply(params, buffers, x, segment, context, update_buffers)
     x = _apply_module(_final_norm(config), params["final_norm"], layers.x)

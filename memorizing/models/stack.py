@@ -30,6 +30,7 @@ from memorizing.models.attention.base import Attention, LayerDims, ResidualKind
 from memorizing.models.block import Block
 from memorizing.models.layers import rows_over_data
 from memorizing.models.memory.external_memory import NEIGHBOURS
+from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.reversible import Halves, ReversibleInputs, Streams
 
 RematKind = Literal["none", "layer", "dots"]
@@ -85,7 +86,7 @@ class StackOutput(NamedTuple):
     Attributes:
       x: [B, T, D].
       states, buffers: of every group by name; a state is None where the segment is not whole.
-      report: losses, metrics and `retrieved` by layer, `kv_cache` by group.
+      report: losses, metrics, `retrieved` and `attended` by layer, `kv_cache` by group.
     """
 
     x: Activations
@@ -107,7 +108,9 @@ class Stack:
         but that search and products with parameters.
       remat_every: layers of a scan, counted in repetitions of the pattern, of which only the inputs of the first are
         stored (Chen et al. 2016). Those of one such block are computed again together.
-      residuals: 'plain' and 'parallel' are the layers' own; 'reversible': two streams, whose activations are computed back from the outputs.
+      residuals: 'plain' and 'parallel' are the layers' own; 'reversible': two streams, whose activations are computed
+        back from the outputs.
+      product_keys, product_keys_at: a memory in the place of the MLP, and the indices of its layers.
     """
 
     num_layers: int
@@ -117,6 +120,8 @@ class Stack:
     remat: RematKind = "none"
     remat_every: int = 1
     residuals: ResidualKind = "plain"
+    product_keys: ProductKeys | None = None
+    product_keys_at: tuple[int, ...] = ()
 
     @functools.cached_property
     def mechanisms(self) -> tuple[Attention, ...]:
@@ -145,9 +150,14 @@ class Stack:
         period = len(self.pattern)
         block = self.mechanisms[first : first + period]
         is_stackable = all(mechanism.stackable for mechanism in block)
+        has_product_keys = [index in self.product_keys_at for index in range(self.num_layers)]
 
         end = first + period
-        while is_stackable and self.mechanisms[end : end + period] == block:
+        while (
+            is_stackable
+            and self.mechanisms[end : end + period] == block
+            and has_product_keys[end : end + period] == has_product_keys[first : first + period]
+        ):
             end += period
         if end == first + period:
             alone = LayerGroup(block[0], range(first, first + 1))
@@ -164,6 +174,13 @@ class Stack:
         """The groups of all runs."""
         return tuple(group for run in self.runs for group in run.groups)
 
+    def block(self, group: LayerGroup) -> Block:
+        """A layer of a group."""
+        dims = self.dims
+        if group.layers[0] in self.product_keys_at:
+            dims = dataclasses.replace(dims, product_keys=self.product_keys)
+        return Block(group.attention, dims)
+
     @property
     def stacked_layers(self) -> dict[str, tuple[int, ...]]:
         """The layers' indices of every group of several layers, by its name."""
@@ -178,7 +195,7 @@ class Stack:
         for group in self.groups:
             init_layer = functools.partial(
                 self._init_layer,
-                group.attention,
+                group,
                 num_rows=num_rows,
                 layout=layout,
             )
@@ -246,7 +263,7 @@ class Stack:
           segment: `rngs` of the whole segment; `decoding.kv_cache` by group.
           update_buffers: whether layers may change their buffers, as they do in training only.
         """
-        output = StackOutput(x, states={}, buffers={}, report=Report(retrieved={}))
+        output = StackOutput(x, states={}, buffers={}, report=Report(retrieved={}, attended={}))
         is_reversible = self.residuals == "reversible"
         stream: Activations | Streams = Streams(x, x) if is_reversible else x
         for run in self.runs:
@@ -271,12 +288,12 @@ class Stack:
 
     def _init_layer(
         self,
-        attention: Attention,
+        group: LayerGroup,
         key: jax.Array,
         num_rows: int,
         layout: Layout,
     ) -> dict[str, Tree]:
-        """Parameters and buffers of a layer."""
+        """Parameters and buffers of a layer of a group."""
         dims = self.dims
         x = jnp.zeros((num_rows, layout.size, dims.embed_dim), dims.dtype)
         segment = Segment(
@@ -285,8 +302,8 @@ class Stack:
             tokens=jnp.zeros((num_rows, layout.length), jnp.int32),
             clock=jnp.zeros((), jnp.int32),
         )
-        state = attention.init_state(dims, num_rows, layout.length)
-        variables = Block(attention, dims).init(key, x, segment, state)
+        state = group.attention.init_state(dims, num_rows, layout.length)
+        variables = self.block(group).init(key, x, segment, state)
         return dict(variables)
 
     def _pass_layer(
@@ -298,7 +315,7 @@ class Stack:
     ) -> tuple[Activations, dict[str, LayerOutputs]]:
         """Passes through a layer that stands alone."""
         (group,) = run.groups
-        layer = self._layer(group.attention, update_buffers, is_scanned=False)
+        layer = self._layer(group, update_buffers, is_scanned=False)
         with jax.named_scope(run.name):
             x, outputs = layer(x, inputs[group.name])
         return x, {group.name: outputs}
@@ -317,7 +334,7 @@ class Stack:
         scanned = {}
         for group in run.groups:
             of_group = inputs[group.name]
-            layers[group.name] = self._layer(group.attention, update_buffers, is_scanned=True)
+            layers[group.name] = self._layer(group, update_buffers, is_scanned=True)
             common[group.name] = _without_own(of_group.segment)
             scanned[group.name] = (
                 of_group.params,
@@ -396,7 +413,7 @@ class Stack:
         for group in run.groups:
             params, buffers, state, segment = inputs[group.name]
             state = _layers_first(state) if run.is_scanned else state
-            layers[group.name] = self._halves(group.attention, update_buffers)
+            layers[group.name] = self._halves(group, update_buffers)
             common[group.name] = _without_own(segment)
             own[group.name] = ReversibleInputs(params, state, (buffers, _own(segment)))
 
@@ -406,9 +423,9 @@ class Stack:
             outputs = {name: each._replace(state=_rows_first(each.state)) for name, each in outputs.items()}
         return x, outputs
 
-    def _halves(self, attention: Attention, update_buffers: bool) -> Halves:
+    def _halves(self, group: LayerGroup, update_buffers: bool) -> Halves:
         """A layer as two pure functions."""
-        block = Block(attention, self.dims)
+        block = self.block(group)
         mutable = ["buffers"] if update_buffers else []
 
         def attend(
@@ -429,9 +446,9 @@ class Stack:
 
         return Halves(attend, feed_forward)
 
-    def _layer(self, attention: Attention, update_buffers: bool, is_scanned: bool) -> Any:
+    def _layer(self, group: LayerGroup, update_buffers: bool, is_scanned: bool) -> Any:
         """A layer as a pure function `(x, LayerInputs) -> (x, LayerOutputs)`."""
-        block = Block(attention, self.dims)
+        block = self.block(group)
         mutable = ["buffers"] if update_buffers else []
 
         def layer(x: Activations, inputs: LayerInputs) -> tuple[Activations, LayerOutputs]:

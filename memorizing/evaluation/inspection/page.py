@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import codecs
 import html
-import importlib.resources
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from memorizing.evaluation.inspection.lookups import Inspection, Lookups, recall_of
+from memorizing.evaluation.inspection.page_parts import as_script, filled_in, packed, texts
 
 # Bytes that the neighbours may take before they are written as text, which makes them a third longer: the page stays
 # under 20 MB.
@@ -21,7 +19,6 @@ NEIGHBOUR_BUDGET = 11_000_000
 SCORE_UNIT = 1 / 16384
 NO_NEIGHBOUR = -32768
 _SCORE_TYPE = "<i2"
-_PACKAGE = "memorizing.evaluation.inspection"
 _TEMPLATE = "inspection.html"
 
 
@@ -43,27 +40,26 @@ def make_page(
     """
     kept = kept_positions(inspection)
     data = {
-        **_text(pieces),
+        **texts(pieces),
         "memorySizes": list(inspection.memory_sizes),
         "segmentLength": inspection.segment_length,
         "numEqual": inspection.num_equal,
-        "nats": [_packed(nats, "<f4") for nats in inspection.nats],
-        "kept": _packed(kept, "<u4"),
+        "nats": [packed(nats, "<f4") for nats in inspection.nats],
+        "kept": packed(kept, "<u4"),
         "scoreUnit": SCORE_UNIT,
         "noNeighbour": NO_NEIGHBOUR,
         "layers": [_layer(lookups, kept) | _recall(inspection, lookups) for lookups in inspection.lookups],
     }
     figures = [_figure(caption, png, alternative) for caption, (png, alternative) in pictures.items()]
     listed = [f"<dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd>" for label, value in facts.items()]
-    as_json = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return _filled_in(
+    return filled_in(
+        _TEMPLATE,
         {
             "TITLE": html.escape(title),
             "FACTS": "".join(listed),
             "FIGURES": "".join(figures),
-            # `<` must not end the script that holds the data.
-            "DATA": as_json.replace("<", "\\u003c"),
-        }
+            "DATA": as_script(data),
+        },
     )
 
 
@@ -73,17 +69,6 @@ def _figure(caption: str, png: bytes, alternative: str) -> str:
         f'<figure><img src="data:image/png;base64,{encoded}" alt="{html.escape(alternative)}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
-
-
-def _filled_in(parts: Mapping[str, str]) -> str:
-    """The template, with a text in each of its places."""
-    template = importlib.resources.files(_PACKAGE).joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    # In one pass, part after part: what is filled in may itself look like a place to fill.
-    page, *pieces = template.split("{{")
-    for piece in pieces:
-        name, _, text = piece.partition("}}")
-        page += parts[name] + text
-    return page
 
 
 def kept_positions(inspection: Inspection, budget: int = NEIGHBOUR_BUDGET) -> np.ndarray:
@@ -109,16 +94,6 @@ def kept_positions(inspection: Inspection, budget: int = NEIGHBOUR_BUDGET) -> np
     return np.union1d(by_gain, rest[places])
 
 
-def _text(pieces: Sequence[bytes]) -> dict[str, Any]:
-    """Each token's text as an index into a table. A character that lies in several tokens belongs to its last."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    texts = [decoder.decode(piece) for piece in pieces]
-    texts[-1] += decoder.decode(b"", final=True)
-    table = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    indices = np.array([table[text] for text in texts])
-    return {"table": list(table), "tokens": _packed(indices, "<u4")}
-
-
 def _layer(lookups: Lookups, kept: np.ndarray) -> dict[str, Any]:
     scores = lookups.scores[kept]
     exists = scores > -np.inf
@@ -131,8 +106,8 @@ def _layer(lookups: Lookups, kept: np.ndarray) -> dict[str, Any]:
         "scale": [float(scale) for scale in lookups.scale],
         "numNeighbours": lookups.distances.shape[-1],
         "distanceBytes": distance_type.itemsize,
-        "distances": _packed(lookups.distances[kept], distance_type),
-        "scores": _packed(stored, _SCORE_TYPE),
+        "distances": packed(lookups.distances[kept], distance_type),
+        "scores": packed(stored, _SCORE_TYPE),
     }
 
 
@@ -149,8 +124,3 @@ def _recall(inspection: Inspection, lookups: Lookups) -> dict[str, Any]:
 def _distance_type(lookups: Lookups) -> np.dtype:
     is_short = lookups.distances.max(initial=0) < 1 << 16
     return np.dtype("<u2" if is_short else "<u4")
-
-
-def _packed(array: np.ndarray, dtype: str | np.dtype) -> str:
-    content = np.ascontiguousarray(array, dtype).tobytes()
-    return base64.b64encode(content).decode()

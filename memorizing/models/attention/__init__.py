@@ -3,11 +3,13 @@
 To add one: its file, and one line in `MECHANISMS`; see docs/adding-a-mechanism.md.
 """
 
+from memorizing.models.attention.adaptive_span import AdaptiveSpanAttention
 from memorizing.models.attention.base import Attention
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.knn import KNNAttention
+from memorizing.models.attention.longformer import LongformerAttention
 from memorizing.models.attention.reformer import ReformerAttention
 from memorizing.models.attention.routing import RoutingAttention
 from memorizing.models.attention.sparse import SparseAttention
@@ -25,6 +27,8 @@ MECHANISMS: tuple[type[Attention], ...] = (
     SparseAttention,
     ReformerAttention,
     RoutingAttention,
+    LongformerAttention,
+    AdaptiveSpanAttention,
 )
 
 # Carries nothing: what a model has unless it is told otherwise.

@@ -19,6 +19,7 @@ from memorizing.models import positions
 from memorizing.models.layers import Einsum, MLPKind, NormKind, RMSNorm, parameter
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.positions import LayerPositions, LearnedPositions, Positions, Rotary
+from memorizing.models.memory.product_keys import ProductKeys
 
 QKNormKind = Literal["l2", "none", "rms", "rms_llama", "rms_gemma"]
 BiasPlace = Literal["qkv", "output", "mlp"]
@@ -51,6 +52,7 @@ class LayerDims:
       attention_logit_cap: c, logits become c * tanh(logits / c); 0 for none.
       sandwich_norms: whether what attention and MLP add to the residual is normalised.
       residuals: 'parallel' where attention and MLP read the same x.
+      product_keys: a memory in the place of the MLP, or None.
     """
 
     embed_dim: int
@@ -73,6 +75,7 @@ class LayerDims:
     attention_logit_cap: float = 0.0
     sandwich_norms: bool = False
     residuals: ResidualKind = "plain"
+    product_keys: ProductKeys | None = None
 
     @property
     def width(self) -> int:
@@ -148,6 +151,7 @@ class Attention:
         normalisers, and all positions of a segment see the same of what lies before it.
       window: positions before the segment that all of its positions see, 0 for none.
       decoding_advice: what to do where the layer cannot decode.
+      tells_attention: whether it reports what positions attend to within a segment: see `context.Attended`.
     """
 
     stackable: ClassVar[bool] = True
@@ -158,6 +162,7 @@ class Attention:
     joins_memory: ClassVar[bool] = False
     window: ClassVar[int] = 0
     decoding_advice: ClassVar[str] = ""
+    tells_attention: ClassVar[bool] = False
 
     # What it carries.
 

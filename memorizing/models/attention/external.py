@@ -62,6 +62,11 @@ class MemoryAttention(Attention):
         """Whether its local attention can."""
         return self.local.can_decode
 
+    @property
+    def tells_attention(self) -> bool:
+        """Whether its local attention does; what the memory found is told apart."""
+        return self.local.tells_attention
+
     def check(self, segment_length: int) -> None:
         if self.memory_size % segment_length:
             below = self.memory_size // segment_length * segment_length

@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Activations, HeadScale
-from memorizing.context import Layout, Report, Rngs, Segment
+from memorizing.context import Attended, Layout, Report, Rngs, Segment
 from memorizing.errors import Count, Range, UserError, Width
 from memorizing.models import buckets, partial_softmax
+from memorizing.models.attention import dense
 from memorizing.models.attention.base import (
     Attention,
     Example,
@@ -59,6 +60,7 @@ class ReformerAttention(Attention):
       num_buckets, max_distance: T5's relative bias; the distance is in tokens.
     """
 
+    tells_attention: ClassVar[bool] = True
     takes_memory_tokens: ClassVar[bool] = False
     decoding_advice: ClassVar[str] = (
         ", since where its chunks begin depends on later tokens; set ReformerAttention.strictly_causal = True in "
@@ -166,6 +168,9 @@ class ReformerLayer(nn.Module):
             y = _attend_token(config, queries, keys, values, hashes, by_key, scale, by_distance, segment)
         else:
             y = attend_in_rounds(config, queries, keys, values, hashes, scale, by_distance, segment.is_real)
+        if segment.num_shown:
+            attended = attended_in_rounds(config, queries, keys, hashes, scale, by_distance, segment)
+            report = dataclasses.replace(report, attended=(attended,))
 
         return project_from_heads(dims)(y), None if segment.decoding is not None else state, report
 
@@ -234,6 +239,35 @@ def attend_in_rounds(
     return jnp.moveaxis(partial_softmax.join_axis(rounds).values, 1, 2)
 
 
+def attended_in_rounds(
+    config: ReformerAttention,
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B T N H"],
+    hashes: Int[Array, "r B N T"],
+    scale: HeadScale,
+    by_distance: Float[Array, "N T"],
+    segment: Segment,
+) -> Attended:
+    """What `attend_in_rounds` attends to, for an inspector; a position belongs to a bucket in each round."""
+    length = queries.shape[1]
+    heads = range(queries.shape[2])
+    num_buckets = math.prod(config.hash_factors)
+    positions = jax.vmap(buckets.sort)(jnp.where(segment.is_real[None, :, None], hashes, num_buckets))
+
+    def weights(query: Int[Array, "t"]) -> Float[Array, "B N t S"]:
+        def found(of_round: Sorted) -> Bool[Array, "B N t S"]:
+            return buckets.meets(of_round, query, config.chunk_size, config.strictly_causal)
+
+        visible = jnp.any(jax.vmap(found)(positions), axis=0)
+        logits = dense.logits(queries[:, query], keys, by_distance, scale, query)
+        is_itself = query[:, None] == jnp.arange(length)[None, :]
+        return dense.softmax(jnp.where(is_itself[None, None], _ITSELF, logits), visible)
+
+    names = tuple(f"bucket in round {index}" for index in range(1, config.num_rounds + 1))
+    groups = jnp.moveaxis(hashes, (0, 3), (3, 1))
+    return dense.strongest(weights, length, segment.num_shown, groups, names, heads)
+
+
 def _times_found(config: ReformerAttention, pairs: Pairs, positions: Sorted) -> Float[Array, "B N m C S"]:
     """In how many rounds a pair that meets in one of them does so, at least 1: N of equation 10 in the paper.
 
@@ -284,9 +318,7 @@ def _attend_token(
     # [r, B, N, S]
     in_rounds = jax.vmap(found, in_axes=(0, 3))(hashes[..., 0], by_key)
     visible = jnp.any(in_rounds, axis=0)
-    distance = jnp.maximum(query - jnp.arange(keys.shape[1]), 0)
-    products = jnp.einsum("BTNH,BSNH->BNTS", queries, keys, preferred_element_type=jnp.float32)
-    logits = (products + by_distance[:, distance][None, :, None]) * scale[None, :, None, None]
+    logits = dense.logits(queries, keys, by_distance, scale, query[None])
     is_itself = jnp.arange(keys.shape[1]) == query
     logits = jnp.where(is_itself[None, None, None], _ITSELF, logits)
     y = partial_softmax.attend(logits, visible[:, :, None], values.swapaxes(1, 2)).values

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
@@ -18,9 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Activations, AxesTree, Clock, Tree
-from memorizing.context import Layout, Report, Segment
+from memorizing.context import Attended, Layout, Report, Segment
 from memorizing.errors import Count, CountOrNone, Factor, Range, Share, UserError, Width
 from memorizing.models import buckets, clusters, partial_softmax
+from memorizing.models.attention import dense
 from memorizing.models.attention.base import (
     Attention,
     Example,
@@ -61,6 +63,7 @@ class RoutingAttention(Attention):
       num_buckets, max_distance: T5's relative bias; the distance is in tokens.
     """
 
+    tells_attention: ClassVar[bool] = True
     takes_memory_tokens: ClassVar[bool] = False
     decoding_advice: ClassVar[str] = (
         ", since later tokens compete with earlier ones for a place in a cluster; set "
@@ -202,6 +205,8 @@ class RoutingLayer(nn.Module):
         route = Routing(config, routing_dims, name="routing")
         y, routing_report = route(vectors, values[:, :, num_local:], scale[num_local:], segment)
         attended.append(y)
+        # Behind the local heads.
+        told = [each.replace(heads=range(num_local, dims.num_heads)) for each in routing_report.attended]
 
         y = project_from_heads(dims)(jnp.concatenate(attended, axis=2))
         report = dataclasses.replace(
@@ -210,6 +215,7 @@ class RoutingLayer(nn.Module):
             metrics={**report.metrics, **routing_report.metrics},
             kv_cache={**report.kv_cache, **routing_report.kv_cache},
             choices={**report.choices, **routing_report.choices},
+            attended=(*report.attended, *told),
         )
         return y, None if segment.decoding is not None else state, report
 
@@ -270,6 +276,9 @@ class Routing(nn.Module):
         if self.is_mutable_collection("buffers") and not self.is_initializing():
             sums.value, counts.value = clusters.update(running, turned, nearest, segment.is_real, config.decay)
         report = self._report(running, turned, nearest, is_routed, segment)
+        if segment.num_shown:
+            attended = _attended(config, vectors, choices, scale, by_distance, segment)
+            report = dataclasses.replace(report, attended=(attended,))
         return y, dataclasses.replace(report, choices=choices)
 
     def _decode(
@@ -296,10 +305,7 @@ class Routing(nn.Module):
         assert segment.decoding is not None, "a decode step"
         query = segment.decoding.position
         visible = buckets.last_of_bucket(nearest[..., 0], chosen.swapaxes(1, 2), query, config.cluster_size)
-        distance = jnp.maximum(query - jnp.arange(keys.shape[1]), 0)
-        # [B, N, 1, S]
-        products = jnp.einsum("BTNH,BSNH->BNTS", vectors, keys, preferred_element_type=jnp.float32)
-        logits = (products + by_distance[:, distance][None, :, None]) * scale[None, :, None, None]
+        logits = dense.logits(vectors, keys, by_distance, scale, query[None])
         y = partial_softmax.attend(logits, visible[:, :, None], values.swapaxes(1, 2)).values
         return y.swapaxes(1, 2), report
 
@@ -395,6 +401,44 @@ def _balanced(
     times = jnp.zeros((num_rows, num_heads, length)).at[rows, heads, flat].add(is_member)
     averaged = summed / jnp.maximum(times, 1)[..., None].astype(y.dtype)
     return jnp.moveaxis(averaged, 1, 2), times > 0
+
+
+def _attended(
+    config: RoutingAttention,
+    vectors: Float[Array, "B T N H"],
+    choices: Mapping[str, Array],
+    scale: Float[Array, "N"],
+    by_distance: Float[Array, "N S"],
+    segment: Segment,
+) -> Attended:
+    """What the routing heads attended to, for an inspector; a position belongs to the nearest cluster."""
+    _, length, num_heads, _ = vectors.shape
+    nearest = choices["nearest"]
+
+    def of_last_of_cluster(query: Int[Array, "t"]) -> Float[Array, "B N t S"]:
+        own = jnp.where(segment.is_real[:, None], nearest, config.num_clusters)
+        visible = buckets.meets(buckets.sort(own), query, config.cluster_size, strictly_causal=True)
+        return dense.softmax(dense.logits(vectors[:, query], vectors, by_distance, scale, query), visible)
+
+    def of_balanced(query: Int[Array, "t"]) -> Float[Array, "B N t S"]:
+        # [B, N, c, S]
+        is_member = jnp.any(jax.nn.one_hot(choices["members"], length, dtype=bool), axis=3)
+        is_member &= segment.is_real[:, None, None]
+        is_earlier = query[:, None] >= jnp.arange(length)[None, :]
+        logits = dense.logits(vectors[:, query], vectors, by_distance, scale, query)
+
+        def add_cluster(total: Float[Array, "B N t S"], members: Bool[Array, "B N S"]) -> tuple:
+            visible = members[:, :, query, None] & members[:, :, None, :] & is_earlier[None, None]
+            return total + dense.softmax(logits, visible), None
+
+        total, _ = jax.lax.scan(add_cluster, jnp.zeros(logits.shape), jnp.moveaxis(is_member, 2, 0))
+        # The average over a query's clusters.
+        times = jnp.sum(is_member[..., query], axis=2)
+        return total / jnp.maximum(times, 1)[..., None]
+
+    weights = of_last_of_cluster if config.strictly_causal else of_balanced
+    groups = nearest.swapaxes(1, 2)[..., None]
+    return dense.strongest(weights, length, segment.num_shown, groups, ("cluster",), range(num_heads))
 
 
 def _with_bias(

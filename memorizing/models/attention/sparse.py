@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import HeadScale, Keys, Queries, Values
-from memorizing.context import Layout, Report, Segment
+from memorizing.context import Attended, Layout, Report, Segment
 from memorizing.errors import Count, Range, UserError
 from memorizing.models import partial_softmax
+from memorizing.models.attention import dense
 from memorizing.models.attention.base import (
     Attention,
     Example,
@@ -59,6 +60,7 @@ class SparseAttention(Attention):
     """
 
     can_decode: ClassVar[bool] = True
+    tells_attention: ClassVar[bool] = True
     takes_memory_tokens: ClassVar[bool] = False
 
     pattern: Literal["strided", "fixed"] = "strided"
@@ -186,7 +188,32 @@ class SparseCore(nn.Module):
 
         if segment.decoding is not None:
             return y, None, Report(kv_cache={"keys": keys, "values": values})
-        return y, state, Report()
+        if not segment.num_shown:
+            return y, state, Report()
+        return y, state, Report(attended=self._attended(queries, keys, scale, bias, segment.num_shown))
+
+    def _attended(
+        self,
+        queries: Queries,
+        keys: Keys,
+        scale: HeadScale,
+        bias: Bias,
+        num_shown: int,
+    ) -> tuple[Attended]:
+        """What the heads attended to; a position belongs to a block and to a column of it."""
+        num_rows, length, num_heads, _ = queries.shape
+        position = jnp.arange(length)
+        by_distance = bias(np.arange(length))
+
+        def weights(query: Int[Array, "t"]) -> Float[Array, "B N t S"]:
+            logits = dense.logits(queries[:, query], keys, by_distance, scale, query)
+            return dense.softmax(logits, self.attention.visible(num_heads, query, position)[None])
+
+        # [T, 2]
+        groups = jnp.stack([position // self.attention.stride, position % self.attention.stride], axis=-1)
+        groups = jnp.broadcast_to(groups[None, :, None], (num_rows, length, num_heads, 2))
+        heads = range(num_heads)
+        return (dense.strongest(weights, length, num_shown, groups, ("block", "column"), heads),)
 
     def _attend_segment(
         self,
@@ -242,14 +269,9 @@ class SparseCore(nn.Module):
         assert segment.decoding is not None, "a decode step"
         length, num_heads = keys.shape[1:3]
         query = segment.decoding.position + jnp.arange(queries.shape[1])
-        key = jnp.arange(length)
-        visible = self.attention.visible(num_heads, query, key)
-        # [N, T, S]
-        distance = jnp.maximum(query[:, None] - key[None, :], 0)
-        by_distance = bias(np.arange(length))[:, distance]
-
-        products = jnp.einsum("BTNH,BSNH->BNTS", queries, keys, preferred_element_type=jnp.float32)
-        logits = _logits(products, by_distance, scale)
+        key = np.arange(length)
+        visible = self.attention.visible(num_heads, query, jnp.asarray(key))
+        logits = dense.logits(queries, keys, bias(key), scale, query)
         y = partial_softmax.attend(logits, visible[None], jnp.moveaxis(values, 2, 1)).values
         return jnp.moveaxis(y, 1, 2)
 
