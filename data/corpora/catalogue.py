@@ -37,6 +37,7 @@ class Corpus:
       archives: how to get it as it is distributed.
       min_tokens: documents of fewer tokens are left out, once they are tokenised.
       official_splits: whether the metadata of its documents says which split they are in.
+      is_published: whether it is one of those that others know by name: they have TFDS builders and seqio Tasks.
       is_prose: whether its texts are made of words between white space, so that perplexity per word makes sense.
     """
 
@@ -49,6 +50,7 @@ class Corpus:
     archives: str
     min_tokens: int = 0
     official_splits: bool = False
+    is_published: bool = True
     is_prose: bool = False
 
 
