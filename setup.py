@@ -68,6 +68,8 @@ setup(
         "dev": ["pre-commit", "pyright[nodejs]"],
         "docs": ["zensical>=0.0.73"],
         "prep": ["apache-beam>=2.77"],
+        # Models and vocabularies of others.
+        "pretrained": ["gguf", "tokenizers"],
         # The two of Kubernetes check what `launch gke` emits.
         "test": [
             "beartype",
@@ -77,6 +79,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "tokenizers",
         ],
         "tpu": ["jax[tpu]"],
     },

@@ -71,7 +71,7 @@ class Vocabulary(Protocol):
     """Turns text into token ids and back.
 
     Attributes:
-      name: "bytes", or "spm" and the number of ids.
+      name: "bytes", or "spm" or "hf" and the number of ids.
       size: number of ids, special ones included.
       digest: equal digests mean equal ids.
       start_id: the id that stands before a document's first token, as the model's input; it may be a word, or one of

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from memorizing.data.tokens import cache_writer, staging, token_cache, vocabulary
+from memorizing.data.tokens import cache_writer, staging, token_cache
 from memorizing.data.tokens.cache_writer import TokenisedDocument
 from memorizing.data.tokens.vocabulary import ByteVocabulary
 
@@ -11,7 +11,7 @@ TEXTS = {"one": "first\n", "zwei é": "\tdeuxième 漢字\n" * 100, "three": "x"
 
 def tokenised(used, texts):
     for key, text in texts.items():
-        yield TokenisedDocument(key, len(text.encode()), np.append(used.encode(text), vocabulary.EOS_ID))
+        yield TokenisedDocument(key, len(text.encode()), np.append(used.encode(text), used.end_id))
 
 
 def write(folder, parts, used, task="github_bytes", described=None):

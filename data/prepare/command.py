@@ -18,7 +18,7 @@ from memorizing.data.prepare.pipeline import Settings
 from memorizing.data.prepare.progress import PreparationProgress
 from memorizing.data.prepare.workers import Processes, Workers
 from memorizing.data.tasks import task_name
-from memorizing.data.tokens import paths, token_cache, vocabulary
+from memorizing.data.tokens import paths, token_cache, vocabulary_files
 from memorizing.errors import Range
 
 DEFAULT_TASK = "github_spm2048"
@@ -53,13 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task",
         default=DEFAULT_TASK,
-        help="corpus and vocabulary, CORPUS_bytes or CORPUS_spmSIZE; "
+        help="corpus and vocabulary, CORPUS_bytes, CORPUS_spmSIZE or, of a tokenizer.json, CORPUS_hfSIZE; "
         f"corpora: {', '.join(catalogue.CORPORA)} (default: %(default)s)",
     )
     parser.add_argument(
         "--source",
         default=catalogue.STANDARD_LIBRARY,
-        help="folder or archive of the raw corpus; for github also stdlib, the standard library of this Python "
+        help="folder or archive of the raw corpus; for github also stdlib, the standard library of this Python; for "
+        "text folders, files and patterns with commas between "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -68,7 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file of the vocabulary, with --describe that of the picture",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    parser.add_argument("--vocabulary", metavar="FILE", help="a SentencePiece model to use (default: one is trained)")
+    parser.add_argument(
+        "--vocabulary",
+        metavar="FILE",
+        help="a SentencePiece model, or a Hugging Face tokenizer.json, to use (default: a model is trained)",
+    )
+    for name, place in (("start", "stands before a document's first one"), ("end", "ends a document")):
+        parser.add_argument(
+            f"--{name}_token", metavar="TOKEN", help=f"of a tokenizer.json, what {place} (default: its own)"
+        )
     parser.add_argument("--vocab", action="store_true", help="only train the vocabulary")
     parser.add_argument("--describe", metavar="CACHE", help="show what a token cache holds, and make nothing")
     parser.add_argument(
@@ -117,11 +126,10 @@ def run(args: argparse.Namespace, bindings: Sequence[str] = ()) -> int:
 
 
 def _make(args: argparse.Namespace, progress: PreparationProgress) -> None:
-    task = task_name.parse(args.task)
-    is_path = args.source != catalogue.STANDARD_LIBRARY and not paths.is_remote(args.source)
+    task = task_name.parse(args.task, args.source)
     settings = Settings(
         task=task,
-        source=os.path.abspath(args.source) if is_path else args.source,
+        source=catalogue.absolute(task.corpus, args.source),
         reader_settings={
             name: value for name in catalogue.settings() if (value := getattr(args, _READER_FLAG + name)) is not None
         },
@@ -129,6 +137,8 @@ def _make(args: argparse.Namespace, progress: PreparationProgress) -> None:
         default_split=args.default_split,
         validation_fraction=args.validation_fraction,
         vocabulary_file=args.vocabulary,
+        start_token=args.start_token,
+        end_token=args.end_token,
     )
     chosen: Workers = Processes(args.processes) if args.beam is None else Beam(args.beam)
     if args.vocab:
@@ -139,7 +149,7 @@ def _make(args: argparse.Namespace, progress: PreparationProgress) -> None:
             )
         pipeline.make_vocabulary(settings, output, chosen, progress)
         return
-    output = args.output or paths.default_cache_path(args.task, args.source)
+    output = args.output or paths.default_cache_path(str(task), args.source, args.vocabulary)
     if not args.overwrite and _is_there(settings, output):
         progress.print(f"{output} is there already; --overwrite makes it again")
         return
@@ -158,7 +168,7 @@ def _is_there(settings: Settings, output: str) -> bool:
     metadata = token_cache.read_metadata(output, str(settings.task))
     expected = settings.provenance
     if settings.vocabulary_file:
-        loaded = vocabulary.load(settings.vocabulary_file)
+        loaded = vocabulary_files.load(settings.vocabulary_file, settings.start_token, settings.end_token)
         if loaded.digest != metadata["vocabulary"]["digest"]:
             raise DataError(
                 f"{output!r} is a token cache of another vocabulary than {settings.vocabulary_file}; "

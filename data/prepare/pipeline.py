@@ -32,12 +32,13 @@ from memorizing.data.prepare.workers import Workers
 from memorizing.data.tasks import splits, task_name
 from memorizing.data.tasks.splits import FileSplits, SplitRule
 from memorizing.data.tasks.task_name import TaskName
-from memorizing.data.tokens import cache_writer, staging, vocabulary
+from memorizing.data.tokens import cache_writer, staging, vocabulary, vocabulary_files
 from memorizing.data.tokens.staging import Staging
 from memorizing.data.tokens.token_cache import METADATA_FILE
 from memorizing.data.tokens.vocabulary import Vocabulary
 
 _MAX_PARTS = 1024
+_DUPLICATE = "duplicate"
 # Keys among which the nearest to a wrong one is looked for.
 _MAX_COMPARED = 20_000
 # Size of the text to train a vocabulary on. Byte-pair merges change little with more than this for each piece.
@@ -68,7 +69,8 @@ class Settings:
       splits: "official", "hash", the path of a file, or None: official ones where the corpus has such.
       default_split: of the documents that the file does not name.
       validation_fraction: share of the documents that is held out by hash.
-      vocabulary_file: a SentencePiece model to use; None: one is trained.
+      vocabulary_file: a SentencePiece model or a `tokenizer.json` to use; None: a SentencePiece model is trained.
+      start_token, end_token: of a `tokenizer.json`, where others than its own stand before a document and end it.
     """
 
     task: TaskName
@@ -78,11 +80,18 @@ class Settings:
     default_split: str | None = None
     validation_fraction: float = 0.05
     vocabulary_file: str | None = None
+    start_token: str | None = None
+    end_token: str | None = None
 
     @property
     def split_rule(self) -> str:
         """`splits`, resolved."""
         return self.splits or (splits.OFFICIAL if self.corpus.official_splits else splits.HASH)
+
+    @property
+    def by_seqio(self) -> bool:
+        """Whether a seqio Task tokenises: there is one for each published corpus, and seqio's own vocabularies."""
+        return self.corpus.is_published and self.task.kind == task_name.SENTENCEPIECE
 
     @property
     def corpus(self) -> catalogue.Corpus:
@@ -153,16 +162,17 @@ def make_vocabulary(settings: Settings, output: str, workers: Workers, progress:
     Raises:
       DataError: a setting, the source or the output cannot be used.
     """
-    if settings.task.num_pieces is None:
+    if settings.task.num_pieces is None or settings.task.kind != task_name.SENTENCEPIECE:
         raise DataError(
-            f"--vocab --task={settings.task}: bytes need no vocabulary; give {settings.task.corpus}_spm32000"
+            f"--vocab --task={settings.task}: only a SentencePiece vocabulary is trained; "
+            f"give {settings.task.corpus}_spm32000"
         )
     preparation = _Preparation(settings, workers, progress)
     with staging.scratch(output, preparation.plan, preparation.wait_for(output)) as staged:
         surveyed = preparation.survey(staged)
         _, split_numbers = preparation.divide(surveyed)
         used = preparation.vocabulary(staged, surveyed, split_numbers)
-        # Only a Task of bytes, which was refused above, has a vocabulary without a model.
+        # Tasks of other vocabularies were refused above.
         assert isinstance(used, vocabulary.SentencePieceVocabulary)
         staging.save(output, used.model)
     progress.print(f"vocabulary of {used.size} pieces: {output}")
@@ -214,16 +224,31 @@ class _Preparation:
         """The rule of the splits, and the split numbers of the documents of each part of the survey."""
         by = self.settings.split_rule
         rule: SplitRule
+        left_out = self._left_out(surveyed)
         if self._file_splits:
             rule = self._file_splits
             self._check_all_found(rule, surveyed)
         elif by == splits.OFFICIAL:
             rule = splits.OfficialSplits()
         else:
-            rule = splits.by_rank(surveyed.hashes, self.settings.validation_fraction)
+            hashes = surveyed.hashes if left_out is None else surveyed.hashes[~np.concatenate(left_out)]
+            rule = splits.by_rank(hashes, self.settings.validation_fraction)
         numbers = surveyed.split_numbers(rule)
+        if left_out is not None:
+            for of_part, is_left_out in zip(numbers, left_out, strict=True):
+                of_part[is_left_out] = splits.NONE
         splits.check_none_empty(splits.count(numbers), documents.reasons(surveyed.skipped))
         return rule, numbers
+
+    def _left_out(self, surveyed: Survey) -> list[np.ndarray] | None:
+        """Of each part, which documents are left out now that all are known, bool [documents]; None for none."""
+        if getattr(self.reader, "keep_duplicates", True):
+            return None
+        repeated = surveyed.repeated()
+        count = sum(int(part.sum()) for part in repeated)
+        if count:
+            surveyed.skipped[_DUPLICATE] = count
+        return repeated
 
     def _check_all_found(self, rule: FileSplits, surveyed: Survey) -> None:
         """Says which keys of the file of splits are those of no document.
@@ -248,8 +273,7 @@ class _Preparation:
     def vocabulary(self, staged: Staging, surveyed: Survey, split_numbers: Sequence[np.ndarray]) -> Vocabulary:
         """Bytes, the vocabulary that the user gave, or one that is trained on the training documents only."""
         if self._given:
-            if isinstance(self._given, vocabulary.SentencePieceVocabulary):
-                staging.save(staged.path / vocabulary.MODEL_FILE, self._given.model)
+            vocabulary_files.save(self._given, staged.path)
             return self._given
         num_pieces = self.settings.task.num_pieces
         # For bytes the vocabulary is given.
@@ -265,18 +289,17 @@ class _Preparation:
         self, staged: Staging, surveyed: Survey, split_numbers: Sequence[np.ndarray], used: Vocabulary
     ) -> list[Any]:
         """The second reading. Returns the indices of all parts, in order."""
-        has_model = isinstance(used, vocabulary.SentencePieceVocabulary)
         work = Tokenising(
             reader=self.reader,
             task=self.settings.task,
-            model_path=os.fspath(staged.path / vocabulary.MODEL_FILE) if has_model else None,
-            vocab_size=used.size,
+            vocabulary=vocabulary_files.described(used),
+            by_seqio=self.settings.by_seqio,
             min_tokens=self.settings.corpus.min_tokens,
             directory=os.fspath(staged.path),
             work=os.fspath(staged.work),
         )
         parts = tokenising.parts(surveyed, split_numbers)
-        self._run("tokenising", work, parts, surveyed.num_documents)
+        self._run("tokenising", work, parts, sum(splits.count(split_numbers).values()))
         return [work.path(part) for part in parts]
 
     @property
@@ -303,12 +326,14 @@ def _given_vocabulary(settings: Settings) -> Vocabulary | None:
             )
         return vocabulary.ByteVocabulary()
     if settings.vocabulary_file is None:
+        if settings.task.kind != task_name.SENTENCEPIECE:
+            raise DataError(f"--task={settings.task}: name the tokenizer, --vocabulary=FOLDER/tokenizer.json")
         return None
-    loaded = vocabulary.load(settings.vocabulary_file)
-    if loaded.size != settings.task.num_pieces:
+    loaded = vocabulary_files.load(settings.vocabulary_file, settings.start_token, settings.end_token)
+    if loaded.name != settings.task.vocabulary:
         raise DataError(
             f"--vocabulary={settings.vocabulary_file} has {loaded.size} pieces: give "
-            f"--task={task_name.TaskName(settings.task.corpus, loaded.size)}, or another vocabulary"
+            f"--task={settings.task.corpus}_{loaded.name}, or another vocabulary"
         )
     return loaded
 

@@ -1,14 +1,16 @@
 """The second reading of a corpus: its documents become tokens, in the parts of a token cache.
 
-The parts are written by any number of processes, each of which starts TensorFlow once. A part is done when its index is
-there.
+The parts are written by any number of processes. The corpora with a seqio Task are tokenised by it, for which each
+process starts TensorFlow once; others by the vocabulary itself, which gives the same tokens. A part is done when its
+index is there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +21,9 @@ from memorizing.data.errors import DataError
 from memorizing.data.prepare.survey import ShardDigest, Survey
 from memorizing.data.tasks import splits, tensorflow_start
 from memorizing.data.tasks.task_name import TaskName
-from memorizing.data.tokens import cache_writer
+from memorizing.data.tokens import cache_writer, vocabulary_files
 from memorizing.data.tokens.cache_writer import TokenisedDocument
+from memorizing.data.tokens.vocabulary import MODEL_FILE
 
 # Less text in a part would not be worth another start of TensorFlow.
 _MIN_PART_BYTES = 32 << 20
@@ -34,7 +37,7 @@ class Shard(NamedTuple):
     Attributes:
       name: what the reader calls it.
       digest: `ShardDigest.value` of its documents.
-      splits: the split number of each document, an int8.
+      splits: the split number of each document, an int8; `splits.NONE` where it is left out.
     """
 
     name: str
@@ -88,8 +91,8 @@ class Tokenising:
     Attributes:
       reader: of the corpus.
       task: name of the Task.
-      model_path: of its SentencePiece model; None for bytes.
-      vocab_size: number of ids.
+      vocabulary: `vocabulary_files.described` of it; its file lies in `directory`.
+      by_seqio: whether the seqio Task of that name tokenises.
       min_tokens: documents of fewer tokens are left out, the end of the document not counted.
       directory: of the cache.
       work: folder of the parts' indices.
@@ -97,8 +100,8 @@ class Tokenising:
 
     reader: CorpusReader
     task: TaskName
-    model_path: str | None
-    vocab_size: int
+    vocabulary: Mapping[str, Any]
+    by_seqio: bool
     min_tokens: int
     directory: str
     work: str
@@ -119,23 +122,35 @@ class Tokenising:
         """
         skipped: Counter[str] = Counter()
         documents = self._tokenised(part, skipped, advance)
-        cache_writer.write_part(self.directory, self.path(part), part.number, self.vocab_size, documents, skipped)
+        cache_writer.write_part(
+            self.directory, self.path(part), part.number, self.vocabulary["size"], documents, skipped
+        )
 
     def _tokenised(
         self, part: Part, skipped: Counter[str], advance: Callable[[], None]
     ) -> Iterator[tuple[str, TokenisedDocument]]:
-        tasks = tensorflow_start.tasks()
-        # Of the documents that seqio has read and not yet returned.
+        # Of the documents that were read and not yet tokenised.
         split_numbers: deque[int] = deque()
-        for example in tasks.tokenised(self.task, self.model_path, lambda: self._examples(part, split_numbers)):
+        by = self._by_seqio if self.by_seqio else self._by_vocabulary
+        for document in by(lambda: self._examples(part, split_numbers)):
             split = splits.NAMES[split_numbers.popleft()]
-            if len(example["targets"]) - 1 < self.min_tokens:
+            if len(document.tokens) - 1 < self.min_tokens:
                 skipped[f"fewer than {self.min_tokens} tokens"] += 1
             else:
-                key = example["doc_id"].decode()
-                num_bytes = int(example["num_bytes"])
-                yield split, TokenisedDocument(key, num_bytes, example["targets"])
+                yield split, document
             advance()
+
+    def _by_seqio(self, examples: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[TokenisedDocument]:
+        has_model = self.task.num_pieces is not None
+        model_path = os.path.join(self.directory, MODEL_FILE) if has_model else None
+        for example in tensorflow_start.tasks().tokenised(self.task, model_path, examples):
+            yield TokenisedDocument(example["doc_id"].decode(), int(example["num_bytes"]), example["targets"])
+
+    def _by_vocabulary(self, examples: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[TokenisedDocument]:
+        used = vocabulary_files.read(self.directory, self.vocabulary)
+        for example in examples():
+            tokens = np.append(used.encode(example["text"].decode()), np.int32(used.end_id))
+            yield TokenisedDocument(example["doc_id"], example["num_bytes"], tokens)
 
     def _examples(self, part: Part, split_numbers: deque[int]) -> Iterator[dict[str, Any]]:
         for shard in part.shards:
@@ -143,9 +158,11 @@ class Tokenising:
             numbers = np.frombuffer(shard.splits, np.int8)
             # What is left out was counted in the first reading.
             for index, document in enumerate(self.reader.documents(shard.name, Counter())):
-                num_bytes = digest.add(document)
+                num_bytes, _ = digest.add(document)
                 if index >= len(numbers):
                     raise _changed(shard.name)
+                if numbers[index] == splits.NONE:
+                    continue
                 split_numbers.append(int(numbers[index]))
                 yield {"doc_id": document.key, "text": document.text.encode(), "num_bytes": num_bytes}
             if digest.value() != shard.digest:

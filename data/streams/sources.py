@@ -18,6 +18,7 @@ from memorizing.data.streams.order import Line
 from memorizing.data.streams.read_ahead import ReadAhead
 from memorizing.data.streams.segments import DocumentStream, Joined
 from memorizing.data.tasks import splits, task_name
+from memorizing.data.tasks.task_name import TaskName
 from memorizing.data.tokens import paths, token_cache
 from memorizing.data.tokens.token_cache import Split, TokenCache
 from memorizing.errors import FactorAboveZero
@@ -28,15 +29,19 @@ class CachedCorpus:
     """A tokenised corpus; a `memorizing.batch.DataSource`.
 
     Attributes:
-      task: name of the seqio Task of the cache: corpus and vocabulary, such as github_bytes or github_spm2048.
+      task: name of the Task of the cache: corpus and vocabulary, such as github_bytes or github_spm2048; or a
+        vocabulary alone, such as spm2048: then the standard library is read as github, and any other source as text.
       source: what to make a missing cache from: the folder of the raw corpus, or "stdlib", the standard library of this
         Python. None means "stdlib" where no path is given either; with a path the cache must exist.
       path: folder of the cache, local or gs://; None: a folder of its own in the user's cache.
+      vocabulary_file: what to make a missing cache with: a SentencePiece model, or a Hugging Face tokenizer.json; None:
+        the bytes, or a SentencePiece model that is trained.
     """
 
     task: str = "github_spm2048"
     source: str | None = None
     path: str | None = None
+    vocabulary_file: str | None = None
 
     def __post_init__(self) -> None:
         """Raises DataError where a setting cannot be used."""
@@ -44,14 +49,20 @@ class CachedCorpus:
             if not isinstance(value, str) and (value is not None or name == "task"):
                 raise DataError(f"CachedCorpus.{name}={value!r}: give a string")
         try:
-            task_name.parse(self.task)
+            _ = self.task_name
         except DataError as error:
             raise DataError(f"CachedCorpus.{error}") from None
 
     @property
+    def task_name(self) -> TaskName:
+        """The Task with its corpus."""
+        return task_name.parse(self.task, self.source)
+
+    @property
     def cache_path(self) -> str:
         """Folder of the cache, whether or not it is there."""
-        return self.path or paths.default_cache_path(self.task, self.source or STANDARD_LIBRARY)
+        source = self.source or STANDARD_LIBRARY
+        return self.path or paths.default_cache_path(str(self.task_name), source, self.vocabulary_file)
 
     @property
     def vocab_size(self) -> int:
@@ -63,7 +74,7 @@ class CachedCorpus:
 
     @property
     def identity(self) -> str:
-        return f"{self.task}-{self.cache.fingerprint}"
+        return f"{self.task_name}-{self.cache.fingerprint}"
 
     @property
     def num_eval_documents(self) -> int:
@@ -87,7 +98,9 @@ class CachedCorpus:
                 "or a CachedCorpus.source to make one from"
             )
         source = self.source or STANDARD_LIBRARY
-        flags = [f"--task={self.task}", f"--source={source}", f"--output={self.cache_path}"]
+        flags = [f"--task={self.task_name}", f"--source={source}", f"--output={self.cache_path}"]
+        if self.vocabulary_file:
+            flags.append(f"--vocabulary={self.vocabulary_file}")
         # Its progress goes to this process's standard output, after what was printed here.
         sys.stdout.flush()
         ended = subprocess.run(
@@ -96,7 +109,7 @@ class CachedCorpus:
         if ended.returncode:
             last_line = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
             raise DataError(
-                f"the corpus of {self.task} could not be prepared: {last_line.removeprefix('memorizing: ')}"
+                f"the corpus of {self.task_name} could not be prepared: {last_line.removeprefix('memorizing: ')}"
             )
 
     def train_batches(self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int) -> ReadAhead:
@@ -127,7 +140,7 @@ class CachedCorpus:
 
         As in the statistics of PG-19, a word is what stands between white space.
         """
-        if not CORPORA[task_name.parse(self.task).corpus].is_prose:
+        if not CORPORA[self.task_name.corpus].is_prose:
             return None
         documents = (self.decode(self._validation.tokens(index)) for index in range(self.num_eval_documents))
         return np.fromiter((len(document.split()) for document in documents), np.int64)
@@ -157,7 +170,7 @@ class CachedCorpus:
     def cache(self) -> TokenCache:
         """The opened cache, made where it is missing."""
         self.prepare()
-        return token_cache.open_cache(self.cache_path, self.task)
+        return token_cache.open_cache(self.cache_path, str(self.task_name))
 
     @functools.cached_property
     def _validation(self) -> Split:
@@ -246,9 +259,7 @@ class Mixture:
 
     def document_keys(self) -> list[str]:
         """Names of the held-out documents, with their corpus."""
-        return [
-            f"{task_name.parse(corpus.task).corpus}: {key}" for corpus in self.corpora for key in corpus.document_keys()
-        ]
+        return [f"{corpus.task_name.corpus}: {key}" for corpus in self.corpora for key in corpus.document_keys()]
 
     def document_tokens(self, index: int) -> np.ndarray:
         """All tokens of a held-out document, int32 [length]."""

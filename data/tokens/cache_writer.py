@@ -18,9 +18,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from memorizing.batch import Vocabulary
 from memorizing.data.errors import DataError
-from memorizing.data.tokens import staging, token_cache, vocabulary
-from memorizing.data.tokens.vocabulary import Vocabulary
+from memorizing.data.tokens import staging, token_cache, vocabulary_files
 
 _COLUMNS = ("num_tokens", "num_bytes", "key_lengths")
 
@@ -132,19 +132,19 @@ def join(
       described: what else to keep of where the documents came from; JSON-able.
     """
     directory = epath.Path(directory)
-    if isinstance(used, vocabulary.SentencePieceVocabulary):
-        (directory / vocabulary.MODEL_FILE).write_bytes(used.model)
+    vocabulary_files.save(used, directory)
     counts = {}
     digests = {}
     for split in splits:
         counts[split], digests[split] = _join_split(directory, split, index_paths)
-    described_vocabulary = {"name": used.name, "size": used.size, "digest": used.digest}
-    content = json.dumps([described_vocabulary, counts], sort_keys=True).encode()
+    described_vocabulary = vocabulary_files.described(used)
+    identity = {name: described_vocabulary[name] for name in ("name", "size", "digest")}
+    content = json.dumps([identity, counts], sort_keys=True).encode()
     metadata = {
         "task": task,
         "fingerprint": hashlib.sha256(content).hexdigest(),
-        # Not in the fingerprint: it is part of what the digest stands for.
-        "vocabulary": described_vocabulary | {"start_id": used.start_id},
+        # The ids of start and end are not in the fingerprint: they are part of what the digest stands for.
+        "vocabulary": described_vocabulary,
         "splits": counts,
         "indices": digests,
         **described,

@@ -27,17 +27,21 @@ def vocabulary_path(num_pieces: int) -> str:
     return os.fspath(cache_home() / "vocabularies" / f"spm{num_pieces}.model")
 
 
-def default_cache_path(task: str, source: str) -> str:
+def default_cache_path(task: str, source: str, vocabulary_file: str | None = None) -> str:
     """Where the token cache of a Task over a source is, unless the user names a place.
 
-    Sources of the same name in different folders, and the standard libraries of different Pythons, have different
-    places.
+    Sources of the same name in different folders, the standard libraries of different Pythons, and caches of different
+    vocabularies that the user gave, have different places.
     """
+    given = [os.path.abspath(vocabulary_file)] if vocabulary_file else []
     if source == STANDARD_LIBRARY:
-        return os.fspath(cache_home() / f"{task}-{STANDARD_LIBRARY}-{platform.python_version()}")
-    absolute = os.path.abspath(source)
-    name = re.sub(r"[^\w.-]+", "-", os.path.basename(absolute))
-    return os.fspath(cache_home() / f"{task}-{name}-{hashlib.sha256(absolute.encode()).hexdigest()[:8]}")
+        name = f"{STANDARD_LIBRARY}-{platform.python_version()}"
+    else:
+        absolute = os.path.abspath(source)
+        name = re.sub(r"[^\w.-]+", "-", os.path.basename(absolute))
+        given.insert(0, absolute)
+    digest = f"-{hashlib.sha256(os.pathsep.join(given).encode()).hexdigest()[:8]}" if given else ""
+    return os.fspath(cache_home() / f"{task}-{name}{digest}")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -3,7 +3,7 @@
 A cache is a folder that needs nothing else:
 
     cache.json                     what it is: Task, vocabulary, source, splits, counts
-    vocabulary.model               where the vocabulary is a SentencePiece model
+    vocabulary.model               where the vocabulary is a SentencePiece model; tokenizer.json, where it is such a one
     SPLIT.index.npz                of each document its tokens, bytes and key; of each shard its first document
     SPLIT-00000.array_record ...   a document as one record, or, of more than `PIECE` tokens, as consecutive records of
                                    so many: its ids as little-endian uint16, or uint32 where there are more than 65536
@@ -26,9 +26,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from memorizing.batch import Vocabulary
 from memorizing.data.errors import DataError
-from memorizing.data.tokens import paths, vocabulary
-from memorizing.data.tokens.vocabulary import Vocabulary
+from memorizing.data.tokens import paths, vocabulary_files
 from memorizing.errors import first_line
 
 METADATA_FILE = "cache.json"
@@ -190,20 +190,7 @@ class TokenCache:
         Raises:
           DataError: the model in the folder is another one.
         """
-        described = self.metadata["vocabulary"]
-        if described["name"] == vocabulary.ByteVocabulary().name:
-            return vocabulary.ByteVocabulary()
-        path = os.path.join(self.path, vocabulary.MODEL_FILE)
-        try:
-            with open(path, "rb") as file:
-                loaded = vocabulary.SentencePieceVocabulary(file.read())
-        except OSError as error:
-            raise _damaged(path, error.strerror or str(error)) from None
-        if loaded.digest != described["digest"]:
-            raise DataError(
-                f"{self.path} holds another vocabulary than it was made with; delete the folder and prepare it again"
-            )
-        return loaded
+        return vocabulary_files.read(self.path, self.metadata["vocabulary"])
 
     def split(self, name: str) -> Split:
         """Opens a split.

@@ -1,0 +1,127 @@
+"""Text out of bytes: which encoding they are in, and whether they are text at all."""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections import Counter
+from collections.abc import Iterator
+from typing import IO
+
+from memorizing.data.documents import damaged
+from memorizing.data.formats import archives, source_files
+from memorizing.data.formats.archives import Member
+
+# Files whose bytes are their text.
+PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
+CODE = (
+    *sorted({suffix for suffixes in source_files.SUFFIXES.values() for suffix in suffixes}),
+    *(".js", ".jsx", ".mjs", ".rs", ".rb", ".php", ".cs", ".swift", ".kt", ".scala", ".dart", ".zig", ".nim", ".jl"),
+    *(".hs", ".ml", ".mli", ".fs", ".clj", ".ex", ".exs", ".erl", ".lisp", ".el", ".scm", ".thy", ".lean", ".v"),
+    *(".sh", ".bash", ".lua", ".pl", ".pm", ".r", ".f90", ".sql", ".proto", ".css", ".scss"),
+)
+SUFFIXES = (*PROSE, *CODE)
+
+BINARY = "no text"
+EMPTY = "empty"
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    # The mark of UTF-16 begins as this one.
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# Of text, of which Latin letters are in UTF-16 every second byte is zero, and in no other encoding any.
+_SAMPLE = 1 << 16
+_MOST_ZEROS, _FEWEST_ZEROS = 0.3, 0.02
+_MAX_CONTROLS = 0.01
+# Tabs, line ends, form feeds, and the escape of a terminal's colours.
+_CONTROLS = bytes(byte for byte in range(32) if byte not in b"\t\n\v\f\r\x1b") + b"\x7f"
+
+
+def text_of(suffix: str, content: bytes) -> tuple[str, str | None]:
+    """The text of a file with some suffix, such as ".txt", and None, or "" and why the file is left out."""
+    return decoded(content)
+
+
+def between(member: Member, separator: str, max_bytes: int, skipped: Counter[str]) -> Iterator[bytes]:
+    """Yields what stands between the lines of a file that are a separator, as the file is read.
+
+    Args:
+      member: the file.
+      separator: the line, without white space around it.
+      max_bytes: more between two separators is left out, and counted.
+      skipped: counts what was left out, by reason.
+    """
+    try:
+        with member.open() as file:
+            start = file.read(4)
+            file.seek(0)
+            if any(start.startswith(mark) for mark, encoding in _MARKS if encoding != "utf-8-sig"):
+                # Not a byte of such a line is that of UTF-8.
+                content = file.read(archives.MAX_BYTES + 1)
+                if len(content) > archives.MAX_BYTES:
+                    skipped[archives.TOO_LARGE] += 1
+                    return
+                file = io.BytesIO(decoded(content)[0].encode())
+            yield from _parts(file, separator.strip().encode(), max_bytes, skipped)
+    except archives.READ_ERRORS as error:
+        skipped[damaged(member.label, archives.why(error))] += 1
+
+
+def _parts(file: IO[bytes], separator: bytes, max_bytes: int, skipped: Counter[str]) -> Iterator[bytes]:
+    content = bytearray()
+    while True:
+        line = file.readline(max_bytes + 1)
+        if line and line.strip() != separator:
+            if len(content) <= max_bytes:
+                content += line
+            continue
+        if len(content) > max_bytes:
+            skipped[archives.TOO_LARGE] += 1
+        elif content.strip():
+            yield bytes(content)
+        if not line:
+            return
+        content.clear()
+
+
+def decoded(content: bytes) -> tuple[str, str | None]:
+    """The text of a file.
+
+    UTF-8 and UTF-16, with a mark at the start or without, UTF-32 with one, and else Latin-1, whose unused places Windows
+    has given other characters. The mark is no part of the text.
+
+    Returns:
+      The text and None, or "" and why the file is left out.
+    """
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), None) or _without_mark(content)
+    if encoding is None:
+        return "", BINARY
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        return "", BINARY
+    return ("", EMPTY) if not text.strip() else (text, None)
+
+
+def _without_mark(content: bytes) -> str | None:
+    """The encoding of a file that does not say it; None where it is no text."""
+    sample = content[:_SAMPLE]
+    if b"\0" in content:
+        even, odd = (sample[first::2].count(0) / max(len(sample) // 2, 1) for first in (0, 1))
+        if len(content) % 2 == 0 and odd > _MOST_ZEROS and even < _FEWEST_ZEROS:
+            return "utf-16-le"
+        return "utf-16-be" if len(content) % 2 == 0 and even > _MOST_ZEROS and odd < _FEWEST_ZEROS else None
+    # A few are in a short text too.
+    if len(sample) - len(sample.translate(None, _CONTROLS)) > 2 + _MAX_CONTROLS * len(sample):
+        return None
+    for encoding in ("utf-8", "cp1252"):
+        try:
+            content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        return encoding
+    return "latin-1"
