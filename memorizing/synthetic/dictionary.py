@@ -134,7 +134,20 @@ class DictionaryLookup(SyntheticTask):
         is_value = np.arange(self.record_length) >= 2 + self.key_length
         is_answer = np.zeros((num_segments, segment_length), bool)  # [U, T]
         is_answer[segment, position] = records.is_scored[..., None] & is_value
-        return Text(ids.ravel(), is_answer.ravel())
+        told_at = np.where(is_answer, self._definitions_at(records, position, segment_length), -1)
+        return Text(ids.ravel(), is_answer.ravel(), told_at.ravel())
+
+    def _definitions_at(self, records: Records, position: np.ndarray, segment_length: int) -> np.ndarray:
+        """Where the definition ends that each token belongs to, int [U, T]; 0 at fillers."""
+        num_segments = len(position)
+        segment = np.arange(num_segments)[:, None, None]
+        ends = segment[..., 0] * segment_length + position[..., -1]  # [U, records]
+        is_definition = ~records.is_query
+        end_of_entry = np.zeros(int(is_definition.sum()), int)
+        end_of_entry[records.entry[is_definition]] = ends[is_definition]
+        found = np.zeros((num_segments, segment_length), int)
+        found[segment, position] = end_of_entry[records.entry][..., None]
+        return found
 
     def _tokens(self, entries: Entries, records: Records) -> np.ndarray:
         """Ids of every record, int [U, records a segment, record length]."""

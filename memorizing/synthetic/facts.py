@@ -68,7 +68,11 @@ class FactTask(SyntheticTask):
         for start, piece in zip(starts, pieces, strict=True):
             ids[start : start + len(piece)] = piece
         end_of_answer = end_of_question + len(answer)
-        return Text(ids[:end_of_answer], np.arange(end_of_answer) >= end_of_question)
+        is_answer = np.arange(end_of_answer) >= end_of_question
+        # The fact that names the place: of two, the other one only tells the direction of another place.
+        told = next(i for i, fact in enumerate(story.facts) if story.answer.strip() in fact)
+        end_of_fact = starts[told] + fact_lengths[told]
+        return Text(ids[:end_of_answer], is_answer, np.where(is_answer, end_of_fact - 1, -1))
 
     @functools.cached_property
     def _answer_room(self) -> int:

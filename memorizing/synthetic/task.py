@@ -28,10 +28,15 @@ class Text(NamedTuple):
     Attributes:
       ids: int32 [length], at most U * T.
       is_answer: bool [length], the tokens that the loss and the accuracy count.
+      told_at: int64 [length], where the text tells what each token of an answer is: the position of the last token of
+        the earliest fact that it takes; -1 at all other tokens. None where nobody asks.
+      read: int32 [length], what the model reads, where it does not read its own answers; None for `ids`.
     """
 
     ids: np.ndarray
     is_answer: np.ndarray
+    told_at: np.ndarray | None = None
+    read: np.ndarray | None = None
 
 
 class Sample(NamedTuple):
@@ -109,10 +114,22 @@ class SyntheticTask(abc.ABC):
         settings = [f"{name}={getattr(self, name)!r}" for name in names]
         return f"{type(self).__name__}({', '.join(settings)})"
 
+    def text_of_sample(self, split: Split, seed: int, index: int, num_segments: int, segment_length: int) -> Text:
+        """One sample as a text, a pure function of its arguments."""
+        return self.write(_generator(split, seed, index), split, num_segments, segment_length)
+
+    def held_out_rng(self, index: int) -> np.random.Generator:
+        """What a held-out sample is made with."""
+        return _generator("validation", _EVALUATION_SEED, index)
+
+    def held_out_text(self, index: int, segment_length: int) -> Text:
+        """A held-out sample as a text."""
+        return self.text_of_sample("validation", _EVALUATION_SEED, index, self.eval_segments, segment_length)
+
     def sample(self, split: Split, seed: int, index: int, num_segments: int, segment_length: int) -> Sample:
         """One sample, a pure function of its arguments."""
-        rng = np.random.default_rng([_SPLIT_NUMBERS[split], seed, index])
-        ids, is_answer = self.write(rng, split, num_segments, segment_length)
+        text = self.text_of_sample(split, seed, index, num_segments, segment_length)
+        ids = text.ids
         size = num_segments * segment_length
 
         def in_segments(values: np.ndarray, dtype: type) -> np.ndarray:
@@ -121,11 +138,12 @@ class SyntheticTask(abc.ABC):
                 values = np.pad(values, (0, size - len(values)))
             return values.astype(dtype, copy=False).reshape(num_segments, segment_length)
 
-        previous = np.concatenate([[self.start_id], ids[:-1]], dtype=np.int32, casting="unsafe")
+        read = ids if text.read is None else text.read
+        previous = np.concatenate([[self.start_id], read[:-1]], dtype=np.int32, casting="unsafe")
         return Sample(
             tokens=in_segments(previous, np.int32),
             targets=in_segments(ids, np.int32),
-            loss_weights=in_segments(is_answer, np.float32),
+            loss_weights=in_segments(text.is_answer, np.float32),
             is_real=in_segments(np.ones(len(ids), bool), bool),
         )
 
@@ -169,6 +187,10 @@ class SyntheticTask(abc.ABC):
         """Raises UserError that names a field and what it has to be, unless it is right."""
         if not is_right:
             raise UserError(f"{type(self).__name__}.{field} = {getattr(self, field)!r}: {expected}")
+
+
+def _generator(split: Split, seed: int, index: int) -> np.random.Generator:
+    return np.random.default_rng([_SPLIT_NUMBERS[split], seed, index])
 
 
 def _empty_sample(num_segments: int, segment_length: int) -> Sample:
