@@ -33,8 +33,8 @@ from memorizing.models.layers import Embedder, HeadKind, MLPKind, NormKind, Posi
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Mixture
 from memorizing.models.memory.external_memory import Memory
-from memorizing.models.positions import LearnedPositions, Positions, Rotary
 from memorizing.models.memory.product_keys import ProductKeys
+from memorizing.models.positions import LearnedPositions, Positions, Rotary
 from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, written
 from memorizing.models.stack import LayerGroup, RematKind, Stack, StackOutput, layer_name
 

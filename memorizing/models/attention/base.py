@@ -18,8 +18,8 @@ from memorizing.errors import UserError
 from memorizing.models import positions
 from memorizing.models.layers import Einsum, MLPKind, NormKind, RMSNorm, parameter
 from memorizing.models.memory.external_memory import Memory
-from memorizing.models.positions import LayerPositions, LearnedPositions, Positions, Rotary
 from memorizing.models.memory.product_keys import ProductKeys
+from memorizing.models.positions import LayerPositions, LearnedPositions, Positions, Rotary
 
 QKNormKind = Literal["l2", "none", "rms", "rms_llama", "rms_gemma"]
 BiasPlace = Literal["qkv", "output", "mlp"]
