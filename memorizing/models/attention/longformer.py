@@ -25,13 +25,10 @@ from memorizing.models.attention.base import (
     Example,
     LayerDims,
     attend_flops,
-    hide,
-    local_attention,
     position_bias,
     projection_flops,
-    push,
-    visible_keys,
 )
+from memorizing.models.attention.local import hide, local_attention, push, visible_keys
 from memorizing.models.layers import parameter
 from memorizing.models.positions import check_buckets
 
@@ -166,7 +163,7 @@ class LongformerCore(nn.Module):
         mask = visible_keys(segment, num_queries, valid)
         mask &= near[None] | self._is_global(state, num_keys)[:, None, :]
         bias = self._bias(segment, near)
-        y = local_attention(queries, all_keys, all_values, scale, bias, mask)
+        y = local_attention(queries, all_keys, all_values, scale, bias, mask).values
 
         if segment.decoding is not None:
             return y, None, Report(kv_cache={"keys": all_keys, "values": all_values})
