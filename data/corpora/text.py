@@ -24,6 +24,8 @@ from memorizing.data.formats.file_trees import Found
 
 # A shard lists its own files: of ten million a few hundred thousand names.
 _MAX_SHARDS = 64
+# The shard that holds everything.
+WHOLE = "0 of 1"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _LINES = (".jsonl", ".ndjson")
 _ANY = "any"

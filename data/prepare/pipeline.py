@@ -29,7 +29,7 @@ from memorizing.data.prepare.survey import Survey, Surveying
 from memorizing.data.prepare.text_sample import max_bytes_of_part
 from memorizing.data.prepare.tokenising import Tokenising
 from memorizing.data.prepare.workers import Workers
-from memorizing.data.tasks import splits, task_name
+from memorizing.data.tasks import splits, task_name, tensorflow_start
 from memorizing.data.tasks.splits import FileSplits, SplitRule
 from memorizing.data.tasks.task_name import TaskName
 from memorizing.data.tokens import cache_writer, staging, vocabulary, vocabulary_files
@@ -184,6 +184,8 @@ class _Preparation:
     def __init__(self, settings: Settings, workers: Workers, progress: PreparationProgress) -> None:
         """Raises DataError where a setting or the source cannot be used."""
         splits.check_fraction(settings.validation_fraction)
+        if settings.by_seqio:
+            tensorflow_start.check_installed(str(settings.task))
         self.settings = settings
         self._workers = workers
         self._progress = progress
