@@ -19,7 +19,8 @@ import jax
 from etils import epath
 
 from memorizing.batch import text_of, with_documents
-from memorizing.commands import experiment_flags
+from memorizing.commands import experiment_flags, suites
+from memorizing.commands.results import write_files
 from memorizing.config.runs import open_run
 from memorizing.errors import MOST, UserError
 from memorizing.evaluation import baselines, plots, report
@@ -27,7 +28,6 @@ from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator, num
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.models.language_model import LMConfig
 from memorizing.runtime import sharding
-from memorizing.runtime.json_lines import replace_bytes, replace_text
 
 FOLDER = "evaluation"
 
@@ -40,6 +40,7 @@ Evaluates a finished run on the held-out documents of its data: each once, whole
   memorizing evaluate --compare RUN_A RUN_B                  two runs, document by document
   memorizing evaluate --workdir=DIR --documents=FOLDER       on documents of your own: text files, source code, JSON lines
   memorizing evaluate --workdir=DIR --gin.CachedCorpus.path=CACHE       on another corpus with the same vocabulary
+  memorizing evaluate --workdir=DIR --suite=babilong,passkey --lengths=2,4,8    what is remembered, how far back, against which controls
 
 Loss and perplexity are per token; bits per byte are of the text in UTF-8; perplexity per word is given for corpora of prose, whose words are what stands between white
 space. Intervals resample documents. Results are written to WORKDIR/evaluation: JSON and pictures; those of documents of your own into a folder of its own in there.
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=experiment_flags.SEED.of(int), default=0, metavar="N", help="of the bootstrap (default: 0)"
     )
+    suites.add_arguments(parser)
 
 
 def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
@@ -93,7 +95,14 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
         raise UserError(
             "--compare names the two runs itself and compares them as trained: leave out --workdir and --memory_sizes"
         )
+    if options.suite and (options.compare or options.memory_sizes):
+        raise UserError(
+            "--suite asks one run as it was trained, and in its own controls: leave out --compare and --memory_sizes"
+        )
     experiment_flags.use_devices(os.cpu_count() or 1)
+    if options.suite:
+        print(suites.run(options, bindings, FOLDER))
+        return 0
     print(_compare(options, bindings) if options.compare else _evaluate(options, bindings))
     return 0
 
@@ -272,12 +281,4 @@ def _origin(finished: FinishedRun) -> dict[str, Any]:
 
 def _write(folder: epath.Path, name: str, content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """Writes results and returns their names."""
-    if jax.process_index() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_text(folder / name, json.dumps(content, indent=2) + "\n")
-            for picture, png in pictures.items():
-                replace_bytes(folder / picture, png)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
-    return ", ".join([name, *pictures])
+    return write_files(folder, {name: (json.dumps(content, indent=2) + "\n").encode(), **pictures})

@@ -23,6 +23,16 @@ from memorizing.synthetic import (
     Reverse,
     SyntheticWords,
 )
+from memorizing.synthetic.recall import (
+    MQAR,
+    BABILong,
+    Passkey,
+    PlainWords,
+    Ruler,
+    SegmentedMQAR,
+    StandardLibrary,
+    TextLanguage,
+)
 from memorizing.training.experiment import BatchConfig, Experiment, LoopConfig
 from memorizing.training.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot
 
@@ -57,6 +67,15 @@ for configurable in (
     DictionaryLookup,
     Curriculum,
     SyntheticWords,
+    # Recall suites, and what their prompts are written in.
+    MQAR,
+    SegmentedMQAR,
+    Passkey,
+    Ruler,
+    BABILong,
+    PlainWords,
+    TextLanguage,
+    StandardLibrary,
     # Any data, read in windows.
     Windows,
 ):

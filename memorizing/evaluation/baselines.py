@@ -28,14 +28,20 @@ def with_continuous_cache(experiment: Experiment) -> LMConfig | None:
     model = experiment.model
     if text_of(experiment.data) is None:
         return None
+    with_cache = cached(experiment)
+    has_no_other_memory = len(model.memory_sizes) == 1
+    return None if with_cache == model and has_no_other_memory else with_cache
+
+
+def cached(experiment: Experiment) -> LMConfig:
+    """The experiment's model with a continuous cache that needs no training, as large as its memory."""
+    model = experiment.model
     # A whole number of segments on every device.
     unit = experiment.batch.segment_length * experiment.mesh.memory
     baseline = ContinuousCache()
     size = max((model.memory_size or baseline.memory_size) // unit, 1) * unit
     cache = dataclasses.replace(baseline, memory_size=size)
-    with_cache = dataclasses.replace(model, continuous_cache=cache)
-    has_no_other_memory = len(model.memory_sizes) == 1
-    return None if with_cache == model and has_no_other_memory else with_cache
+    return dataclasses.replace(model, continuous_cache=cache)
 
 
 def worth(trained: Mapping[str, Evaluation], without: Mapping[str, Evaluation], seed: int = 0) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +156,20 @@ def num_rows_side_by_side(source: DataSource, at_most: int, mesh: Mesh) -> int:
     return -(-num_rows // devices) * devices
 
 
+class ReadSegment(NamedTuple):
+    """What came of a segment of every row.
+
+    Attributes:
+      scores: -log p of the targets, float32 [B, T], and whether they are the most likely tokens, bool [B, T].
+      batch, document, offset: see `EvaluationBatch`.
+    """
+
+    scores: tuple[Any, Any]
+    batch: Batch
+    document: np.ndarray
+    offset: np.ndarray
+
+
 class Evaluator:
     """Evaluates parameters on held-out documents; compiles once an ablation."""
 
@@ -212,9 +226,15 @@ class Evaluator:
           ablation: what is done to the context before every segment; 'memory_of_another_document' takes a source of
             two documents or more, and twice the time.
         """
+        sums = _Sums(self._segment_length)
+        for segment in self.read(params, buffers, source, ablation):
+            sums.add(*segment)
+        return sums.result(source)
+
+    def read(self, params: Tree, buffers: Tree, source: DataSource, ablation: Ablation = "none") -> Iterator[ReadSegment]:
+        """The same, segment by segment: what `run` adds up."""
         size = (self._num_rows, self._segment_length)
         others = OtherDocuments(source, *size) if ablation == "memory_of_another_document" else None
-        sums = _Sums(self._segment_length)
         # Of several processes, each reads its own rows' documents.
         is_shared = jax.process_count() > 1
         rows = (self._rows.rows,) if is_shared else ()
@@ -236,8 +256,7 @@ class Evaluator:
         segments = source.evaluation_batches(*size, *rows)
         context = (self._init_context(), self._init_context()) if others else self._init_context()
         for result, _ in read_segments(step, context, segments):
-            sums.add(*result)
-        return sums.result(source)
+            yield ReadSegment(*result)
 
 
 class ReachingTask(DataSource, Protocol):

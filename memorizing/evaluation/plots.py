@@ -61,7 +61,7 @@ def loss_by_position(evaluations: Mapping[str, Evaluation], reference: str | Non
     for each in axes:
         each.set_xscale("log")
     axes[-1].set_xlabel("position in the document (tokens)")
-    return _png(figure)
+    return png(figure)
 
 
 def _middles(starts: np.ndarray) -> np.ndarray:
@@ -97,7 +97,7 @@ def loss_by_memory(differences: Mapping[int, Mapping[str, Any]], trained: int, l
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("The same weights with other memories; bars: 95% of the paired difference")
     axes.legend()
-    return _png(figure)
+    return png(figure)
 
 
 def documents_of_two_runs(
@@ -115,7 +115,7 @@ def documents_of_two_runs(
     axes.set_ylabel(f"A: {names[0]}, loss (nats per token)")
     axes.set_title("Two runs, document by document")
     axes.legend()
-    return _png(figure)
+    return png(figure)
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -138,7 +138,20 @@ def _figure(num_axes: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def sheet(num_panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure of small panels, four in a row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(num_panels, 4)
+    rows = -(-num_panels // columns)
+    figure = Figure(figsize=(1 + 3 * columns, 1 + 2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(num_panels)]
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
     return buffer.getvalue()
@@ -170,7 +183,7 @@ def gain_by_position(inspection: Inspection) -> bytes:
     axes.set_ylabel("Δ (nats)")
     axes.set_title(f"Loss with memory {smaller:,} less loss with memory {larger:,}")
     axes.legend(loc="lower left")
-    return _png(figure)
+    return png(figure)
 
 
 def distances(inspection: Inspection) -> bytes:
@@ -185,7 +198,7 @@ def distances(inspection: Inspection) -> bytes:
     axes.stairs(available, edges, label="everything in the memory", color="gray", linestyle="--")
     _ages(axes, "share of the neighbours")
     axes.set_title("How far back the neighbours lie")
-    return _png(figure)
+    return png(figure)
 
 
 def mass_by_age(inspection: Inspection) -> bytes:
@@ -201,7 +214,7 @@ def mass_by_age(inspection: Inspection) -> bytes:
             num_lines += 1
     _ages(axes, "share of the attention", columns=1 + num_lines // 7)
     axes.set_title("Attention to the memory by age")
-    return _png(figure)
+    return png(figure)
 
 
 def _mass(lookups: Lookups, edges: np.ndarray) -> np.ndarray:

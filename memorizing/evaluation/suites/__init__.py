@@ -1,0 +1,1 @@
+"""Recall suites: what a finished run remembers, how far back, and against which controls."""
