@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from memorizing.evaluation.inspection.lookups import Inspection, Lookups, recall_of
+from memorizing.evaluation.run_page.template import filled_in
 
 # Bytes that the neighbours may take before they are written as text, which makes them a third longer: the page stays
 # under 20 MB.
@@ -56,14 +57,15 @@ def make_page(
     figures = [_figure(caption, png, alternative) for caption, (png, alternative) in pictures.items()]
     listed = [f"<dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd>" for label, value in facts.items()]
     as_json = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return _filled_in(
+    return filled_in(
+        importlib.resources.files(_PACKAGE).joinpath(_TEMPLATE),
         {
             "TITLE": html.escape(title),
             "FACTS": "".join(listed),
             "FIGURES": "".join(figures),
             # `<` must not end the script that holds the data.
             "DATA": as_json.replace("<", "\\u003c"),
-        }
+        },
     )
 
 
@@ -73,17 +75,6 @@ def _figure(caption: str, png: bytes, alternative: str) -> str:
         f'<figure><img src="data:image/png;base64,{encoded}" alt="{html.escape(alternative)}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
-
-
-def _filled_in(parts: Mapping[str, str]) -> str:
-    """The template, with a text in each of its places."""
-    template = importlib.resources.files(_PACKAGE).joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    # In one pass, part after part: what is filled in may itself look like a place to fill.
-    page, *pieces = template.split("{{")
-    for piece in pieces:
-        name, _, text = piece.partition("}}")
-        page += parts[name] + text
-    return page
 
 
 def kept_positions(inspection: Inspection, budget: int = NEIGHBOUR_BUDGET) -> np.ndarray:
