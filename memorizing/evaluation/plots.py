@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memorizing.evaluation import bootstrap
-from memorizing.evaluation.evaluator import Evaluation
-from memorizing.evaluation.inspection.lookups import Inspection, Lookups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from memorizing.evaluation.evaluator import Evaluation
+    from memorizing.evaluation.inspection.lookups import Inspection, Lookups
 
 # Okabe and Ito's palette, and a marker for each of its colours.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -44,10 +45,10 @@ def loss_by_position(evaluations: Mapping[str, Evaluation], reference: str | Non
     for index, (name, evaluation) in enumerate(evaluations.items()):
         label = f"{name} (perplexity {evaluation.values()['perplexity']:.2f})"
         losses = evaluation.nats_by_position[seen] / counts
-        axes[0].plot(middles, losses, label=label, **_style(index))
+        axes[0].plot(middles, losses, label=label, **style(index))
         if evaluation is not base:
             differences = (evaluation.cell_nats - base.cell_nats)[:, seen]  # [documents, bins]
-            axes[1].plot(middles, differences.sum(axis=0) / counts, label=name, **_style(index))
+            axes[1].plot(middles, differences.sum(axis=0) / counts, label=name, **style(index))
             low, high = bootstrap.ratio_interval(differences, base.cell_tokens[:, seen], seed)
             axes[1].fill_between(middles, low, high, alpha=0.15, color=_color(index), linewidth=0)
     axes[0].set_ylabel("loss (nats per token)")
@@ -86,7 +87,7 @@ def loss_by_memory(differences: Mapping[int, Mapping[str, Any]], trained: int, l
     sizes = sorted(differences)
     values = [loss + differences[size]["loss"] for size in sizes]
     places = np.arange(len(sizes))
-    axes.plot(places, values, **_style(0))
+    axes.plot(places, values, **style(0))
     for place, size in zip(places, sizes, strict=True):
         if interval := differences[size]["interval"]:
             low, high = interval
@@ -118,7 +119,8 @@ def documents_of_two_runs(
     return png(figure)
 
 
-def _style(index: int) -> dict[str, Any]:
+def style(index: int) -> dict[str, Any]:
+    """Colour and marker of a line, by its number."""
     return {"color": _color(index), "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
 
 
@@ -210,7 +212,7 @@ def mass_by_age(inspection: Inspection) -> bytes:
     for lookups in inspection.lookups:
         for head, mass in enumerate(_mass(lookups, edges)):
             label = f"{lookups.layer}, head {head}"
-            axes.plot(middles, _share(mass), label=label, **_style(num_lines))
+            axes.plot(middles, _share(mass), label=label, **style(num_lines))
             num_lines += 1
     _ages(axes, "share of the attention", columns=1 + num_lines // 7)
     axes.set_title("Attention to the memory by age")

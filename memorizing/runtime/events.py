@@ -108,6 +108,11 @@ class Goodput:
         """The part of the time in which training made progress."""
         return self.seconds["steps"] / max(self.total, 1e-9)
 
+    @property
+    def named(self) -> dict[str, float]:
+        """Seconds by kind, as people call it."""
+        return {_KINDS[kind]: seconds for kind, seconds in self.seconds.items()}
+
     def __str__(self) -> str:
         starts = "" if self.starts == 1 else f" over {self.starts} starts"
         parts = []
@@ -121,7 +126,17 @@ class Goodput:
 
 def goodput(workdir: epath.Path) -> Goodput:
     """How the run in a workdir has spent its time so far; all zero if it has no events."""
-    starts = _starts(read_lines(workdir / FILE, _NAMES))
+    return goodput_of(read_events(workdir))
+
+
+def read_events(workdir: epath.Path) -> list[Line]:
+    """The events of a run, oldest first; none if it has none. Raises UserError where the file is damaged."""
+    return read_lines(workdir / FILE, _NAMES)
+
+
+def goodput_of(events: Sequence[Line]) -> Goodput:
+    """The same from the events of a run."""
+    starts = _starts(events)
     seconds = dict.fromkeys(_KINDS, 0.0)
     for index, events in enumerate(starts):
         begin = _begin(events)

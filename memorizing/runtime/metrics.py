@@ -13,6 +13,7 @@ from etils import epath
 
 from memorizing.runtime.json_lines import JsonLines
 from memorizing.runtime.tables import duration
+from memorizing.runtime.workdir import METRIC_NAMES, METRICS
 
 Values = dict[str, float]
 
@@ -47,8 +48,7 @@ class MetricWriter:
         # Not at the top: an import of a second, only needed where something is written.
         from tensorboardX import SummaryWriter
 
-        file = workdir / "metrics.jsonl"
-        self._file = JsonLines(file, names=("step", "kind"), keep=lambda line: line["step"] <= resumed_step)
+        self._file = JsonLines(workdir / METRICS, METRIC_NAMES, keep=lambda line: line["step"] <= resumed_step)
         self._written = {(line["step"], line["kind"]) for line in self._file.lines}
         self._events = SummaryWriter(logdir=str(workdir / "events"), purge_step=resumed_step + 1)
 

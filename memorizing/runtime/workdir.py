@@ -19,6 +19,11 @@ from memorizing.runtime.json_lines import replace_text
 CONFIG = "config.gin"
 EXPERIMENT = "experiment.json"
 VOCABULARY = "vocabulary.json"
+# A line a step and kind, see `MetricWriter`; what every line has.
+METRICS = "metrics.jsonl"
+METRIC_NAMES = ("step", "kind")
+# The folder of its checkpoints, one a step.
+CHECKPOINTS = "checkpoints"
 
 # Of records, and so of workdirs and checkpoints. 1 (which did not say so) had other parameters, 2 no digests.
 FORMAT = 3
@@ -89,6 +94,12 @@ def read_record(path: epath.Path) -> dict[str, Any]:
         ) from None
     except OtherFormat as error:
         raise UserError(f"{path} {error}: go on with that version, or choose another --workdir") from None
+
+
+def checkpoint_record(folder: epath.Path, step: int) -> epath.Path:
+    """Where a checkpoint says what it holds: a record. `folder`: of the checkpoints of a run."""
+    # What Orbax writes of `JsonSave`.
+    return folder / str(step) / "data" / "metadata"
 
 
 def write_config(workdir: epath.Path, text: str) -> None:

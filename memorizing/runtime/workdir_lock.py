@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -152,14 +153,15 @@ class WorkdirLock:
     def _living(self) -> list[_Claim]:
         """The files of other processes that are not known to be dead; those of dead ones are removed."""
         living = []
-        for claim in self._others():
+        for claim in self.others():
             if self._is_dead(claim):
                 claim.path.unlink(missing_ok=True)
             else:
                 living.append(claim)
         return living
 
-    def _others(self) -> list[_Claim]:
+    def others(self) -> list[_Claim]:
+        """The files of other processes, dead ones' too."""
         claims = []
         for path in self._workdir.glob(f"{_PREFIX}*"):
             if path.name == self._path.name:
@@ -174,7 +176,7 @@ class WorkdirLock:
         return claims
 
     def _is_dead(self, claim: _Claim) -> bool:
-        if self._is_of_this_machine(claim):
+        if self.is_of_this_machine(claim):
             return _started(claim.record["pid"]) != claim.record["started"]
         now = time.monotonic()
         text, since = self._seen.setdefault(claim.path.name, (claim.text, now))
@@ -185,12 +187,13 @@ class WorkdirLock:
         return now - since > self._limit_seconds
 
     def _is_known_to_live(self, claim: _Claim) -> bool:
-        if self._is_of_this_machine(claim):
+        if self.is_of_this_machine(claim):
             return True
         first_text = self._first_texts.setdefault(claim.path.name, claim.text)
         return bool(claim.record) and claim.text != first_text
 
-    def _is_of_this_machine(self, claim: _Claim) -> bool:
+    def is_of_this_machine(self, claim: _Claim) -> bool:
+        """Whether the system knows if that process lives."""
         machine = claim.record.get("machine")
         return machine is not None and machine == self._record["machine"] and claim.record.get("started") is not None
 
@@ -213,7 +216,7 @@ class WorkdirLock:
                 return
             self._last_beat = time.time()
         if self._record["holds"]:
-            self._is_lost |= any(claim.record.get("holds") for claim in self._others())
+            self._is_lost |= any(claim.record.get("holds") for claim in self.others())
 
     def _text(self) -> str:
         return json.dumps(self._record).ljust(_TEXT_LENGTH)
@@ -254,6 +257,37 @@ def held(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[Callable[[
         yield lock.check
     finally:
         lock.release()
+
+
+def writer(workdir: epath.Path, limit_seconds: float = _LIMIT_SECONDS) -> str | None:
+    """The process that writes into a workdir, in words; None if there is none.
+
+    Looks only: nothing is waited for, and nothing is changed. Of a process on another machine counts when its file was
+    last written, by the clocks of both machines.
+
+    Args:
+      workdir: the folder.
+      limit_seconds: silence after which a process on another machine counts as dead.
+    """
+    lock = WorkdirLock(workdir)
+    for claim in lock.others():
+        if lock.is_of_this_machine(claim):
+            lives = _started(claim.record["pid"]) == claim.record["started"]
+        else:
+            lives = _age(claim.path) <= limit_seconds
+        if lives:
+            return str(claim)
+    return None
+
+
+def _age(path: epath.Path) -> float:
+    """Seconds since a file was written; infinite if it is no longer there."""
+    try:
+        # `stat` of a path asks who owns the file, whom a container may not know.
+        written = path.stat().mtime if "://" in str(path) else os.path.getmtime(path)
+    except OSError:
+        return math.inf
+    return time.time() - written
 
 
 def _parsed(text: str) -> dict[str, Any]:

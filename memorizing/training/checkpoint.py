@@ -25,10 +25,9 @@ from memorizing.array_typing import Checksum, Tree
 from memorizing.errors import UserError, first_line
 from memorizing.models.stack import unstack
 from memorizing.runtime.failures import find_lost_infrastructure
-from memorizing.runtime.workdir import DamagedRecord, OtherFormat, seal, unseal
+from memorizing.runtime.workdir import CHECKPOINTS as FOLDER
+from memorizing.runtime.workdir import DamagedRecord, OtherFormat, checkpoint_record, seal, unseal
 from memorizing.training.state import TrainState
-
-FOLDER = "checkpoints"
 
 
 class NotFinite(Exception):
@@ -263,8 +262,7 @@ def _read_record(folder: epath.Path, step: int) -> dict[str, Any]:
       _Damaged: it is not what was saved.
       OtherFormat: it was saved by another version of the library.
     """
-    # What Orbax wrote of `JsonSave`.
-    path = folder / str(step) / "data" / "metadata"
+    path = checkpoint_record(folder, step)
     try:
         record = unseal(path.read_text())
     except (DamagedRecord, UnicodeDecodeError):

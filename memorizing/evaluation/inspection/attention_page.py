@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import html
+import importlib.resources
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from memorizing.evaluation.inspection.attention import NONE, AttentionReading, HeadsAttention
-from memorizing.evaluation.inspection.page_parts import as_script, filled_in, packed, texts
+from memorizing.evaluation.inspection.page_parts import as_script, packed, texts
+from memorizing.evaluation.run_page.template import filled_in
 
 # Bytes before they are written as text, which makes them a third longer: the page stays under 20 MB.
 BUDGET = 11_000_000
 # Weights are stored as bytes.
 WEIGHT_UNIT = 1 / 255
-_TEMPLATE = "attention.html"
+_TEMPLATE = importlib.resources.files(__package__).joinpath("attention.html")
 
 
 def make_attention_page(

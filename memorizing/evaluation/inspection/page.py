@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.resources
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from memorizing.evaluation.inspection.lookups import Inspection, Lookups, recall_of
-from memorizing.evaluation.inspection.page_parts import as_script, filled_in, packed, texts
+from memorizing.evaluation.inspection.page_parts import as_script, packed, texts
+from memorizing.evaluation.run_page.template import filled_in
 
 # Bytes that the neighbours may take before they are written as text, which makes them a third longer: the page stays
 # under 20 MB.
@@ -19,7 +21,7 @@ NEIGHBOUR_BUDGET = 11_000_000
 SCORE_UNIT = 1 / 16384
 NO_NEIGHBOUR = -32768
 _SCORE_TYPE = "<i2"
-_TEMPLATE = "inspection.html"
+_TEMPLATE = importlib.resources.files(__package__).joinpath("inspection.html")
 
 
 def make_page(

@@ -1,28 +1,14 @@
-"""What the pages of an inspection share: a template that is filled in, and arrays and texts as JSON holds them."""
+"""What the pages of an inspection share: arrays and texts as JSON holds them."""
 
 from __future__ import annotations
 
 import base64
 import codecs
-import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-_PACKAGE = "memorizing.evaluation.inspection"
-
-
-def filled_in(template_name: str, parts: Mapping[str, str]) -> str:
-    """The template, with a text in each of its places."""
-    template = importlib.resources.files(_PACKAGE).joinpath(template_name).read_text(encoding="utf-8")
-    # In one pass, part after part: what is filled in may itself look like a place to fill.
-    page, *pieces = template.split("{{")
-    for piece in pieces:
-        name, _, text = piece.partition("}}")
-        page += parts[name] + text
-    return page
 
 
 def as_script(data: Mapping[str, Any]) -> str:

@@ -162,7 +162,9 @@ def _own(reader: Reader, kind: type[Any], suite: str) -> Any:
 
 
 def _passkey(reader: Reader, length: int) -> list[Exercise]:
-    return [Exercise("passkey", "passkey", {"segments": length}, Passkey(eval_segments=length, language=_words(reader)))]
+    return [
+        Exercise("passkey", "passkey", {"segments": length}, Passkey(eval_segments=length, language=_words(reader)))
+    ]
 
 
 def _ruler(reader: Reader, length: int) -> list[Exercise]:
