@@ -21,6 +21,7 @@ from memorizing.synthetic import (
     RepeatedPassages,
     Reverse,
     SyntheticWords,
+    TopicCopy,
 )
 from memorizing.training.experiment import BatchConfig, Experiment, LoopConfig
 from memorizing.training.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot
@@ -54,6 +55,7 @@ for configurable in (
     DictionaryLookup,
     Curriculum,
     SyntheticWords,
+    TopicCopy,
     # Any data, read in windows.
     Windows,
 ):

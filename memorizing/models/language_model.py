@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
@@ -34,11 +35,13 @@ from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Mixture
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.product_keys import ProductKeys
+from memorizing.models.positions import AxialPositions
 from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, written
 from memorizing.models.stack import LayerGroup, RematKind, Stack, StackOutput, layer_name
 
-# The entry of the recurrent tokens in parameters and context.
+# The entry of the recurrent tokens in parameters and context, and of positions in parameters.
 RECURRENT = "recurrent_tokens"
+POSITIONS = "positions"
 # A thousand times those of the largest models.
 MAX_PARAMETERS = 1 << 50
 
@@ -67,6 +70,8 @@ class LMConfig:
       norm, mlp, qk_norm, positions: the parts of a layer, see `LayerDims`.
       product_keys: a memory in the place of the MLP of the layers that `product_keys_at` names.
       product_keys_at: indices of layers, from 0.
+      axial_positions: sizes of the axes of a learned embedding of the positions of a segment, whose product is at
+        least the segment length; one size for a plain embedding of each position, () for none.
       initial_outputs: 'plain', or 'by_depth' to begin with output projections of attention and MLP divided by
         sqrt(2 L), as the Sparse Transformer does (Child et al. 2019, section 5.2).
     """
@@ -96,6 +101,7 @@ class LMConfig:
     continuous_cache: ContinuousCache | None = None
     product_keys: ProductKeys | None = None
     product_keys_at: tuple[CountOrNone, ...] = ()
+    axial_positions: tuple[Width, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -133,6 +139,11 @@ class LMConfig:
             raise UserError(
                 f"LMConfig.attention_at names the layers {indices}: different indices from 0 to {self.num_layers - 1} "
                 f"(LMConfig.num_layers = {self.num_layers})"
+            )
+        if self.axial_positions and self.embed_dim % len(self.axial_positions):
+            raise UserError(
+                f"LMConfig.axial_positions = {self.axial_positions}: LMConfig.embed_dim = {self.embed_dim} is no "
+                "multiple of the number of axes, which share it equally"
             )
         at = self.product_keys_at
         if len(set(at)) < len(at) or not all(0 <= index < self.num_layers for index in at):
@@ -299,6 +310,11 @@ class LMConfig:
                 )
         if self.continuous_cache:
             self.continuous_cache.check(segment_length)
+        if self.axial_positions and math.prod(self.axial_positions) < segment_length:
+            raise UserError(
+                f"LMConfig.axial_positions = {self.axial_positions}: {math.prod(self.axial_positions)} positions are "
+                f"fewer than the segment length {segment_length}"
+            )
         num_positions = self.layout(segment_length).size
         if num_positions % self.mlp_chunks:
             raise UserError(
@@ -425,6 +441,8 @@ def init(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -
         "embedder": _embedder(config).init(key("embedder"), tokens, method="encode"),
         "final_norm": _final_norm(config).init(key("final_norm"), x),
     }
+    if config.axial_positions:
+        created[POSITIONS] = _positions(config).init(key(POSITIONS), 0, segment_length)
     if config.recurrent_tokens:
         memory_tokens = MemoryTokens(config.recurrent_tokens)
         state = config.recurrent_tokens.init_state(config.embed_dim, dtype, num_rows)
@@ -473,6 +491,11 @@ def apply(
 
     embedder = _embedder(config)
     x = _apply_module(embedder, params["embedder"], inputs.tokens, method="encode")
+    if config.axial_positions:
+        # Of the segment's own tokens.
+        first = decoding.position - layout.num_read if is_decode_step else 0
+        own_positions = _apply_module(_positions(config), params[POSITIONS], first, x.shape[1])
+        x = x + own_positions[None]
     x = dropout(x, config.dropout, rngs, "embedding_dropout")
     if config.recurrent_tokens and not is_decode_step:
         memory_tokens = MemoryTokens(config.recurrent_tokens)
@@ -578,6 +601,10 @@ def _apply_module(
 
 def _embedder(config: LMConfig) -> Embedder:
     return Embedder(config.vocab_size, config.embed_dim, config.dims.dtype)
+
+
+def _positions(config: LMConfig) -> AxialPositions:
+    return AxialPositions(config.axial_positions, config.embed_dim, config.dims.dtype)
 
 
 def _final_norm(config: LMConfig) -> nn.Module:

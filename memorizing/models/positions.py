@@ -1,15 +1,21 @@
-"""Relative positions as pure functions.
+"""Positions: relative ones as pure functions, and learned absolute ones.
 
-T5's buckets (Raffel et al. 2020, section 2.1), Transformer-XL's sinusoids and its shift (Dai et al. 2019, appendix B).
+T5's buckets (Raffel et al. 2020, section 2.1), Transformer-XL's sinusoids and its shift (Dai et al. 2019, appendix B),
+Reformer's axial embedding (Kitaev et al. 2020, appendix D).
 """
 
 from __future__ import annotations
 
+import math
+
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from memorizing.errors import UserError
+from memorizing.models.layers import parameter
 
 # A TPU moves whole registers when data move by a multiple of so many places.
 _TPU_LANES = 128
@@ -140,3 +146,35 @@ def sinusoids(positions: Int[np.ndarray, "R"], width: int) -> Float[Array, "R D"
     angles = positions[:, None] * frequencies[None, :]
     waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return waves[:, :width]
+
+
+class AxialPositions(nn.Module):
+    """A learned vector of each position of a segment, put together from a part for each axis.
+
+    With sizes (n, m) position i * m + j has the i-th vector of the first table beside the j-th of the second: n + m
+    vectors instead of n * m. With one size it is a plain learned embedding.
+
+    Attributes:
+      sizes: of the axes; their product is the number of positions.
+      embed_dim: D, which the axes share equally.
+      dtype: of the result.
+    """
+
+    sizes: tuple[int, ...]
+    embed_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, first: int | jax.Array, num_positions: int) -> Float[Array, "T D"]:
+        """The vectors of consecutive positions, from the first one on."""
+        width = self.embed_dim // len(self.sizes)
+        parts = []
+        for axis, size in enumerate(self.sizes):
+            initializer = nn.initializers.normal(stddev=1.0)
+            table = parameter(self, f"axis_{axis}", initializer, (size, width), (None, "embed"))
+            # [n, m, ..., width]
+            shape = tuple(size if other == axis else 1 for other in range(len(self.sizes)))
+            parts.append(jnp.broadcast_to(table.reshape(*shape, width), (*self.sizes, width)))
+        every = jnp.concatenate(parts, axis=-1).reshape(math.prod(self.sizes), self.embed_dim)
+        own = jax.lax.dynamic_slice_in_dim(every, first, num_positions)
+        return own.astype(self.dtype)
