@@ -19,6 +19,8 @@ BENCHMARKS = {
     "stream": ("memorizing.benchmarks.stream", "a stream of a million tokens: memory, and time per segment"),
     "scaling": ("memorizing.benchmarks.scaling", "an attention layer against the length of a segment"),
     "activations": ("memorizing.benchmarks.activations", "memory and time of ways not to store activations"),
+    "future": ("memorizing.benchmarks.future", "how much what a position sees depends on later tokens"),
+    "proofs": ("memorizing.benchmarks.proofs", "tasks that show that mechanisms do what their papers say"),
     "data": ("memorizing.benchmarks.data", "tokens a second that a host's stream hands out"),
 }
 

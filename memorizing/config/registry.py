@@ -22,6 +22,7 @@ from memorizing.synthetic import (
     RepeatedPassages,
     Reverse,
     SyntheticWords,
+    TopicCopy,
 )
 from memorizing.synthetic.recall import (
     MQAR,
@@ -67,6 +68,7 @@ for configurable in (
     DictionaryLookup,
     Curriculum,
     SyntheticWords,
+    TopicCopy,
     # Recall suites, and what their prompts are written in.
     MQAR,
     SegmentedMQAR,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
@@ -179,6 +180,8 @@ class LMConfig:
             )
         if isinstance(self.positions, Rotary):
             self.positions.check(self.head_dim)
+        if isinstance(self.positions, LearnedPositions):
+            self.positions.check(self.embed_dim)
         for mechanism in set(self.stack.mechanisms):
             mechanism.check_parts(self.dims)
 
@@ -339,7 +342,7 @@ class LMConfig:
             self.continuous_cache.check(segment_length)
         if isinstance(self.positions, LearnedPositions) and segment_length > self.positions.length:
             raise UserError(
-                f"LearnedPositions.length = {self.positions.length}: a segment has {segment_length} positions "
+                f"LearnedPositions.sizes = {self.positions.sizes}: a segment has {segment_length} positions "
                 "(BatchConfig.segment_length); choose shorter segments"
             )
         num_positions = self.layout(segment_length).size
@@ -637,7 +640,7 @@ def _embedder(config: LMConfig) -> Embedder:
 
 def _position_table(config: LMConfig) -> PositionTable:
     assert isinstance(config.positions, LearnedPositions)
-    return PositionTable(config.positions.length, config.embed_dim, config.dims.dtype)
+    return PositionTable(config.positions.sizes, config.embed_dim, config.dims.dtype)
 
 
 def _final_norm(config: LMConfig) -> nn.Module:

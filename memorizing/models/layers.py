@@ -306,24 +306,32 @@ class Embedder(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """A learned vector for each position of a segment.
+    """A learned vector for each position of a segment: see `positions.LearnedPositions`.
 
     Attributes:
-      length: positions that have one.
-      embed_dim: D.
+      sizes: of the axes.
+      embed_dim: D, which the axes share equally.
       dtype: of the activations.
     """
 
-    length: int
+    sizes: tuple[int, ...]
     embed_dim: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, first: int | jax.Array, num_positions: int) -> Activations:
-        """The vectors of some positions, [1, T, D]."""
-        initializer = nn.initializers.normal(stddev=0.02)
-        table = parameter(self, "table", initializer, (self.length, self.embed_dim), (None, "embed"))
-        of_positions = jax.lax.dynamic_slice_in_dim(table, first, num_positions)
+        """The vectors of consecutive positions, from the first one on: [1, T, D]."""
+        num_axes = len(self.sizes)
+        width = self.embed_dim // num_axes
+        parts = []
+        for axis, size in enumerate(self.sizes):
+            name = "table" if num_axes == 1 else f"table_{axis}"
+            table = parameter(self, name, nn.initializers.normal(stddev=1.0), (size, width), (None, "embed"))
+            # [n, m, ..., width], of which one axis is not repeated.
+            along_axis = tuple(size if other == axis else 1 for other in range(num_axes))
+            parts.append(jnp.broadcast_to(table.reshape(*along_axis, width), (*self.sizes, width)))
+        of_all = jnp.concatenate(parts, axis=-1).reshape(-1, self.embed_dim)
+        of_positions = jax.lax.dynamic_slice_in_dim(of_all, first, num_positions)
         return of_positions.astype(self.dtype)[None]
 
 

@@ -7,6 +7,7 @@ from memorizing.synthetic.noise import NoiseSource, SyntheticWords
 from memorizing.synthetic.repeated_passages import RepeatedPassages
 from memorizing.synthetic.sequences import Copy, Reverse
 from memorizing.synthetic.task import SyntheticTask
+from memorizing.synthetic.topics import TopicCopy
 
 __all__ = [
     "Copy",
@@ -20,4 +21,5 @@ __all__ = [
     "Reverse",
     "SyntheticTask",
     "SyntheticWords",
+    "TopicCopy",
 ]

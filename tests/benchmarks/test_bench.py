@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 from memorizing import main
-from memorizing.benchmarks import data, measure, scaling, search, step, stream
+from memorizing.benchmarks import data, future, measure, scaling, search, step, stream
 from memorizing.config.loading import load_experiment
+from memorizing.models.attention.reformer import ReformerAttention
+from memorizing.models.attention.routing import RoutingAttention
 
 
 def test_recall_counts_true_neighbours():
@@ -127,3 +130,16 @@ def test_ways_to_keep_activations_are_compared(tmp_path: pathlib.Path, capsys: p
     assert "reversible" in capsys.readouterr().out
     results = json.loads(output.read_text())["results"]
     assert len(results) == 5 and all(of_way["4"]["mebibytes"] > 0 for of_way in results.values())
+
+
+def test_only_forms_as_published_depend_on_the_future():
+    """Strictly causal ones and fixed patterns see the same whatever follows. Of all forms there are examples."""
+    length = 64
+    reformer = ReformerAttention(hash_buckets=4, chunk_size=8)
+    routing = RoutingAttention(num_clusters=8, cluster_size=8, num_local_heads=0)
+    for published in (reformer, routing):
+        seen, moved = future.changes(published, length, seed=0)
+        assert seen > 0.02 and 0 < moved < 1
+        strict = dataclasses.replace(published, strictly_causal=True)
+        assert future.changes(strict, length, seed=0) == (0, 0)
+    assert len(future.telling(length)) == 5

@@ -84,7 +84,7 @@ MODELS = {
         BASE,
         attention=FullAttention(),
         num_kv_heads=None,
-        positions=LearnedPositions(LENGTH),
+        positions=LearnedPositions((LENGTH,)),
         norm="layer",
         mlp="gelu",
         biases=("qkv", "output", "mlp"),
@@ -289,5 +289,5 @@ def test_parts_that_do_not_fit_are_refused(change: dict, message: str):
 
 
 def test_segments_longer_than_the_table_of_positions_are_refused():
-    with pytest.raises(UserError, match=r"LearnedPositions.length = 6: a segment has 7 positions"):
+    with pytest.raises(UserError, match=r"LearnedPositions.sizes = \(6,\): a segment has 7 positions"):
         MODELS["gpt-2"].check(7)

@@ -276,7 +276,7 @@ def test_the_step_runs_in_bfloat16():
             "one has to route",
         ),
         (lambda: RoutingAttention(local=KNNAttention()), r"RoutingAttention.local = @KNNAttention\(\)"),
-        (lambda: RoutingAttention(decay=1.0), "decay = 1.0"),
+        (lambda: RoutingAttention(decay=1.5), "decay = 1.5"),
         (lambda: KNNAttention(local=RoutingAttention()), r"KNNAttention.local = @RoutingAttention\(\)"),
     ],
 )

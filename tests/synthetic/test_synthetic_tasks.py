@@ -22,6 +22,7 @@ from memorizing.synthetic import (
     Reverse,
     SyntheticTask,
     SyntheticWords,
+    TopicCopy,
 )
 from memorizing.synthetic.repeated_passages import RepeatedPassages
 
@@ -34,6 +35,7 @@ TASKS = [
     Copy(),
     Reverse(),
     DictionaryLookup(num_segments=0, distances=(1, 2), eval_segments=6, eval_distance=3),
+    TopicCopy(num_topics=5),
 ]
 LENGTH = 24
 tasks = st.sampled_from(TASKS)

@@ -108,7 +108,7 @@ class LayerDims:
             "num_kv_heads": self.kv_heads != self.num_heads,
             "biases": "qkv" in self.biases or "output" in self.biases,
             "qk_norm": self.qk_norm not in ("l2", "none"),
-            "positions": isinstance(self.positions, Rotary | LearnedPositions),
+            "positions": isinstance(self.positions, Rotary),
             "attention_scale": self.attention_scale is not None,
             "attention_logit_cap": self.attention_logit_cap > 0,
         }
@@ -209,6 +209,12 @@ class Attention:
             raise UserError(
                 f"LMConfig.{name} with @{type(self).__name__}(): it does not know this part; leave out "
                 f"LMConfig.{name}, or use @FullAttention() or @XLAttention()"
+            )
+        if isinstance(dims.positions, LearnedPositions) and self.state_axes() != ():
+            raise UserError(
+                f"LMConfig.positions = @LearnedPositions() with @{type(self).__name__}(): positions begin anew in every "
+                "segment, so that keys of the same positions would be carried; use a mechanism that carries nothing, such "
+                "as @FullAttention()"
             )
 
     def sees_before(self, state: Tree, positions_back: Int[Array, "M"]) -> Bool[Array, "#B M"]:

@@ -58,7 +58,7 @@ class RoutingAttention(Attention):
       local: the mechanism of the local heads, one with a `core`. The layer carries what it carries.
       strictly_causal: whether a position's cluster is its own choice.
       random_projection: whether vectors are turned by a random orthonormal matrix before they are clustered.
-      decay: of the running averages that make the centroids.
+      decay: of the running averages that make the centroids; with 1 they stay where they began.
       commitment: weight of the loss that draws vectors to their centroids.
       num_buckets, max_distance: T5's relative bias; the distance is in tokens.
     """
@@ -88,8 +88,8 @@ class RoutingAttention(Attention):
                 raise UserError(f"RoutingAttention.{name} = {getattr(self, name)}: at least 1")
         if self.num_local_heads is not None and self.num_local_heads < 0:
             raise UserError(f"RoutingAttention.num_local_heads = {self.num_local_heads}: at least 0")
-        if not 0 <= self.decay < 1:
-            raise UserError(f"RoutingAttention.decay = {self.decay}: at least 0, and below 1")
+        if not 0 <= self.decay <= 1:
+            raise UserError(f"RoutingAttention.decay = {self.decay}: from 0 to 1")
         if type(self.local).core is Attention.core or self.local.memory_size:
             raise UserError(
                 f"RoutingAttention.local = @{type(self.local).__name__}(): expected attention over keys and values "

@@ -36,7 +36,7 @@ from memorizing.models.attention.local import (
     turned_queries,
     visible_keys,
 )
-from memorizing.models.positions import LayerPositions, LearnedPositions, Rotary, check_buckets
+from memorizing.models.positions import LayerPositions, Rotary, check_buckets
 
 
 @struct.dataclass
@@ -131,14 +131,10 @@ class XLAttention(Attention):
         return XLCore(self, dims.with_positions(self.positions), name=name)
 
     def check_parts(self, dims: LayerDims) -> None:
+        super().check_parts(dims)
         positions = dims.with_positions(self.positions).positions
         if isinstance(positions, Rotary):
             positions.check(dims.head_dim)
-        if isinstance(dims.positions, LearnedPositions):
-            raise UserError(
-                "LMConfig.positions = @LearnedPositions() with @XLAttention(): positions begin anew in every segment, so "
-                "that a cache would hold keys of the same positions; use @FullAttention()"
-            )
 
     def sees_before(self, state: XLState, positions_back: Int[Array, "M"]) -> Bool[Array, "#B M"]:
         is_cached = (positions_back <= self.window)[None, :]
