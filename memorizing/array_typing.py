@@ -8,7 +8,7 @@ The letters stand in type aliases, einsums (`'BTNH,BSNH->BNTS'`) and shape comme
   M memory slots      k neighbours        C compressed slots
   R memory tokens
 
-So far every query head has a key and a value head of its own: K = N, and their arrays say N.
+Where every query head has a key and a value head of its own, K = N, and their arrays say N.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ RowFlags = Bool[Array, "B"]
 
 Activations = Float[Array, "B T D"]
 Queries = Float[Array, "B T N H"]
-Keys = Float[Array, "B S N H"]
-Values = Float[Array, "B S N H"]
+Keys = Float[Array, "B S K H"]
+Values = Float[Array, "B S K H"]
 HeadScale = Float[Array, "N"]
 Logits = Float[Array, "B T V"]
 PerToken = Float[Array, "B T"]

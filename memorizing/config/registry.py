@@ -8,6 +8,7 @@ from memorizing.models.attention import MECHANISMS
 from memorizing.models.language_model import LMConfig
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
+from memorizing.models.positions import LearnedPositions, Rotary
 from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import (
@@ -33,6 +34,8 @@ for configurable in (
     # The model.
     LMConfig,
     *MECHANISMS,
+    Rotary,
+    LearnedPositions,
     RecurrentTokens,
     ContinuousCache,
     ExactSearch,

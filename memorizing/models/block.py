@@ -12,9 +12,10 @@ from memorizing.models.layers import MLP, dropout, make_norm
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)).
+    """x + attention(norm(x)), then x + MLP(norm(x)); or both of the same x.
 
-    Its halves, without their residuals, are `attend` and `feed_forward`.
+    Its halves, without their residuals, are `attend` and `feed_forward`. With sandwich norms (Gemma 2) what either adds
+    is normalised too.
 
     Attributes:
       mechanism: of the attention.
@@ -26,10 +27,13 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         dims = self.dims
-        self.attention_norm = make_norm(dims.norm)
+        self.attention_norm = make_norm(dims.norm, dims.norm_epsilon)
         self.attention = self.mechanism.layer(dims)
-        self.mlp_norm = make_norm(dims.norm)
-        self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype, dims.initial_output_scale)
+        self.mlp_norm = make_norm(dims.norm, dims.norm_epsilon)
+        self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype, dims.initial_output_scale, "mlp" in dims.biases)
+        if dims.sandwich_norms:
+            self.attention_output_norm = make_norm(dims.norm, dims.norm_epsilon)
+            self.mlp_output_norm = make_norm(dims.norm, dims.norm_epsilon)
 
     def __call__(
         self,
@@ -39,6 +43,8 @@ class Block(nn.Module):
     ) -> tuple[Activations, Tree, Report]:
         """The layer's output [B, T, D], its new state, and its report."""
         y, state, report = self.attend(x, segment, state)
+        if self.dims.residuals == "parallel":
+            return x + y + self.feed_forward(x, segment), state, report
         x = x + y
         x = x + self.feed_forward(x, segment)
         return x, state, report
@@ -52,6 +58,8 @@ class Block(nn.Module):
         """What attention adds to the residual, its new state, and its report."""
         y = self.attention_norm(x)
         y, state, report = self.attention(y, segment, state)
+        if self.dims.sandwich_norms:
+            y = self.attention_output_norm(y)
         y = dropout(y, self.dims.dropout, segment.rngs, "attention_dropout")
         return y, state, report
 
@@ -60,6 +68,8 @@ class Block(nn.Module):
         with jax.named_scope("mlp"):
             y = self.mlp_norm(x)
             y = self._mlp_in_chunks(y)
+            if self.dims.sandwich_norms:
+                y = self.mlp_output_norm(y)
         return dropout(y, self.dims.dropout, segment.rngs, "mlp_dropout")
 
     def _mlp_in_chunks(self, x: Activations) -> Activations:

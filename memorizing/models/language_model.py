@@ -26,18 +26,21 @@ from memorizing.context import (
     Rngs,
     Segment,
 )
-from memorizing.errors import Count, CountOrNone, FactorAboveZero, Range, Share, UserError, Width
+from memorizing.errors import Count, CountOrNone, Factor, FactorAboveZero, Range, Share, UserError, Width
 from memorizing.models import attention as attention_lib
-from memorizing.models.attention.base import Attention, LayerDims
-from memorizing.models.layers import Embedder, MLPKind, NormKind, dropout, make_norm
+from memorizing.models.attention.base import Attention, BiasPlace, LayerDims, QKNormKind, ResidualKind
+from memorizing.models.layers import Embedder, HeadKind, MLPKind, NormKind, PositionTable, dropout, make_norm
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Mixture
 from memorizing.models.memory.external_memory import Memory
+from memorizing.models.positions import LearnedPositions, Positions, Rotary
 from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, written
 from memorizing.models.stack import LayerGroup, RematKind, Stack, StackOutput, layer_name
 
 # The entry of the recurrent tokens in parameters and context.
 RECURRENT = "recurrent_tokens"
+# The entry of learned positions in parameters.
+POSITIONS = "positions"
 # A thousand times those of the largest models.
 MAX_PARAMETERS = 1 << 50
 
@@ -60,12 +63,18 @@ class LMConfig:
       remat: what is computed again for the gradient: 'none'; 'layer', each layer, all but the memory search; 'dots',
         all but that and products with parameters.
       remat_every: with the square root of the number of layers, and 'layer', memory grows as that root.
-      residuals: 'plain', or 'reversible': two streams, whose activations are computed back from the outputs.
+      residuals: 'plain'; 'parallel', where attention and MLP of a layer read the same x; or 'reversible': two streams,
+        whose activations are computed back from the outputs.
       mlp_chunks: parts of a segment that pass through the MLP one after the other, so that its hidden layer is small.
       loss_chunks: parts of a segment whose logits are there at a time in training.
-      norm, mlp, qk_norm, positions: the parts of a layer, see `LayerDims`.
+      norm, mlp, qk_norm, positions, num_kv_heads, norm_epsilon, biases, attention_scale, attention_logit_cap,
+        sandwich_norms: the parts of a layer, see `LayerDims`.
       initial_outputs: 'plain', or 'by_depth' to begin with output projections of attention and MLP divided by
         sqrt(2 L), as the Sparse Transformer does (Child et al. 2019, section 5.2).
+      head: how logits are made: by the table of the embedding, divided by sqrt(D) ('tied_scaled') or not ('tied'), or
+        by a matrix of their own ('untied').
+      scales_embedding: whether embeddings are multiplied by sqrt(D).
+      final_logit_cap: c, the logits become c * tanh(logits / c); 0 for none.
     """
 
     vocab_size: Width = 259
@@ -83,14 +92,23 @@ class LMConfig:
     remat: RematKind = "none"
     norm: NormKind = "rms"
     mlp: MLPKind = "relu"
-    qk_norm: Literal["l2", "none"] = "l2"
-    positions: Literal["t5", "none"] = "t5"
+    qk_norm: QKNormKind = "l2"
+    positions: Positions = "t5"
     initial_outputs: Literal["plain", "by_depth"] = "plain"
-    residuals: Literal["plain", "reversible"] = "plain"
+    residuals: ResidualKind = "plain"
     mlp_chunks: Count = 1
     loss_chunks: Count = 1
     remat_every: Count = 1
     continuous_cache: ContinuousCache | None = None
+    num_kv_heads: Annotated[int, Range(1, 2**16)] | None = None
+    norm_epsilon: FactorAboveZero = 1e-6
+    biases: tuple[BiasPlace, ...] = ()
+    attention_scale: FactorAboveZero | None = None
+    attention_logit_cap: Factor = 0.0
+    sandwich_norms: bool = False
+    head: HeadKind = "tied_scaled"
+    scales_embedding: bool = False
+    final_logit_cap: Factor = 0.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -129,16 +147,29 @@ class LMConfig:
                 f"LMConfig.attention_at names the layers {indices}: different indices from 0 to {self.num_layers - 1} "
                 f"(LMConfig.num_layers = {self.num_layers})"
             )
-        if self.qk_norm == "none" and any(each.memory_size for each in self.stack.mechanisms):
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Raises UserError where the parts of a layer do not fit each other, or its mechanism."""
+        if self.num_heads % self.dims.kv_heads:
             raise UserError(
-                "LMConfig.qk_norm = 'none': an external memory compares keys of different times, which have to have "
-                "the same length; use 'l2', or a model without a memory"
+                f"LMConfig.num_kv_heads = {self.num_kv_heads} does not divide LMConfig.num_heads = {self.num_heads}: "
+                "as many query heads have to share each key and value head"
             )
+        if self.attention_scale is not None and self.qk_norm == "l2":
+            raise UserError(
+                f"LMConfig.attention_scale = {self.attention_scale} with LMConfig.qk_norm = 'l2', which learns the scale: "
+                "leave it out, or choose another qk_norm"
+            )
+        if isinstance(self.positions, Rotary):
+            self.positions.check(self.head_dim)
+        for mechanism in set(self.stack.mechanisms):
+            mechanism.check_parts(self.dims)
 
     @property
     def num_parameters(self) -> int:
         """About how many parameters there are: those of matrices in layers, and of the embedding."""
-        of_attention = 4 * self.embed_dim * self.num_heads * self.head_dim
+        of_attention = 2 * self.embed_dim * (self.num_heads + self.dims.kv_heads) * self.head_dim
         of_mlp = 2 * self.embed_dim * self.mlp_dim
         return self.num_layers * (of_attention + of_mlp) + self.vocab_size * self.embed_dim
 
@@ -159,6 +190,13 @@ class LMConfig:
             positions=self.positions,
             mlp_chunks=self.mlp_chunks,
             initial_output_scale=1.0 if self.initial_outputs == "plain" else (2 * self.num_layers) ** -0.5,
+            num_kv_heads=self.num_kv_heads,
+            norm_epsilon=self.norm_epsilon,
+            biases=self.biases,
+            attention_scale=self.attention_scale,
+            attention_logit_cap=self.attention_logit_cap,
+            sandwich_norms=self.sandwich_norms,
+            residuals=self.residuals,
         )
 
     @property
@@ -279,6 +317,11 @@ class LMConfig:
                 )
         if self.continuous_cache:
             self.continuous_cache.check(segment_length)
+        if isinstance(self.positions, LearnedPositions) and segment_length > self.positions.length:
+            raise UserError(
+                f"LearnedPositions.length = {self.positions.length}: a segment has {segment_length} positions "
+                "(BatchConfig.segment_length); choose shorter segments"
+            )
         num_positions = self.layout(segment_length).size
         if num_positions % self.mlp_chunks:
             raise UserError(
@@ -411,6 +454,8 @@ def init(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -
         created[RECURRENT] = memory_tokens.init(key(RECURRENT), x, state)
     if config.continuous_cache and config.continuous_cache.has_parameters:
         created[CONTINUOUS_CACHE] = Mixture(config.continuous_cache).init(key(CONTINUOUS_CACHE), x)
+    if isinstance(config.positions, LearnedPositions):
+        created[POSITIONS] = _position_table(config).init(key(POSITIONS), 0, segment_length)
     params = {name: variables["params"] for name, variables in created.items()}
 
     layout = config.layout(segment_length)
@@ -451,6 +496,9 @@ def apply(
 
     embedder = _embedder(config)
     x = _apply_module(embedder, params["embedder"], inputs.tokens, method="encode")
+    if isinstance(config.positions, LearnedPositions):
+        first = 0 if decoding is None else decoding.position - layout.num_read
+        x = x + _apply_module(_position_table(config), params[POSITIONS], first, x.shape[1])
     x = dropout(x, config.dropout, rngs, "embedding_dropout")
     if config.recurrent_tokens and not is_decode_step:
         memory_tokens = MemoryTokens(config.recurrent_tokens)
@@ -554,8 +602,20 @@ def _apply_module(
 
 
 def _embedder(config: LMConfig) -> Embedder:
-    return Embedder(config.vocab_size, config.embed_dim, config.dims.dtype)
+    return Embedder(
+        config.vocab_size,
+        config.embed_dim,
+        config.dims.dtype,
+        config.head,
+        config.scales_embedding,
+        config.final_logit_cap,
+    )
+
+
+def _position_table(config: LMConfig) -> PositionTable:
+    assert isinstance(config.positions, LearnedPositions)
+    return PositionTable(config.positions.length, config.embed_dim, config.dims.dtype)
 
 
 def _final_norm(config: LMConfig) -> nn.Module:
-    return make_norm(config.norm, name="final_norm")
+    return make_norm(config.norm, config.norm_epsilon, name="final_norm")

@@ -5,6 +5,7 @@ Parameters are float32 and carry logical axis names; activations have the dtype 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,12 +13,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from memorizing.array_typing import Activations, Logits, Tokens
 from memorizing.context import Rngs
 
-NormKind = Literal["rms", "layer"]
-MLPKind = Literal["relu", "gelu", "quick_gelu", "gated_silu", "gated_gelu"]
+NormKind = Literal["rms", "rms_llama", "rms_gemma", "layer"]
+HeadKind = Literal["tied_scaled", "tied", "untied"]
+# 'gelu' is its approximation by tanh, 'exact_gelu' the function itself.
+MLPKind = Literal["relu", "gelu", "exact_gelu", "quick_gelu", "gated_silu", "gated_gelu"]
 
 
 def _quick_gelu(x: jax.Array) -> jax.Array:
@@ -28,6 +32,7 @@ def _quick_gelu(x: jax.Array) -> jax.Array:
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "gelu": nn.gelu,
+    "exact_gelu": functools.partial(nn.gelu, approximate=False),
     "quick_gelu": _quick_gelu,
     "silu": nn.silu,
 }
@@ -56,7 +61,7 @@ def parameter(
 
 
 class Einsum(nn.Module):
-    """A linear map without bias, written as the einsum that it is.
+    """A linear map, written as the einsum that it is.
 
     Attributes:
       equation: `'input,kernel->output'`. The kernel's letters that the output lacks are contracted; they make up the
@@ -65,6 +70,7 @@ class Einsum(nn.Module):
       axes: logical axis name of each kernel dimension.
       dtype: dtype of the computation and the result.
       initial_scale: factor of the initial kernel.
+      has_bias: whether a learned bias is added, 0 at the start.
     """
 
     equation: str
@@ -72,6 +78,7 @@ class Einsum(nn.Module):
     axes: tuple[str | None, ...]
     dtype: jnp.dtype
     initial_scale: float = 1.0
+    has_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, frozen: bool = False) -> jax.Array:
@@ -89,22 +96,49 @@ class Einsum(nn.Module):
         if frozen:
             kernel = jax.lax.stop_gradient(kernel)
         kernel = kernel.astype(self.dtype)
-        return jnp.einsum(self.equation, x, kernel)
+        y = jnp.einsum(self.equation, x, kernel)
+        if not self.has_bias:
+            return y
+        # The last letters of the output are those of the kernel, in its order.
+        kept = [i for i, letter in enumerate(letters) if letter in output]
+        bias = parameter(
+            self,
+            "bias",
+            nn.initializers.zeros,
+            shape=tuple(self.shape[i] for i in kept),
+            axes=tuple(self.axes[i] for i in kept),
+        )
+        return y + _with_axes_in_front(bias.astype(self.dtype), y.ndim)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, computed in float32; no mean subtraction, no bias."""
+    """x / rms(x) * scale over the last axis; no mean subtraction, no bias. The norm itself is computed in float32.
+
+    Attributes:
+      epsilon: is added to the mean square.
+      kind: what differs between models. 'rms' multiplies by the scale in float32; 'rms_llama' in the dtype of x, to
+        which the normalised x is brought first; 'rms_gemma' multiplies by 1 + scale in float32.
+      axis_name: logical name of the last axis.
+    """
 
     epsilon: float = 1e-6
+    kind: Literal["rms", "rms_llama", "rms_gemma"] = "rms"
+    axis_name: str = "embed"
 
     @nn.compact
-    def __call__(self, x: Activations) -> Activations:
-        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("embed",))
+    def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
+        initializer = nn.initializers.zeros if self.kind == "rms_gemma" else nn.initializers.ones
+        scale = parameter(self, "scale", initializer, x.shape[-1:], (self.axis_name,))
+        scale = _with_axes_in_front(scale, x.ndim)
 
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normalized = wide * jax.lax.rsqrt(mean_square + self.epsilon)
-        scaled = normalized * scale[None, None, :]
+        if self.kind == "rms_llama":
+            return normalized.astype(x.dtype) * scale.astype(x.dtype)
+        if self.kind == "rms_gemma":
+            scale = 1 + scale
+        scaled = normalized * scale
         return scaled.astype(x.dtype)
 
 
@@ -132,32 +166,34 @@ class LayerNorm(nn.Module):
         return y.astype(x.dtype)
 
 
-_NORMS: dict[NormKind, type[nn.Module]] = {
-    "rms": RMSNorm,
-    "layer": LayerNorm,
-}
+def make_norm(kind: NormKind, epsilon: float, name: str | None = None) -> nn.Module:
+    """The norm of residuals."""
+    if kind == "layer":
+        return LayerNorm(epsilon, name=name)
+    return RMSNorm(epsilon, kind, name=name)
 
 
-def make_norm(kind: NormKind, name: str | None = None) -> nn.Module:
-    """The norm of residuals: 'rms' or 'layer'."""
-    norm = _NORMS[kind]
-    return norm(name=name)
+def _with_axes_in_front(x: jax.Array, num_axes: int) -> jax.Array:
+    """The same array with as many axes, those in front of size 1."""
+    return x.reshape((1,) * (num_axes - x.ndim) + x.shape)
 
 
 class MLP(nn.Module):
-    """MLP without biases, D -> F -> D.
+    """MLP, D -> F -> D.
 
     Attributes:
       mlp_dim: F.
       kind: the activation; one that is 'gated' is multiplied by a second projection of the input (Shazeer 2020).
       dtype: of the computation.
       initial_output_scale: factor of the initial projection down.
+      has_biases: whether its projections have biases.
     """
 
     mlp_dim: int
     kind: MLPKind
     dtype: jnp.dtype
     initial_output_scale: float = 1.0
+    has_biases: bool = False
 
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
@@ -169,6 +205,7 @@ class MLP(nn.Module):
                 shape=(embed_dim, self.mlp_dim),
                 axes=("embed", "mlp"),
                 dtype=self.dtype,
+                has_bias=self.has_biases,
                 name=name,
             )
             return projection(x)
@@ -187,6 +224,7 @@ class MLP(nn.Module):
             axes=("mlp", "embed"),
             dtype=self.dtype,
             initial_scale=self.initial_output_scale,
+            has_bias=self.has_biases,
             name="down",
         )
         return project_down(hidden)
@@ -219,32 +257,81 @@ def dropout(x: Activations, rate: float, rngs: Rngs | None, name: str) -> Activa
 
 
 class Embedder(nn.Module):
-    """One table for input embedding and output logits, initialised N(0, 1); logits are divided by sqrt(D)."""
+    """The table of the input embedding, and the output logits.
+
+    Attributes:
+      vocab_size, embed_dim: V, D.
+      dtype: of the activations.
+      head: how logits are made: by the same table, and divided by sqrt(D) ('tied_scaled') or not ('tied'); or by a
+        matrix of their own ('untied').
+      scales_input: whether embeddings are multiplied by sqrt(D), rounded to the dtype, as Gemma does.
+      logit_cap: c, the logits become c * tanh(logits / c); 0 for none.
+    """
 
     vocab_size: int
     embed_dim: int
     dtype: jnp.dtype
+    head: HeadKind = "tied_scaled"
+    scales_input: bool = False
+    logit_cap: float = 0.0
 
     def setup(self) -> None:
-        self.table = parameter(
-            self,
-            "table",
-            nn.initializers.normal(stddev=1.0),
-            shape=(self.vocab_size, self.embed_dim),
-            axes=("vocab", "embed"),
-        )
+        # As GPT-2 has it, where the embeddings' size is that of the logits.
+        stddev = 1.0 if self.head == "tied_scaled" else 0.02
+        self.table = self._matrix("table", stddev)
+        if self.head == "untied":
+            self.output_table = self._matrix("output_table", stddev)
+
+    def _matrix(self, name: str, stddev: float) -> jax.Array:
+        """A vector for each token, [V, D]."""
+        initializer = nn.initializers.normal(stddev)
+        return parameter(self, name, initializer, (self.vocab_size, self.embed_dim), ("vocab", "embed"))
 
     def encode(self, tokens: Tokens) -> Activations:
         """The embedding of each token."""
         embedded = jnp.take(self.table, tokens, axis=0)
-        return embedded.astype(self.dtype)
+        embedded = embedded.astype(self.dtype)
+        if self.scales_input:
+            embedded = embedded * jnp.asarray(self.embed_dim**0.5, self.dtype)
+        return embedded
 
     def decode(self, x: Activations) -> Logits:
         """Logits in float32."""
-        table = self.table.astype(self.dtype)
+        table = self.output_table if self.head == "untied" else self.table
+        table = table.astype(self.dtype)
         logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
-        scale = self.embed_dim**-0.5
-        return logits * scale
+        if self.head == "tied_scaled":
+            logits = logits * self.embed_dim**-0.5
+        return soft_cap(logits, self.logit_cap)
+
+
+class PositionTable(nn.Module):
+    """A learned vector for each position of a segment.
+
+    Attributes:
+      length: positions that have one.
+      embed_dim: D.
+      dtype: of the activations.
+    """
+
+    length: int
+    embed_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, first: int | jax.Array, num_positions: int) -> Activations:
+        """The vectors of some positions, [1, T, D]."""
+        initializer = nn.initializers.normal(stddev=0.02)
+        table = parameter(self, "table", initializer, (self.length, self.embed_dim), (None, "embed"))
+        of_positions = jax.lax.dynamic_slice_in_dim(table, first, num_positions)
+        return of_positions.astype(self.dtype)[None]
+
+
+def soft_cap(logits: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
+    """cap * tanh(logits / cap), which stays below the cap (Gemma 2); the same logits where it is 0."""
+    if not cap:
+        return logits
+    return cap * jnp.tanh(logits / cap)
 
 
 def rows_over_data(x: jax.Array) -> jax.Array:

@@ -1,15 +1,19 @@
-"""Relative positions as pure functions.
+"""Positions as pure functions.
 
-T5's buckets (Raffel et al. 2020, section 2.1), Transformer-XL's sinusoids and its shift (Dai et al. 2019, appendix B).
+T5's buckets (Raffel et al. 2020, section 2.1), Transformer-XL's sinusoids and its shift (Dai et al. 2019, appendix B),
+rotary positions (Su et al. 2021).
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from memorizing.errors import UserError
+from memorizing.errors import Count, FactorAboveZero, Share, UserError
 
 # A TPU moves whole registers when data move by a multiple of so many places.
 _TPU_LANES = 128
@@ -140,3 +144,110 @@ def sinusoids(positions: Int[np.ndarray, "R"], width: int) -> Float[Array, "R D"
     angles = positions[:, None] * frequencies[None, :]
     waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return waves[:, :width]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al. 2021): queries and keys are turned by angles that grow with their position.
+
+    Element i of a head is paired with element i + d / 2 of its first d (the layout of Hugging Face checkpoints), and
+    the pair is turned by position * frequency of i. A product of query and key depends on their distance alone, so that
+    positions may be counted from anywhere.
+
+    Attributes:
+      theta: frequency of pair i is theta ** (-2 i / d).
+      share: d as a share of the width of a head H; the other elements are not turned.
+      scaling: 'linear' divides all frequencies by `factor`; 'llama3' those alone whose wavelength is long against
+        `original_length`, as Llama 3.1 does.
+      factor: of the scaling.
+      low_factor, high_factor: of 'llama3': wavelengths above original_length / low_factor are scaled, those below
+        original_length / high_factor are not, and between them partly.
+      original_length: of 'llama3': positions of the training before.
+    """
+
+    theta: FactorAboveZero = 10_000.0
+    share: Share = 1.0
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    factor: FactorAboveZero = 1.0
+    low_factor: FactorAboveZero = 1.0
+    high_factor: FactorAboveZero = 4.0
+    original_length: Count = 8192
+
+    def __post_init__(self) -> None:
+        if self.low_factor >= self.high_factor:
+            raise UserError(
+                f"Rotary.low_factor = {self.low_factor}: has to be below Rotary.high_factor = {self.high_factor}"
+            )
+
+    def check(self, head_dim: int) -> None:
+        """Raises UserError where the elements of a head that are turned are not pairs."""
+        num_turned = self._num_turned(head_dim)
+        if num_turned < 2 or num_turned % 2:
+            raise UserError(
+                f"Rotary.share = {self.share} of LMConfig.head_dim = {head_dim}: {num_turned} elements are turned, which "
+                "has to be an even number above 0"
+            )
+
+    def turn(self, x: Float[Array, "*shape H"], positions: Int[Array, "*#shape"]) -> Float[Array, "*shape H"]:
+        """Queries or keys at their positions, computed in float32.
+
+        Args:
+          x: each [H].
+          positions: of each, with as many axes.
+        """
+        frequencies = self.frequencies(x.shape[-1])
+        num_pairs = len(frequencies)
+        # [*shape, d / 2]
+        by_pair = frequencies.reshape((1,) * positions.ndim + (num_pairs,))
+        angles = positions.astype(jnp.float32)[..., None] * by_pair
+        cosines = jnp.cos(angles)
+        sines = jnp.sin(angles)
+
+        wide = x.astype(jnp.float32)
+        first = wide[..., :num_pairs]
+        second = wide[..., num_pairs : 2 * num_pairs]
+        rest = wide[..., 2 * num_pairs :]
+        turned_first = first * cosines - second * sines
+        turned_second = second * cosines + first * sines
+        turned = jnp.concatenate([turned_first, turned_second, rest], axis=-1)
+        return turned.astype(x.dtype)
+
+    def frequencies(self, head_dim: int) -> Float[np.ndarray, "pairs"]:
+        """Angle of each pair from one position to the next, float32."""
+        num_turned = self._num_turned(head_dim)
+        exponents = np.arange(0, num_turned, 2) / num_turned
+        frequencies = self.theta**-exponents
+        return self._scaled(frequencies).astype(np.float32)
+
+    def _num_turned(self, head_dim: int) -> int:
+        """Elements of a head that are turned: d."""
+        return int(self.share * head_dim)
+
+    def _scaled(self, frequencies: Float[np.ndarray, "pairs"]) -> Float[np.ndarray, "pairs"]:
+        if self.scaling == "none":
+            return frequencies
+        scaled = frequencies / self.factor
+        if self.scaling == "linear":
+            return scaled
+        # How often a pair turns round in the original length.
+        turns = self.original_length * frequencies / (2 * np.pi)
+        kept = (turns - self.low_factor) / (self.high_factor - self.low_factor)
+        kept = np.clip(kept, 0.0, 1.0)
+        return (1 - kept) * scaled + kept * frequencies
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedPositions:
+    """A learned vector for each position of a segment, added to the embedding, as in GPT-2.
+
+    Attributes:
+      length: positions that have one; a segment is no longer.
+    """
+
+    length: Count = 1024
+
+
+# Of a model. The layers of 't5' add a bias learned for each bucket of distances; 'none' leaves the order to the mask.
+Positions = Literal["t5", "none"] | Rotary | LearnedPositions
+# Of a layer that has others than its model: see `LayerDims.with_positions`.
+LayerPositions = Literal["t5", "none"] | Rotary | None

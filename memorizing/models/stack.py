@@ -26,7 +26,7 @@ import numpy as np
 from memorizing.array_typing import Activations, AxesTree, Tree
 from memorizing.context import Layout, Report, Rngs, Segment
 from memorizing.models import reversible
-from memorizing.models.attention.base import Attention, LayerDims
+from memorizing.models.attention.base import Attention, LayerDims, ResidualKind
 from memorizing.models.block import Block
 from memorizing.models.layers import rows_over_data
 from memorizing.models.memory.external_memory import NEIGHBOURS
@@ -107,7 +107,7 @@ class Stack:
         but that search and products with parameters.
       remat_every: layers of a scan, counted in repetitions of the pattern, of which only the inputs of the first are
         stored (Chen et al. 2016). Those of one such block are computed again together.
-      residuals: 'plain', or 'reversible': two streams, whose activations are computed back from the outputs.
+      residuals: 'plain' and 'parallel' are the layers' own; 'reversible': two streams, whose activations are computed back from the outputs.
     """
 
     num_layers: int
@@ -116,7 +116,7 @@ class Stack:
     dims: LayerDims
     remat: RematKind = "none"
     remat_every: int = 1
-    residuals: Literal["plain", "reversible"] = "plain"
+    residuals: ResidualKind = "plain"
 
     @functools.cached_property
     def mechanisms(self) -> tuple[Attention, ...]:

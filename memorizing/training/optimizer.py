@@ -163,6 +163,6 @@ def _is_decayed(params: Tree) -> Tree:
 
     def decays(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> bool:
         names = [key.key for key in path]
-        return names[-1] == "kernel" or names == ["table"]
+        return names[-1] == "kernel" or names in (["table"], ["output_table"])
 
     return jax.tree_util.tree_map_with_path(decays, params)

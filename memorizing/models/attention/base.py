@@ -10,25 +10,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
-from memorizing.array_typing import (
-    Activations,
-    AxesTree,
-    Clock,
-    HeadScale,
-    Keys,
-    Queries,
-    Tree,
-    Values,
-)
+from memorizing.array_typing import Activations, AxesTree, Clock, HeadScale, Tree
 from memorizing.context import Layout, Report, Segment
-from memorizing.models import masks, positions
-from memorizing.models.layers import Einsum, MLPKind, NormKind, parameter
+from memorizing.errors import UserError
+from memorizing.models import positions
+from memorizing.models.layers import Einsum, MLPKind, NormKind, RMSNorm, parameter
 from memorizing.models.memory.external_memory import Memory
+from memorizing.models.positions import LayerPositions, LearnedPositions, Positions, Rotary
 
-# Logit where nothing is visible: of weight 0 beside any other, and finite.
-_HIDDEN = jnp.finfo(jnp.float32).min
+QKNormKind = Literal["l2", "none", "rms", "rms_llama", "rms_gemma"]
+BiasPlace = Literal["qkv", "output", "mlp"]
+ResidualKind = Literal["plain", "parallel", "reversible"]
 # FLOPs for each score of a softmax: exponential, sum, division (Hoffmann et al. 2022, appendix F).
 SOFTMAX_FLOPS = 3
 
@@ -44,11 +38,19 @@ class LayerDims:
       dtype: of activations and of carried states.
       norm: of the residuals.
       mlp: kind of the MLP.
-      qk_norm: 'l2' normalises queries and keys to length 1 and learns the scale of the logits; with 'none' the scale is
-        1 / sqrt(H).
-      positions: 't5' adds a bias learned for each bucket of distances; 'none' leaves the order to the mask.
+      qk_norm: 'l2' normalises queries and keys to length 1 and learns the scale of the logits; with the others it is
+        `attention_scale`. The kinds of RMS norm have a learned scale for each element of a head; 'none' is none.
+      positions: 't5' adds a bias learned for each bucket of distances; `Rotary` turns queries and keys; 'none' leaves
+        the order to the mask. `LearnedPositions` are in the embedding, and nothing is left for a layer to do.
       initial_output_scale: factor of the initial output projections of attention and MLP.
       mlp_chunks: parts of the segment that pass through the MLP one after the other.
+      num_kv_heads: K; query head n reads key and value head n // (N / K). None: as many as query heads.
+      norm_epsilon: of all norms but 'l2'.
+      biases: projections that have one: 'qkv', 'output' (of attention) and 'mlp' (both, or all three).
+      attention_scale: factor of the logits where it is not learned; None: 1 / sqrt(H).
+      attention_logit_cap: c, logits become c * tanh(logits / c); 0 for none.
+      sandwich_norms: whether what attention and MLP add to the residual is normalised.
+      residuals: 'parallel' where attention and MLP read the same x.
     """
 
     embed_dim: int
@@ -60,15 +62,54 @@ class LayerDims:
     dtype: jnp.dtype
     norm: NormKind = "rms"
     mlp: MLPKind = "relu"
-    qk_norm: Literal["l2", "none"] = "l2"
-    positions: Literal["t5", "none"] = "t5"
+    qk_norm: QKNormKind = "l2"
+    positions: Positions = "t5"
     initial_output_scale: float = 1.0
     mlp_chunks: int = 1
+    num_kv_heads: int | None = None
+    norm_epsilon: float = 1e-6
+    biases: tuple[BiasPlace, ...] = ()
+    attention_scale: float | None = None
+    attention_logit_cap: float = 0.0
+    sandwich_norms: bool = False
+    residuals: ResidualKind = "plain"
 
     @property
     def width(self) -> int:
-        """Width of all heads together."""
+        """Width of all query heads together."""
         return self.num_heads * self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads: K."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads together."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def fixed_logit_scale(self) -> float:
+        """The scale of the logits where it is not learned."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def with_positions(self, positions: LayerPositions) -> LayerDims:
+        """The same parts with the positions of a layer that has its own; None: the model's."""
+        return self if positions is None else dataclasses.replace(self, positions=positions)
+
+    @property
+    def parts_of_attention(self) -> list[str]:
+        """The settings of `LMConfig` by which attention departs from what every mechanism knows."""
+        departs = {
+            "num_kv_heads": self.kv_heads != self.num_heads,
+            "biases": "qkv" in self.biases or "output" in self.biases,
+            "qk_norm": self.qk_norm not in ("l2", "none"),
+            "positions": isinstance(self.positions, Rotary | LearnedPositions),
+            "attention_scale": self.attention_scale is not None,
+            "attention_logit_cap": self.attention_logit_cap > 0,
+        }
+        return [name for name, does in departs.items() if does]
 
 
 class Example(NamedTuple):
@@ -102,6 +143,7 @@ class Attention:
       can_decode: whether the layer also passes segments that are still being generated: see `context.Decoding`.
       memory_size: slots of its external memory in positions, 0 without one.
       takes_memory_tokens: whether recurrent memory tokens may stand before and after the segment's own.
+      takes_all_parts: whether its layers can be put together from all that `LayerDims` offers.
       decoding_advice: what to do where the layer cannot decode.
     """
 
@@ -109,6 +151,7 @@ class Attention:
     can_decode: ClassVar[bool] = False
     memory_size: ClassVar[int] = 0
     takes_memory_tokens: ClassVar[bool] = True
+    takes_all_parts: ClassVar[bool] = False
     decoding_advice: ClassVar[str] = ""
 
     # What it carries.
@@ -148,6 +191,15 @@ class Attention:
 
     def check(self, segment_length: int) -> None:
         """Raises UserError if the mechanism cannot work with segments of this length."""
+
+    def check_parts(self, dims: LayerDims) -> None:
+        """Raises UserError if its layers cannot be put together from these parts."""
+        if dims.parts_of_attention and not self.takes_all_parts:
+            name = dims.parts_of_attention[0]
+            raise UserError(
+                f"LMConfig.{name} with @{type(self).__name__}(): it does not know this part; leave out "
+                f"LMConfig.{name}, or use @FullAttention() or @XLAttention()"
+            )
 
     # What it costs.
 
@@ -217,21 +269,29 @@ class ProjectedAttention(nn.Module):
         if dims.qk_norm == "l2":
             queries = normalize(queries)
             keys = normalize(keys)
+        elif dims.qk_norm != "none":
+            queries = RMSNorm(dims.norm_epsilon, dims.qk_norm, "head_dim", name="query_norm")(queries)
+            keys = RMSNorm(dims.norm_epsilon, dims.qk_norm, "head_dim", name="key_norm")(keys)
 
         core = self.attention.core(dims, name="core")
-        scale = logit_scale(self, dims, fixed=dims.head_dim**-0.5)
+        scale = logit_scale(self, dims, fixed=dims.fixed_logit_scale)
         y, state, report = core(queries, keys, values, scale, segment, state)
 
         return project_from_heads(dims)(y), state, report
 
 
-def project_to_heads(dims: LayerDims, name: str) -> Einsum:
-    """A projection [B, T, D] -> [B, T, N, H]; to be made in the module whose submodule it is."""
+def project_to_heads(dims: LayerDims, name: Literal["query", "key", "value"]) -> Einsum:
+    """A projection [B, T, D] -> [B, T, N, H]; to be made in the module whose submodule it is.
+
+    Keys and values have K heads.
+    """
+    num_heads = dims.num_heads if name == "query" else dims.kv_heads
     return Einsum(
         "BTD,DNH->BTNH",
-        shape=(dims.embed_dim, dims.num_heads, dims.head_dim),
+        shape=(dims.embed_dim, num_heads, dims.head_dim),
         axes=("embed", "heads", "head_dim"),
         dtype=dims.dtype,
+        has_bias="qkv" in dims.biases,
         name=name,
     )
 
@@ -244,6 +304,7 @@ def project_from_heads(dims: LayerDims) -> Einsum:
         axes=("heads", "head_dim", "embed"),
         dtype=dims.dtype,
         initial_scale=dims.initial_output_scale,
+        has_bias="output" in dims.biases,
         name="output",
     )
 
@@ -257,7 +318,7 @@ def logit_scale(module: nn.Module, dims: LayerDims, fixed: float) -> HeadScale:
       fixed: what it is else.
     """
     shape = (dims.num_heads,)
-    if dims.qk_norm == "none":
+    if dims.qk_norm != "l2":
         return jnp.full(shape, fixed, jnp.float32)
     initializer = nn.initializers.constant(dims.initial_logit_scale)
     return jnp.abs(parameter(module, "scale", initializer, shape, ("heads",)))
@@ -323,7 +384,7 @@ def position_bias(
       segment: whose positions, or some of them, the queries are.
       num_queries, num_keys: T, S.
     """
-    if dims.positions == "none":
+    if dims.positions != "t5":
         return None
     bias = T5Bias(dims.num_heads, num_buckets, max_distance, name="bias")
     return bias(segment, num_queries, num_keys)
@@ -341,36 +402,10 @@ def distance_bias(
     Args:
       dims, num_buckets, max_distance: as for `position_bias`; without positions the bias is 0.
     """
-    if dims.positions == "none":
+    if dims.positions != "t5":
         return lambda distances: jnp.zeros((dims.num_heads, *distances.shape))
     bias = T5Bias(dims.num_heads, num_buckets, max_distance, name="bias")
     return bias.at
-
-
-def local_attention(
-    queries: Queries,
-    keys: Keys,
-    values: Values,
-    scale: HeadScale,
-    bias: Float[Array, "N T S"] | None,
-    mask: Bool[Array, "B T S"],
-) -> Queries:
-    """softmax(scale * (q . k + bias)) v over the visible keys."""
-    with jax.named_scope("local_attention"):
-        # [B, N, T, S]
-        logits = jnp.einsum(
-            "BTNH,BSNH->BNTS",
-            queries,
-            keys,
-            preferred_element_type=jnp.float32,
-        )
-        if bias is not None:
-            logits = logits + bias[None]
-        logits = logits * scale[None, :, None, None]
-
-        weights = attention_weights(logits, mask)
-        weights = weights.astype(values.dtype)
-        return jnp.einsum("BNTS,BSNH->BTNH", weights, values)
 
 
 def normalize(x: Float[Array, "*rest H"]) -> Float[Array, "*rest H"]:
@@ -381,78 +416,9 @@ def normalize(x: Float[Array, "*rest H"]) -> Float[Array, "*rest H"]:
     return normalized.astype(x.dtype)
 
 
-def hide(
-    cached: Shaped[Array, "B W *rest"],
-    valid: Bool[Array, "B W"],
-) -> Shaped[Array, "B W *rest"]:
-    """Carried slots [B, W, ...] with zeros where they are empty, and no gradient.
-
-    Empty slots may hold anything. A mask would turn NaN into 0 * NaN, which is NaN.
-    """
-    rest = (1,) * (cached.ndim - 2)
-    valid = valid.reshape(valid.shape + rest)
-    cached = jax.lax.stop_gradient(cached)
-    return jnp.where(valid, cached, 0)
-
-
-def push(
-    slots: Shaped[Array, "B W *rest"],
-    entering: Shaped[Array, "B T *rest"],
-) -> Shaped[Array, "B W *rest"]:
-    """The last W of [slots; entering], oldest first, and no gradient."""
-    num_slots = slots.shape[1]
-    both = jnp.concatenate([slots, entering], axis=1)
-    last = both[:, -num_slots:]
-    return jax.lax.stop_gradient(last)
-
-
-def visible_keys(
-    segment: Segment,
-    num_queries: int,
-    valid: Bool[Array, "B W"] | None = None,
-) -> Bool[Array, "B T S"]:
-    """Which of the keys [carried; segment] each query sees: those that the layout shows and that hold something.
-
-    Every position sees at least itself, so that no row of the mask is empty.
-
-    Args:
-      segment: whose positions, or some of them, the queries are.
-      num_queries: T.
-      valid: which of the carried keys hold something; None where nothing is carried.
-    """
-    # [B, S]
-    holds_key = segment.is_real if valid is None else segment.with_cached(valid)
-    size = segment.layout.size
-    num_keys = holds_key.shape[1]
-    num_cached = num_keys - size
-
-    # [T, S]
-    shown = segment.select(masks.visible(segment.layout, num_cached), num_queries)
-    itself = segment.select(masks.itself(size, num_keys), num_queries)
-
-    # [B, T, S]
-    seen = shown[None] & holds_key[:, None, :]
-    return seen | itself[None]
-
-
-def attention_weights(
-    logits: Float[Array, "B N T S"],
-    mask: Bool[Array, "B T S"],
-) -> Float[Array, "B N T S"]:
-    """softmax over the visible keys, float32.
-
-    Args:
-      logits: float32.
-      mask: true where a key is visible; every query has a visible key.
-    """
-    mask = mask[:, None]
-    visible_logits = jnp.where(mask, logits, _HIDDEN)
-    return jax.nn.softmax(visible_logits, axis=-1)
-
-
 def projection_flops(dims: LayerDims, layout: Layout) -> int:
     """FLOPs of queries, keys, values and output of a segment."""
-    return matmul_flops(layout.size, dims.embed_dim, 4 * dims.width)
+    return matmul_flops(layout.size, dims.embed_dim, 2 * dims.width + 2 * dims.kv_width)
 
 
 def attend_flops(dims: LayerDims, num_queries: int, num_keys: int) -> int:

@@ -21,11 +21,9 @@ from memorizing.models.attention.base import (
     Attention,
     Example,
     LayerDims,
-    hide,
     matmul_flops,
-    push,
-    visible_keys,
 )
+from memorizing.models.attention.local import hide, push, visible_keys
 from memorizing.models.attention.transformer_xl import RelativeAttention, relative_attention_flops
 from memorizing.models.layers import Einsum
 

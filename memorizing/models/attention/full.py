@@ -14,12 +14,11 @@ from memorizing.models.attention.base import (
     Attention,
     LayerDims,
     attend_flops,
-    local_attention,
     position_bias,
     projection_flops,
-    visible_keys,
 )
-from memorizing.models.positions import check_buckets
+from memorizing.models.attention.local import Attended, at_positions, local_attention, visible_keys
+from memorizing.models.positions import LayerPositions, Rotary, check_buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +27,25 @@ class FullAttention(Attention):
 
     Attributes:
       num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      positions: of these layers, where they have others than the model (`LMConfig.positions`).
     """
 
     can_decode: ClassVar[bool] = True
+    takes_all_parts: ClassVar[bool] = True
 
     num_buckets: Annotated[int, Range(2, 2**16)] = 32
     max_distance: Count = 128
+    positions: LayerPositions = None
 
     def __post_init__(self) -> None:
         check_buckets("FullAttention", self.num_buckets, self.max_distance)
 
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
-        return FullCore(self, dims, name=name)
+        return FullCore(self, dims.with_positions(self.positions), name=name)
+
+    def check_parts(self, dims: LayerDims) -> None:
+        if isinstance(self.positions, Rotary):
+            self.positions.check(dims.head_dim)
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
         return projection_flops(dims, layout) + attend_flops(dims, layout.size, layout.size)
@@ -51,7 +57,6 @@ class FullCore(nn.Module):
     attention: FullAttention
     dims: LayerDims
 
-    @nn.compact
     def __call__(
         self,
         queries: Queries,
@@ -61,8 +66,22 @@ class FullCore(nn.Module):
         segment: Segment,
         state: tuple,
     ) -> tuple[Queries, tuple | None, Report]:
+        attended, state, report = self.attend(queries, keys, values, scale, segment, state)
+        return attended.values, state, report
+
+    @nn.compact
+    def attend(
+        self,
+        queries: Queries,
+        keys: Keys,
+        values: Values,
+        scale: HeadScale,
+        segment: Segment,
+        state: tuple,
+    ) -> tuple[Attended, tuple | None, Report]:
+        """The same, with the normalisers of its softmax."""
         config = self.attention
-        # [B, S, N, H]
+        # [B, S, K, H]
         keys = segment.with_kv_cache("keys", keys)
         values = segment.with_kv_cache("values", values)
         num_queries = queries.shape[1]
@@ -77,8 +96,9 @@ class FullCore(nn.Module):
             num_queries,
             num_keys,
         )
-        y = local_attention(queries, keys, values, scale, bias, mask)
+        placed = at_positions(self.dims, segment, queries, keys)
+        attended = local_attention(*placed, values, scale, bias, mask, self.dims.attention_logit_cap)
 
         if segment.decoding is not None:
-            return y, None, Report(kv_cache={"keys": keys, "values": values})
-        return y, state, Report()
+            return attended, None, Report(kv_cache={"keys": keys, "values": values})
+        return attended, state, Report()

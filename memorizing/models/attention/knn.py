@@ -128,6 +128,15 @@ class KNNAttention(Attention):
             )
         self.local.check(segment_length)
 
+    def check_parts(self, dims: LayerDims) -> None:
+        if dims.qk_norm == "none":
+            raise UserError(
+                "LMConfig.qk_norm = 'none': an external memory compares keys of different times, which have to have "
+                "the same length; use 'l2', or a model without a memory"
+            )
+        super().check_parts(dims)
+        self.local.check_parts(dims)
+
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> KNNState:
         def empty(num_slots: int) -> Memory:
             return external_memory.empty(batch_size, dims.num_heads, num_slots, dims.head_dim, dims.dtype)

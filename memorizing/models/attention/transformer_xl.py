@@ -20,13 +20,10 @@ from memorizing.models.attention.base import (
     Example,
     LayerDims,
     attend_flops,
-    attention_weights,
-    hide,
     matmul_flops,
     projection_flops,
-    push,
-    visible_keys,
 )
+from memorizing.models.attention.local import attention_weights, hide, push, visible_keys
 from memorizing.models.layers import Einsum, parameter
 
 

@@ -1,6 +1,7 @@
 """A Transformer-XL cache (Dai et al. 2019) of keys and values.
 
-Every position also sees the last W positions before its segment.
+Every position also sees the last W positions before its segment, and, if asked for, the first positions of its document
+(the attention sinks of Xiao et al. 2023).
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import dataclasses
 from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
 from memorizing.context import Layout, Report, Segment
@@ -22,14 +24,35 @@ from memorizing.models.attention.base import (
     Example,
     LayerDims,
     attend_flops,
-    hide,
-    local_attention,
     position_bias,
     projection_flops,
+)
+from memorizing.models.attention.local import (
+    Attended,
+    at_positions,
+    hide,
+    local_attention,
     push,
+    turned_queries,
     visible_keys,
 )
-from memorizing.models.positions import check_buckets
+from memorizing.models.positions import LayerPositions, LearnedPositions, Rotary, check_buckets
+
+
+@struct.dataclass
+class Sinks:
+    """The first positions of the row's document.
+
+    Attributes:
+      keys, values: [B, sinks, K, H] in the dtype of the activations.
+      valid: bool [B, sinks].
+      num_before: int32 [B], positions of the document before the segment that comes next.
+    """
+
+    keys: Keys | Any
+    values: Values | Any
+    valid: Bool[Array, "B _"] | Any
+    num_before: Int[Array, "B"] | Any
 
 
 @struct.dataclass
@@ -37,13 +60,15 @@ class XLState:
     """The last W positions of the row's document.
 
     Attributes:
-      keys, values: [B, W, N, H] in the dtype of the activations.
+      keys, values: [B, W, K, H] in the dtype of the activations.
       valid: bool [B, W].
+      sinks: its first positions; () where none are kept.
     """
 
     keys: Keys | Any
     values: Values | Any
     valid: Bool[Array, "B W"] | Any
+    sinks: Sinks | tuple[()] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +80,21 @@ class XLAttention(Attention):
       num_buckets, max_distance: T5's relative bias; the distance is in tokens.
       same_length: lets every position see exactly the last W positions up to itself (a sliding window), instead of the
         whole cache.
+      positions: of these layers, where they have others than the model (`LMConfig.positions`).
+      num_sinks: first positions of a document that stay visible when the window has left them. They stand where they
+        are in the document, but never further away than directly in front of the cache: so no distance grows with the
+        document. A pretrained model that slides its window over a document breaks without the first few.
     """
 
     can_decode: ClassVar[bool] = True
+    takes_all_parts: ClassVar[bool] = True
 
     window: Count = 512
     num_buckets: Annotated[int, Range(2, 2**16)] = 32
     max_distance: Count = 128
     same_length: bool = False
+    positions: LayerPositions = None
+    num_sinks: Annotated[int, Range(0, 2**16)] = 0
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -72,25 +104,39 @@ class XLAttention(Attention):
         check_buckets("XLAttention", self.num_buckets, self.max_distance)
 
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> XLState:
-        shape = (batch_size, self.window, dims.num_heads, dims.head_dim)
-        return XLState(
-            keys=jnp.zeros(shape, dims.dtype),
-            values=jnp.zeros(shape, dims.dtype),
-            valid=jnp.zeros(shape[:2], bool),
-        )
+        def empty(num_positions: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+            shape = (batch_size, num_positions, dims.kv_heads, dims.head_dim)
+            return jnp.zeros(shape, dims.dtype), jnp.zeros(shape, dims.dtype), jnp.zeros(shape[:2], bool)
+
+        if not self.num_sinks:
+            return XLState(*empty(self.window))
+        return XLState(*empty(self.window), Sinks(*empty(self.num_sinks), jnp.zeros(batch_size, jnp.int32)))
 
     def state_axes(self) -> AxesTree:
         content = ("batch", "length", "heads", "head_dim")
-        return XLState(keys=content, values=content, valid=("batch", "length"))
+        valid = ("batch", "length")
+        sinks = Sinks(keys=content, values=content, valid=valid, num_before=("batch",))
+        return XLState(keys=content, values=content, valid=valid, sinks=sinks if self.num_sinks else ())
 
     def fresh_state(self) -> XLState:
-        return XLState(keys=None, values=None, valid=False)
+        sinks = Sinks(keys=None, values=None, valid=False, num_before=0)
+        return XLState(keys=None, values=None, valid=False, sinks=sinks if self.num_sinks else ())
 
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
-        return XLCore(self, dims, name=name)
+        return XLCore(self, dims.with_positions(self.positions), name=name)
+
+    def check_parts(self, dims: LayerDims) -> None:
+        positions = dims.with_positions(self.positions).positions
+        if isinstance(positions, Rotary):
+            positions.check(dims.head_dim)
+        if isinstance(dims.positions, LearnedPositions):
+            raise UserError(
+                "LMConfig.positions = @LearnedPositions() with @XLAttention(): positions begin anew in every segment, so "
+                "that a cache would hold keys of the same positions; use @FullAttention()"
+            )
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
-        num_keys = self.window + layout.size
+        num_keys = self.num_sinks + self.window + layout.size
         return projection_flops(dims, layout) + attend_flops(dims, layout.size, num_keys)
 
     @classmethod
@@ -105,7 +151,6 @@ class XLCore(nn.Module):
     attention: XLAttention
     dims: LayerDims
 
-    @nn.compact
     def __call__(
         self,
         queries: Queries,
@@ -115,22 +160,32 @@ class XLCore(nn.Module):
         segment: Segment,
         state: XLState,
     ) -> tuple[Queries, XLState | None, Report]:
+        attended, new_state, report = self.attend(queries, keys, values, scale, segment, state)
+        return attended.values, new_state, report
+
+    @nn.compact
+    def attend(
+        self,
+        queries: Queries,
+        keys: Keys,
+        values: Values,
+        scale: HeadScale,
+        segment: Segment,
+        state: XLState,
+    ) -> tuple[Attended, XLState | None, Report]:
+        """The same, with the normalisers of its softmax."""
         config = self.attention
         layout = segment.layout
-        # [B, W, N, H]
+        # [B, W, K, H]
         cached_keys = hide(state.keys, state.valid)
         cached_values = hide(state.values, state.valid)
-        # [B, S, N, H], S = W + T
-        all_keys = segment.with_kv_cache("keys", _after(cached_keys, keys, segment))
-        all_values = segment.with_kv_cache("values", _after(cached_values, values, segment))
+        # [B, S, K, H], S = sinks + W + T
+        all_keys = segment.with_kv_cache("keys", _after(state.sinks, "keys", cached_keys, keys, segment))
+        all_values = segment.with_kv_cache("values", _after(state.sinks, "values", cached_values, values, segment))
         num_queries = queries.shape[1]
         num_keys = all_keys.shape[1]
 
-        # [B, T, S]
-        mask = visible_keys(segment, num_queries, state.valid)
-        if config.same_length:
-            near = masks.within(config.window, layout.size, num_keys)
-            mask &= segment.select(near, num_queries)[None]
+        mask = self._visible(segment, num_queries, num_keys, state)
         bias = position_bias(
             self.dims,
             config.num_buckets,
@@ -139,24 +194,117 @@ class XLCore(nn.Module):
             num_queries,
             num_keys,
         )
-        y = local_attention(queries, all_keys, all_values, scale, bias, mask)
+        placed = self._at_positions(segment, queries, all_keys, state.sinks)
+        attended = local_attention(*placed, all_values, scale, bias, mask, self.dims.attention_logit_cap)
 
         if segment.decoding is not None:
-            return y, None, Report(kv_cache={"keys": all_keys, "values": all_values})
+            return attended, None, Report(kv_cache={"keys": all_keys, "values": all_values})
+        own_keys = layout.own(keys)
+        own_values = layout.own(values)
+        is_real = layout.own(segment.is_real)
         new_state = XLState(
-            keys=push(cached_keys, layout.own(keys)),
-            values=push(cached_values, layout.own(values)),
-            valid=push(state.valid, layout.own(segment.is_real)),
+            keys=push(cached_keys, own_keys),
+            values=push(cached_values, own_values),
+            valid=push(state.valid, is_real),
+            sinks=_with_segment(state.sinks, own_keys, own_values, is_real),
         )
-        return y, new_state, Report()
+        return attended, new_state, Report()
+
+    def _visible(
+        self,
+        segment: Segment,
+        num_queries: int,
+        num_keys: int,
+        state: XLState,
+    ) -> Bool[Array, "B T S"]:
+        """Which of the keys [sinks; cached; segment] each query sees."""
+        config = self.attention
+        layout = segment.layout
+        if not isinstance(state.sinks, Sinks):
+            mask = visible_keys(segment, num_queries, state.valid)
+            if config.same_length:
+                near = masks.within(config.window, layout.size, num_keys)
+                mask &= segment.select(near, num_queries)[None]
+            return mask
+
+        mask = visible_keys(segment, num_queries, jnp.concatenate([state.sinks.valid, state.valid], axis=1))
+        # The first position that each query sees by itself, counted from the segment's first.
+        first_seen = jnp.full(layout.size, -config.window)
+        if config.same_length:
+            first_seen = jnp.arange(layout.size) - config.window + 1
+        # [1, T, 1]
+        first_seen = segment.select(first_seen, num_queries)[None, :, None]
+        # Where keys are in the document, counted so too, [B, 1, sinks] and [1, 1, W + T].
+        of_sinks = jnp.arange(config.num_sinks)[None, :] - state.sinks.num_before[:, None]
+        of_others = jnp.arange(-config.window, layout.size)[None, None, :]
+        is_sink_behind = of_sinks[:, None, :] < first_seen
+        is_seen = jnp.broadcast_to(of_others >= first_seen, (*is_sink_behind.shape[:2], of_others.shape[2]))
+        return mask & jnp.concatenate([is_sink_behind, is_seen], axis=2)
+
+    def _at_positions(
+        self,
+        segment: Segment,
+        queries: Queries,
+        keys: Keys,
+        sinks: Sinks | tuple[()],
+    ) -> tuple[Queries, Keys]:
+        """Queries and keys [sinks; cached; segment], turned where positions are rotary: see `local.at_positions`."""
+        rotary = self.dims.positions
+        if not isinstance(rotary, Rotary) or not isinstance(sinks, Sinks):
+            return at_positions(self.dims, segment, queries, keys)
+        num_sinks = self.attention.num_sinks
+        window = self.attention.window
+        num_rows = keys.shape[0]
+        # How far the document's first position is before the segment, at most directly in front of the cache: [B].
+        back = jnp.minimum(sinks.num_before, window + num_sinks)
+        of_sinks = jnp.arange(num_sinks)[None, :] - back[:, None]
+        of_others = jnp.arange(-window, segment.layout.size)[None, :]
+        of_others = jnp.broadcast_to(of_others, (num_rows, of_others.shape[1]))
+        # [B, S]
+        of_keys = jnp.concatenate([of_sinks, of_others], axis=1)
+        return turned_queries(rotary, segment, queries), rotary.turn(keys, of_keys[:, :, None])
+
+
+def _with_segment(
+    sinks: Sinks | tuple[()],
+    keys: Keys,
+    values: Values,
+    is_real: Bool[Array, "B T"],
+) -> Sinks | tuple[()]:
+    """The sinks with those of a segment's own positions that are among the document's first."""
+    if not isinstance(sinks, Sinks):
+        return ()
+    num_sinks = sinks.valid.shape[1]
+    length = keys.shape[1]
+    # Where each sink is in the segment, [B, sinks].
+    place = jnp.arange(num_sinks)[None, :] - sinks.num_before[:, None]
+    is_inside = (place >= 0) & (place < length)
+    place = jnp.clip(place, 0, length - 1)
+    is_new = is_inside & jnp.take_along_axis(is_real, place, axis=1)
+
+    def taken(new: jax.Array, old: jax.Array) -> jax.Array:
+        of_place = jnp.take_along_axis(new, place[:, :, None, None], axis=1)
+        return jax.lax.stop_gradient(jnp.where(is_new[:, :, None, None], of_place, old))
+
+    return Sinks(
+        keys=taken(keys, hide(sinks.keys, sinks.valid)),
+        values=taken(values, hide(sinks.values, sinks.valid)),
+        valid=sinks.valid | is_new,
+        num_before=sinks.num_before + length,
+    )
 
 
 def _after(
+    sinks: Sinks | tuple[()],
+    name: str,
     cached: Shaped[Array, "B W *rest"],
     new: Shaped[Array, "B T *rest"],
     segment: Segment,
 ) -> Shaped[Array, "B S *rest"]:
-    """[cached; new] for `Segment.with_kv_cache`; in a decode step only `new`, since the KV cache has the others."""
+    """[sinks; cached; new] for `Segment.with_kv_cache`; in a decode step only `new`: the KV cache has the others."""
     if segment.is_decode_step:
         return new
-    return jnp.concatenate([cached, new], axis=1)
+    parts = [cached, new]
+    if isinstance(sinks, Sinks):
+        parts.insert(0, hide(getattr(sinks, name), sinks.valid))
+    return jnp.concatenate(parts, axis=1)

@@ -1,0 +1,208 @@
+"""Attention to the keys of a segment and to those that are carried in front of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+
+from memorizing.array_typing import HeadScale, Keys, Queries, Values
+from memorizing.context import Segment
+from memorizing.models import masks
+from memorizing.models.attention.base import LayerDims
+from memorizing.models.layers import soft_cap
+from memorizing.models.positions import Rotary
+
+# Logit where nothing is visible: of weight 0 beside any other, and finite.
+_HIDDEN = jnp.finfo(jnp.float32).min
+
+
+class Attended(NamedTuple):
+    """Attention to some keys.
+
+    Attributes:
+      values: [B, T, N, H].
+      log_normalizer: float32 [B, T, N], logarithm of the sum of exponentials; costs nothing unless it is used.
+    """
+
+    values: Queries
+    log_normalizer: Float[Array, "B T N"]
+
+
+def local_attention(
+    queries: Queries,
+    keys: Keys,
+    values: Values,
+    scale: HeadScale,
+    bias: Float[Array, "N T S"] | None,
+    mask: Bool[Array, "B T S"],
+    logit_cap: float = 0.0,
+) -> Attended:
+    """softmax(scale * (q . k + bias)) v over the visible keys; query head n reads key head n // (N / K).
+
+    Args:
+      queries, keys, values: N heads of queries, K of the others.
+      scale: of the logits.
+      bias: None for none.
+      mask: which keys each query sees, at least one.
+      logit_cap: see `layers.soft_cap`.
+    """
+    with jax.named_scope("local_attention"):
+        logits = _products(queries, keys)
+        if bias is not None:
+            logits = logits + bias[None]
+        logits = logits * scale[None, :, None, None]
+        logits = soft_cap(logits, logit_cap)
+
+        weights = attention_weights(logits, mask)
+        weights = weights.astype(values.dtype)
+        # [B, N, T]
+        log_normalizer = jax.nn.logsumexp(_visible_logits(logits, mask), axis=-1)
+        return Attended(_averages(weights, values), log_normalizer.swapaxes(1, 2))
+
+
+def _products(queries: Queries, keys: Keys) -> Float[Array, "B N T S"]:
+    """query . key, float32."""
+    if queries.shape[2] == keys.shape[2]:
+        return jnp.einsum(
+            "BTNH,BSNH->BNTS",
+            queries,
+            keys,
+            preferred_element_type=jnp.float32,
+        )
+    num_rows, num_queries, num_heads, _ = queries.shape
+    # [B, K, N / K, T, S]
+    products = jnp.einsum(
+        "BTKGH,BSKH->BKGTS",
+        in_groups(queries, keys.shape[2]),
+        keys,
+        preferred_element_type=jnp.float32,
+    )
+    return products.reshape(num_rows, num_heads, num_queries, -1)
+
+
+def _averages(weights: Float[Array, "B N T S"], values: Values) -> Queries:
+    """The values of each query's keys by their weights."""
+    num_rows, num_heads, num_queries, num_keys = weights.shape
+    num_kv_heads = values.shape[2]
+    if num_heads == num_kv_heads:
+        return jnp.einsum("BNTS,BSNH->BTNH", weights, values)
+    grouped = weights.reshape(num_rows, num_kv_heads, -1, num_queries, num_keys)
+    # [B, T, K, N / K, H]
+    averages = jnp.einsum("BKGTS,BSKH->BTKGH", grouped, values)
+    return averages.reshape(num_rows, num_queries, num_heads, -1)
+
+
+def in_groups(queries: Float[Array, "B T N *rest"], num_kv_heads: int) -> Float[Array, "B T K G *rest"]:
+    """Query heads by the key head that they read, G = N / K for each."""
+    num_rows, num_queries, _, *rest = queries.shape
+    return queries.reshape(num_rows, num_queries, num_kv_heads, -1, *rest)
+
+
+def at_positions(
+    dims: LayerDims,
+    segment: Segment,
+    queries: Queries,
+    keys: Keys,
+) -> tuple[Queries, Keys]:
+    """Queries and keys as the logits need them: turned where positions are rotary, else as they are.
+
+    Keys are carried and cached as they were before, since positions are counted anew in every segment.
+
+    Args:
+      dims: of the layer.
+      segment: whose positions, or some of them, the queries are.
+      queries: [B, T, N, H].
+      keys: [carried; segment], [B, S, K, H].
+    """
+    rotary = dims.positions
+    if not isinstance(rotary, Rotary):
+        return queries, keys
+    num_keys = keys.shape[1]
+    # The segment's first position is 0.
+    of_keys = jnp.arange(segment.layout.size - num_keys, segment.layout.size)
+    turned_keys = rotary.turn(keys, of_keys[None, :, None])
+    return turned_queries(rotary, segment, queries), turned_keys
+
+
+def turned_queries(rotary: Rotary, segment: Segment, queries: Queries) -> Queries:
+    """Queries turned by their positions in the segment."""
+    of_segment = jnp.arange(segment.layout.size)
+    of_queries = segment.select(of_segment, queries.shape[1])
+    return rotary.turn(queries, of_queries[None, :, None])
+
+
+def hide(
+    cached: Shaped[Array, "B W *rest"],
+    valid: Bool[Array, "B W"],
+) -> Shaped[Array, "B W *rest"]:
+    """Carried slots [B, W, ...] with zeros where they are empty, and no gradient.
+
+    Empty slots may hold anything. A mask would turn NaN into 0 * NaN, which is NaN.
+    """
+    rest = (1,) * (cached.ndim - 2)
+    valid = valid.reshape(valid.shape + rest)
+    cached = jax.lax.stop_gradient(cached)
+    return jnp.where(valid, cached, 0)
+
+
+def push(
+    slots: Shaped[Array, "B W *rest"],
+    entering: Shaped[Array, "B T *rest"],
+) -> Shaped[Array, "B W *rest"]:
+    """The last W of [slots; entering], oldest first, and no gradient."""
+    num_slots = slots.shape[1]
+    both = jnp.concatenate([slots, entering], axis=1)
+    last = both[:, -num_slots:]
+    return jax.lax.stop_gradient(last)
+
+
+def visible_keys(
+    segment: Segment,
+    num_queries: int,
+    valid: Bool[Array, "B W"] | None = None,
+) -> Bool[Array, "B T S"]:
+    """Which of the keys [carried; segment] each query sees: those that the layout shows and that hold something.
+
+    Every position sees at least itself, so that no row of the mask is empty.
+
+    Args:
+      segment: whose positions, or some of them, the queries are.
+      num_queries: T.
+      valid: which of the carried keys hold something; None where nothing is carried.
+    """
+    # [B, S]
+    holds_key = segment.is_real if valid is None else segment.with_cached(valid)
+    size = segment.layout.size
+    num_keys = holds_key.shape[1]
+    num_cached = num_keys - size
+
+    # [T, S]
+    shown = segment.select(masks.visible(segment.layout, num_cached), num_queries)
+    itself = segment.select(masks.itself(size, num_keys), num_queries)
+
+    # [B, T, S]
+    seen = shown[None] & holds_key[:, None, :]
+    return seen | itself[None]
+
+
+def attention_weights(
+    logits: Float[Array, "B N T S"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B N T S"]:
+    """softmax over the visible keys, float32.
+
+    Args:
+      logits: float32.
+      mask: true where a key is visible; every query has a visible key.
+    """
+    return jax.nn.softmax(_visible_logits(logits, mask), axis=-1)
+
+
+def _visible_logits(
+    logits: Float[Array, "B N T S"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B N T S"]:
+    return jnp.where(mask[:, None], logits, _HIDDEN)
