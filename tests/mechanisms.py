@@ -30,6 +30,7 @@ from memorizing.models.language_model import LMConfig, ModelOutput
 from memorizing.models.layers import Embedder
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import ContinuousCache
+from memorizing.models.positions import Rotary
 from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.training.state import init_variables
 
@@ -49,6 +50,7 @@ class Mechanism:
       gradient_reaches_context: whether gradient flows into the carried state (only ever within a step).
       order_of_sums_depends_on_later_tokens: equal up to rounding, where others are equal bit for bit.
       later_tokens_decide_what_is_seen: of the earlier ones, as published; what they hold themselves is never seen.
+      parts: of the layers, as in `LMConfig`.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Mechanism:
     continuous_cache: ContinuousCache | None = None
     order_of_sums_depends_on_later_tokens: bool = False
     later_tokens_decide_what_is_seen: bool = False
+    parts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> LMConfig:
@@ -77,6 +80,7 @@ class Mechanism:
             recurrent_tokens=self.recurrent_tokens,
             continuous_cache=self.continuous_cache,
             initial_logit_scale=4.0,
+            **self.parts,
         )
 
     @functools.cached_property
@@ -86,10 +90,34 @@ class Mechanism:
 
 XL = XLAttention(window=LENGTH)
 
+# As pretrained models are put together; the scale makes attention sharp.
+PRETRAINED = {
+    "num_kv_heads": 1,
+    "positions": Rotary(theta=100.0, share=0.5),
+    "norm": "rms_gemma",
+    "mlp": "gated_silu",
+    "qk_norm": "rms_gemma",
+    "biases": ("qkv", "output", "mlp"),
+    "attention_scale": 1.0,
+    "attention_logit_cap": 8.0,
+    "sandwich_norms": True,
+    "head": "untied",
+    "final_logit_cap": 3.0,
+}
+
 MECHANISMS = (
     Mechanism("full", carries_context=False),
     Mechanism("xl", attention=XL, two_segments_equal_one=True),
     Mechanism("xl of same length", attention=XLAttention(window=LENGTH, same_length=True), two_segments_equal_one=True),
+    Mechanism(
+        "xl of same length, of pretrained parts",
+        attention=(
+            XLAttention(window=LENGTH, same_length=True),
+            XLAttention(window=LENGTH, same_length=True, positions="none"),
+        ),
+        two_segments_equal_one=True,
+        parts=PRETRAINED,
+    ),
     Mechanism("knn over full", attention_at=((1, KNNAttention(memory_size=2 * LENGTH, num_neighbors=4)),)),
     Mechanism(
         "knn over xl",

@@ -24,6 +24,7 @@ from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.sparse import SparseAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
+from memorizing.models.layers import RMSNorm
 from memorizing.models.positions import LearnedPositions, Rotary
 from memorizing.training.checkpoint import paths
 from memorizing.training.state import init_variables
@@ -254,8 +255,6 @@ def test_products_of_turned_vectors_depend_on_the_distance_alone(rotary: Rotary)
 
 def test_in_bfloat16_norms_round_where_their_families_round():
     """Llama brings what is normalised to bfloat16 before it is scaled, Gemma after."""
-    from memorizing.models.layers import RMSNorm
-
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 64)), jnp.bfloat16)
     scale = jnp.asarray(np.random.default_rng(1).normal(size=64), jnp.float32)
     wide = np.asarray(x, np.float32)

@@ -228,18 +228,20 @@ class XLCore(nn.Module):
             return mask
 
         mask = visible_keys(segment, num_queries, jnp.concatenate([state.sinks.valid, state.valid], axis=1))
-        # The first position that each query sees by itself, counted from the segment's first.
-        first_seen = jnp.full(layout.size, -config.window)
-        if config.same_length:
-            first_seen = jnp.arange(layout.size) - config.window + 1
-        # [1, T, 1]
-        first_seen = segment.select(first_seen, num_queries)[None, :, None]
-        # Where keys are in the document, counted so too, [B, 1, sinks] and [1, 1, W + T].
+        # Where keys are, counted from the segment's first position: [B, sinks] and [W + T].
         of_sinks = jnp.arange(config.num_sinks)[None, :] - state.sinks.num_before[:, None]
-        of_others = jnp.arange(-config.window, layout.size)[None, None, :]
-        is_sink_behind = of_sinks[:, None, :] < first_seen
-        is_seen = jnp.broadcast_to(of_others >= first_seen, (*is_sink_behind.shape[:2], of_others.shape[2]))
-        return mask & jnp.concatenate([is_sink_behind, is_seen], axis=2)
+        of_others = jnp.arange(-config.window, layout.size)
+        # A sink that has not left the cache is seen there.
+        is_behind = (of_sinks < -config.window)[:, None, :]
+        is_seen = jnp.ones((1, num_queries, len(of_others)), bool)
+        if config.same_length:
+            near = masks.within(config.window, layout.size, len(of_others))
+            is_seen = segment.select(near, num_queries)[None]
+        # [B, W + T]
+        is_sink = of_others[None, :] + state.sinks.num_before[:, None] < config.num_sinks
+        is_seen = is_seen | is_sink[:, None, :]
+        is_behind = jnp.broadcast_to(is_behind, (*is_seen.shape[:2], config.num_sinks))
+        return mask & jnp.concatenate([is_behind, is_seen], axis=2)
 
     def _at_positions(
         self,
