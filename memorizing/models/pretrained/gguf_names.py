@@ -76,6 +76,7 @@ def config_of(settings: Mapping[str, Any], tensors: Collection[str], given: str)
     config["tie_word_embeddings"] = "output.weight" not in tensors
     if family != "qwen2":
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        config["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
     scaling = settings.get(f"{family}.rope.scaling.type", "none")
     if scaling != "none":
         config["rope_scaling"] = {"rope_type": scaling, "factor": settings.get(f"{family}.rope.scaling.factor")}

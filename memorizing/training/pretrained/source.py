@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Source:
       architecture: what they say.
       file: its tensors.
       names: of these, by Hugging Face's name.
-      tokenizer_files: texts by the name of the file: tokenizer.json, and what else tells of special tokens.
+      read_tokenizer: gives texts by the name of the file: tokenizer.json, and what else tells of special tokens.
     """
 
     name: str
@@ -47,7 +48,12 @@ class Source:
     architecture: Architecture
     file: TensorFile
     names: Mapping[str, str]
-    tokenizer_files: Mapping[str, str]
+    read_tokenizer: Callable[[], Mapping[str, str]]
+
+    @functools.cached_property
+    def tokenizer_files(self) -> Mapping[str, str]:
+        """The texts that `read_tokenizer` gives."""
+        return self.read_tokenizer()
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """A tensor, in the dtype of its file."""
@@ -141,12 +147,8 @@ def _from_folder(folder: epath.Path, tokenizer: str | None) -> Source:
     architecture = read_config(config, str(folder / CONFIG))
     file = FolderOfTensors(folder)
     names = {plain_name(name): name for name in file.tensors}
-    own = {name: folder / name for name in (TOKENIZER, TOKENIZER_CONFIG)}
-    if tokenizer is None:
-        texts = {name: _read_text(path) for name, path in own.items() if path.exists()}
-    else:
-        texts = _given_tokenizer(tokenizer)
-    return Source(str(folder), config, architecture, file, names, texts)
+    files = [folder / name for name in (TOKENIZER, TOKENIZER_CONFIG)] if tokenizer is None else _beside(tokenizer)
+    return Source(str(folder), config, architecture, file, names, lambda: _texts(files))
 
 
 def _from_gguf(path: epath.Path, tokenizer: str | None) -> Source:
@@ -158,8 +160,8 @@ def _from_gguf(path: epath.Path, tokenizer: str | None) -> Source:
     architecture = read_config(config, str(path))
     in_file = {gguf_names.name_in_gguf(tensor.name): tensor.name for tensor in tensors_of(architecture)}
     names = {in_file.get(name, name): name for name in file.tensors if name != gguf_names.ROTARY_FACTORS}
-    texts = _given_tokenizer(tokenizer) if tokenizer else _tokenizer_of(file)
-    return Source(str(path), config, architecture, file, names, texts)
+    files = _beside(tokenizer) if tokenizer else []
+    return Source(str(path), config, architecture, file, names, lambda: _texts(files) if files else _tokenizer_of(file))
 
 
 def _tokenizer_of(file: GGUFFile) -> dict[str, str]:
@@ -175,21 +177,20 @@ def _tokenizer_of(file: GGUFFile) -> dict[str, str]:
     return {TOKENIZER: tokenizer_json(settings, str(file.path)), TOKENIZER_CONFIG: json.dumps(special, indent=2)}
 
 
-def _given_tokenizer(path: str) -> dict[str, str]:
+def _beside(tokenizer: str) -> list[epath.Path]:
     """A tokenizer.json, and the configuration beside it."""
-    file = resolve(path)
-    if not file.exists() or file.is_dir():
-        raise UserError(f"--tokenizer={path}: there is no such file")
-    beside = file.parent / TOKENIZER_CONFIG
-    texts = {TOKENIZER: _read_text(file)}
-    return texts | ({TOKENIZER_CONFIG: _read_text(beside)} if beside.exists() else {})
+    file = resolve(tokenizer)
+    if file.name != TOKENIZER or not file.exists():
+        raise UserError(f"--tokenizer={tokenizer}: give a file that is there and is called {TOKENIZER}")
+    return [file, file.parent / TOKENIZER_CONFIG]
 
 
-def _read_text(path: epath.Path) -> str:
+def _texts(files: Sequence[epath.Path]) -> dict[str, str]:
+    """The content of those that are there, by name."""
     try:
-        return path.read_text()
+        return {path.name: path.read_text() for path in files if path.exists()}
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text in UTF-8: copy or download it again") from None
+        raise UserError(f"{files[0]}, or what is beside it, is no text in UTF-8: copy or download it again") from None
 
 
 def _check(source: Source) -> None:
