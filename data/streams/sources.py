@@ -20,7 +20,7 @@ from memorizing.data.streams.read_ahead import ReadAhead
 from memorizing.data.streams.segments import DocumentStream, Joined
 from memorizing.data.tasks import splits, task_name
 from memorizing.data.tasks.task_name import TaskName
-from memorizing.data.tokens import paths, token_cache
+from memorizing.data.tokens import paths, token_cache, vocabulary_files
 from memorizing.data.tokens.token_cache import Split, TokenCache
 from memorizing.errors import FactorAboveZero
 
@@ -67,11 +67,11 @@ class CachedCorpus:
 
     @property
     def vocab_size(self) -> int:
-        return self.cache.vocab_size
+        return self.cache.vocab_size if self._has_cache else self.vocabulary.size
 
     @property
     def start_id(self) -> int:
-        return self.cache.start_id
+        return self.cache.start_id if self._has_cache else self.vocabulary.start_id
 
     @property
     def identity(self) -> str:
@@ -131,9 +131,16 @@ class CachedCorpus:
         """See `memorizing.batch.TextSource`."""
         return self
 
-    @property
+    @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        return self.cache.vocabulary
+        if self._has_cache:
+            return self.cache.vocabulary
+        return vocabulary_files.load(str(self.vocabulary_file))
+
+    @property
+    def _has_cache(self) -> bool:
+        """Whether there is a cache, or has to be: where only the vocabulary is asked for, its file will do."""
+        return self.vocabulary_file is None or token_cache.exists(self.cache_path)
 
     @functools.cached_property
     def document_words(self) -> np.ndarray | None:

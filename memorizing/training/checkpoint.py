@@ -86,12 +86,14 @@ class Checkpointer:
         """Complete steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, rows: dict[str, Any]) -> None:
+    def save(self, state: TrainState, rows: dict[str, Any], file_bytes: int | None = None) -> None:
         """Starts saving; the state may be donated as soon as this returns.
 
         Args:
           state: its step names the checkpoint. A step that is there already is not saved again.
           rows: JSON-able position of every row's stream.
+          file_bytes: about the size of the files, where memory is short: as much of the arrays is gathered before it is
+            written. None: Orbax's own, which takes as much memory again as the arrays.
 
         Raises:
           NotFinite: a parameter or the optimizer's state is not; nothing is saved.
@@ -103,7 +105,7 @@ class Checkpointer:
         if not self._save_context:
             del parts["context"]
         # An update can overflow although the loss and the gradient that it came from did not.
-        broken = [path for path, is_finite in _by_path(_are_finite, parts["state"]).items() if not is_finite]
+        broken = [path for path, is_finite in _by_path(_is_finite, parts["state"]).items() if not is_finite]
         if broken:
             raise NotFinite(f"step {step}: {broken[0]} is no longer finite")
         record = {
@@ -112,7 +114,12 @@ class Checkpointer:
             "stacked_layers": self._stacked_layers,
             "checksums": {name: _named_checksums(part) for name, part in parts.items()},
         }
-        items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+        if file_bytes is not None:
+            # The same format; only this form has the setting.
+            items = {
+                name: ocp.args.PyTreeSave(part, ocdbt_target_data_file_size=file_bytes) for name, part in parts.items()
+            }
         self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(seal(record))))
 
     def restore(
@@ -328,23 +335,20 @@ def _parts(state: TrainState) -> dict[str, Tree]:
 
 
 def _named_checksums(tree: Tree) -> dict[str, int]:
-    return {path: int(checksum) for path, checksum in _by_path(_checksums, tree).items()}
+    return {path: int(checksum) for path, checksum in _by_path(_checksum, tree).items()}
 
 
-def _by_path(of_leaves: Callable[[list[jax.Array]], list[jax.Array]], tree: Tree) -> dict[str, np.ndarray]:
-    return dict(zip(paths(tree), jax.device_get(of_leaves(jax.tree.leaves(tree))), strict=True))
-
-
-@jax.jit
-def _are_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+def _by_path(of_leaf: Callable[[jax.Array], jax.Array], tree: Tree) -> dict[str, np.ndarray]:
+    """What a function says of every leaf. Leaves are taken one by one: what is computed on the way can be as large."""
+    return jax.device_get({path: of_leaf(leaf) for path, leaf in paths(tree).items()})
 
 
 @jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[Checksum]:
-    return [_checksum(leaf) for leaf in leaves]
+def _is_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(leaf))
 
 
+@jax.jit
 def _checksum(array: jax.Array) -> Checksum:
     """Sum of the array's elements, their bits mixed with their place by a bijection.
 

@@ -29,8 +29,8 @@ def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer
       workdir: the other run's folder.
       state: a fresh state on its devices.
       config: its model.
-      with_optimizer: also takes over the optimizer state and the step, so that the learning rate goes on where it was;
-        else they start at 0.
+      with_optimizer: also takes over the optimizer state and the step, if there is one, so that the learning rate goes
+        on where it was; else they start at 0.
 
     Raises:
       UserError: there is no checkpoint, or a parameter that is not the memory's is missing or has another shape; the
@@ -40,8 +40,10 @@ def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer
     folder = resolve(workdir)
     if not (folder / FOLDER).exists():
         raise UserError(f"{given}: there is no folder {folder / FOLDER}")
-    names = ("params", "buffers", "opt_state", "step") if with_optimizer else ("params", "buffers")
     saved = read_arrays(folder)
+    # An imported model has no optimizer.
+    with_optimizer = with_optimizer and any(path.startswith("opt_state/") for path in saved)
+    names = ("params", "buffers", "opt_state", "step") if with_optimizer else ("params", "buffers")
     fresh = {name: getattr(state, name) for name in names}
     filled = fit(fresh, saved, config.stack.stacked_layers, given, memory_parameters(config))
     return dataclasses.replace(state, **jax.tree.map(_place, filled, fresh))

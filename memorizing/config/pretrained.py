@@ -1,0 +1,133 @@
+"""A pretrained model's architecture as gin text, with the attention that an imported run begins with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+from memorizing.models.positions import LearnedPositions, Rotary
+from memorizing.models.pretrained.architecture import Architecture
+
+# What layers see that saw everything, or more than can be kept in front of a short segment: a window, and the first
+# positions of the document, without which a model that was trained on whole texts breaks down.
+WINDOW, NUM_SINKS = 256, 4
+# Layers that slide over no more than this keep their own window.
+MAX_OWN_WINDOW = 1024
+
+AttentionKind = Literal["window", "full"]
+
+
+class _Layer(NamedTuple):
+    """What tells the attention of a layer from others.
+
+    Attributes:
+      window: positions that a position sees; 0 for all that its mechanism shows.
+      positions: its own, or None.
+    """
+
+    window: int
+    positions: Rotary | Literal["none"] | None
+
+    @property
+    def scope(self) -> str:
+        """The name of its kind in gin."""
+        words = ["sliding" if self.window else "whole"]
+        if self.positions == "none":
+            words.append("without_positions")
+        return "_".join(words)
+
+
+def bindings_of(architecture: Architecture, attention: AttentionKind) -> str:
+    """Gin text that binds `LMConfig`, for a model with the parameters of the architecture.
+
+    Args:
+      architecture: of the pretrained model.
+      attention: 'window', for documents of any length: layers that saw everything see a window, which `XLAttention`
+        binds, and sinks. 'full': exactly what the model was trained with, within a segment.
+    """
+    lines = [f"LMConfig.{name} = {value!r}" for name, value in _parts(architecture).items()]
+    positions = architecture.positions
+    lines.append(f"LMConfig.positions = @{type(positions).__name__}()")
+    lines += _fields(positions, "")
+    return "\n".join([*lines, *_attention(architecture, attention), ""])
+
+
+def _parts(architecture: Architecture) -> dict[str, object]:
+    """The fields of `LMConfig` that are plain values."""
+    gemma = architecture.is_gemma
+    norm = "layer" if architecture.has_layer_norm else "rms_gemma" if gemma else "rms_llama"
+    biases = {"none": (), "qkv": ("qkv",), "all": ("qkv", "output")}[architecture.attention_bias]
+    return {
+        "vocab_size": architecture.vocab_size,
+        "num_layers": architecture.num_layers,
+        "embed_dim": architecture.embed_dim,
+        "num_heads": architecture.num_heads,
+        "num_kv_heads": architecture.num_kv_heads,
+        "head_dim": architecture.head_dim,
+        "mlp_dim": architecture.mlp_dim,
+        "norm": norm,
+        "norm_epsilon": architecture.norm_epsilon,
+        "qk_norm": norm if architecture.has_qk_norm else "none",
+        "mlp": architecture.mlp,
+        "biases": (*biases, "mlp") if architecture.mlp_bias else biases,
+        "attention_scale": architecture.attention_scale,
+        "attention_logit_cap": architecture.attention_logit_cap,
+        "final_logit_cap": architecture.final_logit_cap,
+        "sandwich_norms": architecture.has_sandwich_norms,
+        "residuals": "parallel" if architecture.has_parallel_residuals else "plain",
+        "head": "tied" if architecture.is_tied else "untied",
+        "scales_embedding": gemma,
+    }
+
+
+def _fields(positions: Rotary | LearnedPositions, scope: str) -> list[str]:
+    """All fields of positions: what one scope does not bind, it would take from the others."""
+    name = f"{scope}{type(positions).__name__}"
+    return [f"{name}.{field} = {value!r}" for field, value in dataclasses.asdict(positions).items()]
+
+
+def _attention(architecture: Architecture, attention: AttentionKind) -> list[str]:
+    """The mechanisms of the layers, as the shortest pattern that they repeat."""
+    layers = [_Layer(*kind) for kind in zip(architecture.windows, architecture.own_positions, strict=True)]
+    # A cache has no use for positions that begin anew in every segment.
+    if attention == "window" and not isinstance(architecture.positions, LearnedPositions):
+        layers = [layer if layer.window <= MAX_OWN_WINDOW else layer._replace(window=0) for layer in layers]
+        whole = "XLAttention"
+        lines = [f"XLAttention.window = {WINDOW}", f"XLAttention.num_sinks = {NUM_SINKS}"]
+    else:
+        whole = "FullAttention"
+        lines = []
+    if not any(layer.window == 0 for layer in layers):
+        lines = []
+
+    pattern = _pattern(layers)
+    is_plain = len(pattern) == 1 and pattern[0].positions is None
+    names = []
+    for layer in pattern:
+        scope = "" if is_plain else f"{layer.scope}/"
+        name = "XLAttention" if layer.window else whole
+        names.append(f"@{scope}{name}()")
+        bound = _of_layer(layer, scope, f"{scope}{name}")
+        lines += [line for line in bound if line not in lines]
+    value = names[0] if len(names) == 1 else f"({', '.join(names)})"
+    return [f"LMConfig.attention = {value}", *lines]
+
+
+def _of_layer(layer: _Layer, scope: str, name: str) -> list[str]:
+    """What is bound for the layers of a kind alone."""
+    lines = []
+    if layer.window:
+        lines += [f"{name}.window = {layer.window}", f"{name}.same_length = True", f"{name}.num_sinks = 0"]
+    if isinstance(layer.positions, Rotary):
+        lines += [f"{name}.positions = @{scope}Rotary()", *_fields(layer.positions, scope)]
+    elif layer.positions is not None:
+        lines.append(f"{name}.positions = {layer.positions!r}")
+    return lines
+
+
+def _pattern(layers: list[_Layer]) -> list[_Layer]:
+    """The shortest beginning that, repeated, gives all layers."""
+    for length in range(1, len(layers)):
+        if all(layer == layers[index % length] for index, layer in enumerate(layers)):
+            return layers[:length]
+    return layers
