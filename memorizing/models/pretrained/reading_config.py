@@ -206,7 +206,7 @@ def _gpt2(config: Settings) -> Architecture:
         norm_epsilon=config.number("layer_norm_epsilon", POSITIVE, 1e-5),
         mlp="gelu",
         is_tied=config.flag("tie_word_embeddings", True),
-        positions=LearnedPositions(num_positions),
+        positions=LearnedPositions((num_positions,)),
         windows=(0,) * num_layers,
         own_positions=(None,) * num_layers,
         attention_bias="all",
