@@ -72,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sizes of the external memory in tokens, 0 for none (default: 0, the run's own, and four times that if it takes less than 1 GB)",
     )
     parser.add_argument(
+        "--windows",
+        metavar="W,W,...",
+        help="in the place of any memory, a local attention that sees so many tokens before each segment (default: for a pretrained model, as many as it was trained with)",
+    )
+    parser.add_argument(
         "--documents",
         metavar="FOLDER",
         help="what to evaluate on instead: folders, files, patterns such as 'notes/**/*.md' or URLs, with commas between",
@@ -91,13 +96,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
-    if options.compare and (options.memory_sizes or options.workdir):
+    if options.compare and (options.memory_sizes or options.windows or options.workdir):
         raise UserError(
-            "--compare names the two runs itself and compares them as trained: leave out --workdir and --memory_sizes"
+            "--compare names the two runs itself and compares them as trained: leave out --workdir, --memory_sizes and "
+            "--windows"
         )
-    if options.suite and (options.compare or options.memory_sizes):
+    if options.suite and (options.compare or options.memory_sizes or options.windows):
         raise UserError(
-            "--suite asks one run as it was trained, and in its own controls: leave out --compare and --memory_sizes"
+            "--suite asks one run as it was trained, and in its own controls: leave out --compare, --memory_sizes and "
+            "--windows"
         )
     experiment_flags.use_devices(os.cpu_count() or 1)
     if options.suite:
@@ -110,6 +117,7 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
 def _evaluate(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     finished = _opened(options.workdir or experiment_flags.DEFAULT_WORKDIR, options, bindings)
     reference, settings = _settings(finished, options.memory_sizes)
+    settings += _with_windows(finished, options.windows, options.memory_sizes)
     evaluations = _run_all(finished, settings, options.rows)
     summary = _origin(finished)
     summary |= report.summarize(evaluations, reference, _document_keys(finished), options.seed)
@@ -194,7 +202,7 @@ def _settings(finished: FinishedRun, memory_sizes: str | None) -> tuple[str, lis
         reset = Setting("context reset every segment", None, model, "state_reset")
         return "as trained", [reset, Setting("as trained", None, model), *_baseline(finished)]
     own = model.memory_size
-    sizes = _parsed(memory_sizes) if memory_sizes else [0, *_larger(finished, own)]
+    sizes = _parsed("memory_sizes", memory_sizes) if memory_sizes else [0, *_larger(finished, own)]
     segment_length = finished.experiment.batch.segment_length
     reference = Setting(f"memory {own}", own, model)
     settings = []
@@ -213,6 +221,31 @@ def _baseline(finished: FinishedRun) -> list[Setting]:
     if with_cache is None:
         return []
     return [Setting(baselines.CONTINUOUS_CACHE, None, with_cache, baselines.CACHE_ALONE)]
+
+
+def _with_windows(finished: FinishedRun, windows: str | None, memory_sizes: str | None) -> list[Setting]:
+    """What a memory could be replaced by: a local attention that sees further itself."""
+    model = finished.experiment.model
+    segment_length = finished.experiment.batch.segment_length
+    if windows is None:
+        longest = max(model.trained_length - segment_length, 0)
+        sizes = [longest] if longest and not memory_sizes else []
+    else:
+        sizes = _parsed("windows", windows)
+    settings = []
+    for size in sizes:
+        try:
+            wider = model.with_window(size)
+        except UserError as error:
+            raise UserError(f"--windows={windows}: {error}") from None
+        if wider == model.with_window(size + 1):
+            raise UserError(
+                f"--windows={windows}: the layers of {finished.workdir} have no window in front of the segment; leave it out"
+            )
+        # As without a memory, but with the layers in the same groups.
+        wider = wider.with_memory_size(segment_length)
+        settings.append(Setting(f"window of {size}", None, wider, "memory_cleared"))
+    return settings
 
 
 def _with_memory(model: LMConfig, size: int, segment_length: int) -> Setting:
@@ -236,11 +269,11 @@ def _larger(finished: FinishedRun, own: int) -> list[int]:
     return [4 * own] if num_bytes <= 1 << 30 else []
 
 
-def _parsed(memory_sizes: str) -> list[int]:
-    sizes = [size.strip() for size in memory_sizes.split(",")]
+def _parsed(flag: str, given: str) -> list[int]:
+    sizes = [size.strip() for size in given.split(",")]
     if not all(size.isdecimal() and len(size) < 20 and int(size) <= MOST for size in sizes):
         raise UserError(
-            f"--memory_sizes={memory_sizes}: numbers of tokens, at most {MOST:,}, with commas between, such as 0,1536,8192"
+            f"--{flag}={given}: numbers of tokens, at most {MOST:,}, with commas between, such as 0,1536,8192"
         )
     return [int(size) for size in sizes]
 

@@ -282,6 +282,18 @@ class LMConfig:
         resized = self._with_mechanisms(lambda attention: attention.with_memory_size(memory_size))
         return dataclasses.replace(resized, continuous_cache=cache)
 
+    def with_window(self, window: int) -> LMConfig:
+        """The same model, which has the same parameters, whose local attention sees so many positions before a segment.
+
+        Itself where no mechanism has such a window.
+        """
+        return self._with_mechanisms(lambda attention: attention.with_window(window))
+
+    @property
+    def trained_length(self) -> int:
+        """Positions of the documents that a pretrained model was trained on, 0 where no mechanism knows."""
+        return max(mechanism.trained_length for mechanism in self.stack.mechanisms)
+
     def without_memory(self) -> LMConfig:
         """The model without a continuous cache, whose layers with a memory have their local attention alone."""
         local = self._with_mechanisms(lambda attention: attention.without_memory())

@@ -122,6 +122,22 @@ def test_the_controls_are_told_unless_sizes_are_named(
             assert summary["evaluations"][f"memory {MEMORY}"]["loss"] == pytest.approx(trained, rel=1e-6)
 
 
+def test_a_local_attention_that_sees_further_in_the_place_of_a_memory(
+    workdir: str, result: dict, capsys: pytest.CaptureFixture
+):
+    """With windows longer than the documents the losses are those of attention to all of a document."""
+    arguments = [f"--workdir={workdir}", f"--memory_sizes={MEMORY}", "--windows=8,256,512"]
+    assert main._run(["evaluate", *arguments]) == 0
+    assert "window of 512: perplexity" in capsys.readouterr().out
+    told = json.loads((pathlib.Path(workdir) / "evaluation" / "evaluation.json").read_text())["evaluations"]
+    assert list(told) == [f"memory {MEMORY}", "window of 8", "window of 256", "window of 512"]
+    assert told["window of 256"]["loss"] == pytest.approx(told["window of 512"]["loss"], rel=1e-6)
+    assert abs(told["window of 8"]["loss"] - told["window of 256"]["loss"]) > 1e-4
+    # The first segment has nothing before it.
+    first = [figures["by_position"][0]["loss"] for figures in [*told.values(), result["evaluations"]["memory 0"]]]
+    np.testing.assert_allclose(first, first[0], rtol=1e-6)
+
+
 def test_two_runs_document_by_document(
     tmp_path: pathlib.Path, workdir: str, result: dict, capsys: pytest.CaptureFixture
 ):
@@ -152,6 +168,8 @@ def test_two_runs_document_by_document(
         (["--rows=0"], r"--rows=0"),
         (["--step=7"], r"no step 7.*1, 2"),
         (["--compare", "a", "b"], r"leave out --workdir"),
+        (["--windows=many"], r"--windows=many: numbers of tokens"),
+        (["--windows=0"], r"--windows=0: XLAttention.window = 0: at least 1 position"),
         # A configuration that is not the checkpoint's.
         (["--gin.LMConfig.embed_dim=32"], r"embedder/table.*\(259, 16\).*\(259, 32\)"),
         (["--gin.LMConfig.num_layers=3"], r"no params/layer_02"),

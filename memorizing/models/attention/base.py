@@ -150,6 +150,7 @@ class Attention:
       joins_memory: whether it can share a softmax with a memory: its core has a method `attend`, which also gives the
         normalisers, and all positions of a segment see the same of what lies before it.
       window: positions before the segment that all of its positions see, 0 for none.
+      trained_length: positions of the documents that a pretrained model was trained on, 0 where it does not know.
       decoding_advice: what to do where the layer cannot decode.
       tells_attention: whether it reports what positions attend to within a segment: see `context.Attended`.
     """
@@ -161,6 +162,7 @@ class Attention:
     takes_all_parts: ClassVar[bool] = False
     joins_memory: ClassVar[bool] = False
     window: ClassVar[int] = 0
+    trained_length: ClassVar[int] = 0
     decoding_advice: ClassVar[str] = ""
     tells_attention: ClassVar[bool] = False
 
@@ -243,6 +245,15 @@ class Attention:
     def example(cls, segment_length: int) -> Example | None:
         """The mechanism as tables of costs show it, in segments of this length; None to leave it out."""
         return None
+
+    # What it sees before the segment.
+
+    def with_window(self, window: int) -> Attention:
+        """The same mechanism, with the same parameters, and this many positions that are seen before the segment.
+
+        Itself where there is no such window, or where it belongs to the model.
+        """
+        return self
 
     # Its external memory, if it has one.
 

@@ -101,6 +101,9 @@ class MemoryAttention(Attention):
     def with_memory_size(self, memory_size: int) -> MemoryAttention:
         return dataclasses.replace(self, memory_size=memory_size)
 
+    def with_window(self, window: int) -> MemoryAttention:
+        return dataclasses.replace(self, local=self.local.with_window(window))
+
     def without_memory(self) -> Attention:
         return self.local
 

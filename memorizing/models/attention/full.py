@@ -18,6 +18,7 @@ from memorizing.models.attention.base import (
     projection_flops,
 )
 from memorizing.models.attention.local import Attended, at_positions, local_attention, visible_keys
+from memorizing.models.attention.xl import XLAttention
 from memorizing.models.positions import LayerPositions, Rotary, check_buckets
 
 
@@ -47,6 +48,9 @@ class FullAttention(Attention):
     def check_parts(self, dims: LayerDims) -> None:
         if isinstance(self.positions, Rotary):
             self.positions.check(dims.head_dim)
+
+    def with_window(self, window: int) -> XLAttention:
+        return XLAttention(window, self.num_buckets, self.max_distance, positions=self.positions)
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
         return projection_flops(dims, layout) + attend_flops(dims, layout.size, layout.size)

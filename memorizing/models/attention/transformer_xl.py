@@ -83,6 +83,9 @@ class TransformerXLAttention(Attention):
     def flops(self, dims: LayerDims, layout: Layout) -> int:
         return relative_attention_flops(dims, layout, self.window)
 
+    def with_window(self, window: int) -> TransformerXLAttention:
+        return dataclasses.replace(self, window=window)
+
     @classmethod
     def example(cls, segment_length: int) -> Example:
         meaning = f"Transformer-XL, {segment_length} cached positions in every layer"

@@ -147,6 +147,10 @@ class XLAttention(Attention):
         num_keys = self.num_sinks + self.window + layout.size
         return projection_flops(dims, layout) + attend_flops(dims, layout.size, num_keys)
 
+    def with_window(self, window: int) -> XLAttention:
+        """With another window, unless every position sees exactly W, as a model does that was trained with it."""
+        return self if self.same_length else dataclasses.replace(self, window=window)
+
     @classmethod
     def example(cls, segment_length: int) -> Example:
         meaning = f"keys and values of {segment_length} positions in every layer"
