@@ -101,7 +101,7 @@ PRETRAINED = {
     "mlp": "gated_silu",
     "qk_norm": "rms_gemma",
     "biases": ("qkv", "output", "mlp"),
-    "attention_scale": 1.0,
+    "attention_scale": 0.5,
     "attention_logit_cap": 8.0,
     "sandwich_norms": True,
     "head": "untied",
