@@ -20,6 +20,7 @@ from memorizing.models import language_model
 from memorizing.models.attention.base import Attention
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
+from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.reformer import ReformerAttention
 from memorizing.models.attention.routing import RoutingAttention
@@ -98,7 +99,7 @@ PRETRAINED = {
     "mlp": "gated_silu",
     "qk_norm": "rms_gemma",
     "biases": ("qkv", "output", "mlp"),
-    "attention_scale": 1.0,
+    "attention_scale": 0.5,
     "attention_logit_cap": 8.0,
     "sandwich_norms": True,
     "head": "untied",
@@ -130,6 +131,11 @@ MECHANISMS = (
         attention_at=(
             (1, KNNAttention(2 * LENGTH, num_neighbors=4, stored_value="next", retrieval_loss=0.5, local=XL)),
         ),
+    ),
+    Mechanism(
+        "joint memory over a cache with sinks",
+        attention=JointMemoryAttention(3 * LENGTH, num_neighbors=4, local=XLAttention(window=4, num_sinks=2)),
+        parts=PRETRAINED,
     ),
     Mechanism("transformer-xl", attention=TransformerXLAttention(window=LENGTH), two_segments_equal_one=True),
     Mechanism("compressive", attention=CompressiveAttention(window=LENGTH, compressed_size=4, rate=4)),

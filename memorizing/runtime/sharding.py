@@ -112,7 +112,7 @@ def mesh_for_one_row(num_heads: int, memory_segments: int, devices: Sequence[Any
     """A mesh that shares one row: heads over `model`, and over `memory` the slots, as far as both can be divided.
 
     Args:
-      num_heads: N.
+      num_heads: of keys and values, which query heads share: K.
       memory_segments: slots of an external memory in segments, which stay whole; 0 without one.
       devices: to choose from (default: all); some may be left over.
     """

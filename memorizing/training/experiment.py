@@ -171,6 +171,9 @@ class Experiment:
         rows = self.batch.num_rows // self.batch.num_microbatches
         sharding.check_divides("rows of a microbatch", rows, mesh, "data")
         sharding.check_divides("LMConfig.num_heads", self.model.num_heads, mesh, "model")
+        if self.model.has_memory:
+            # Those of a memory are not replicated.
+            sharding.check_divides("LMConfig.num_kv_heads", self.model.dims.kv_heads, mesh, "model")
         memories = {group.attention for group in self.model.groups} | {self.model.continuous_cache}
         for memory in memories:
             if memory and memory.memory_size:

@@ -20,6 +20,7 @@ from mechanisms import apply_model
 from memorizing.errors import UserError
 from memorizing.models import stack
 from memorizing.models.attention.full import FullAttention
+from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.sparse import SparseAttention
 from memorizing.models.attention.xl import XLAttention
@@ -29,8 +30,10 @@ from memorizing.models.positions import LearnedPositions, Rotary
 from memorizing.training.checkpoint import paths
 from memorizing.training.state import init_variables
 
-LENGTH, SEGMENTS, VOCAB = 6, 4, 19
-BASE = LMConfig(VOCAB, num_layers=2, embed_dim=12, num_heads=4, head_dim=6, mlp_dim=16, qk_norm="none", num_kv_heads=2)
+LENGTH, SEGMENTS, VOCAB = 6, 4, 31
+BASE = LMConfig(
+    VOCAB, num_layers=2, embed_dim=12, num_heads=4, head_dim=6, mlp_dim=16, qk_norm="none", num_kv_heads=2, head="tied"
+)
 SLIDING = XLAttention(window=5, same_length=True)
 EVERYTHING = XLAttention(window=LENGTH * SEGMENTS)
 LLAMA3 = Rotary(theta=100.0, scaling="llama3", factor=4.0, low_factor=1.0, high_factor=4.0, original_length=64)
@@ -48,6 +51,8 @@ GEMMA = dataclasses.replace(
     scales_embedding=True,
     final_logit_cap=2.0,
 )
+# Memories whose oldest slots are overwritten.
+JOINT = JointMemoryAttention(2 * LENGTH, num_neighbors=3, local=XLAttention(window=2), mixing="full")
 MODELS = {
     "llama 3": dataclasses.replace(
         BASE,
@@ -89,6 +94,29 @@ MODELS = {
         mlp="gelu",
         biases=("qkv", "output", "mlp"),
         head="tied",
+    ),
+    "llama 3 with a memory, beyond the trained length": dataclasses.replace(
+        BASE,
+        attention=dataclasses.replace(JOINT, trained_length=2 * LENGTH + 3),
+        positions=LLAMA3,
+        norm="rms_llama",
+        mlp="gated_silu",
+        attention_scale=1.0,
+    ),
+    "qwen with a memory at a constant distance": dataclasses.replace(
+        BASE,
+        attention=dataclasses.replace(JOINT, distances="constant", trained_length=20),
+        positions=Rotary(theta=30.0),
+        mlp="gated_silu",
+        qk_norm="rms_llama",
+        biases=("qkv",),
+    ),
+    "gemma 2 with a trained memory beside sinks": dataclasses.replace(
+        GEMMA,
+        attention=(
+            dataclasses.replace(JOINT, mixing="learned", local=XLAttention(window=2, num_sinks=2)),
+            dataclasses.replace(JOINT, mixing="learned", local=FullAttention(positions="none")),
+        ),
     ),
 }
 
@@ -188,17 +216,43 @@ class Reference:
         # Every query head with a key head of its own.
         copies = config.num_heads // config.dims.kv_heads
         keys, values = keys.repeat(copies, axis=1), values.repeat(copies, axis=1)
-        visible, distances = self.seen(mechanism, len(x))
-        rotary = config.positions if mechanism.positions is None else mechanism.positions
+        memory = mechanism if isinstance(mechanism, JointMemoryAttention) else None
+        local = memory.local if memory else mechanism
+        visible, distances = self.seen(local, len(x))
+        rotary = config.positions if local.positions is None else local.positions
+        # [N, T, S]
+        logits = self.logits(queries, keys, distances, rotary)
+        local_y, local_sum = attention(logits, visible, values)
+        if not memory:
+            return self.linear(f"{name}/output", local_y, axes=2)
+
+        held, far = self.remembered(memory, visible, distances)
+        logits = self.logits(queries, keys, far, rotary)
+        found = nearest(np.where(held, logits, -np.inf), memory.num_neighbors)
+        memory_y, memory_sum = attention(logits, found, values)
+        alpha = np.tanh(self.params[f"{name}/core/alpha"]) if memory.mixing == "learned" else 1.0
+        beta = self.params[f"{name}/core/beta"] if memory.mixing == "learned" else 0.0
+        share = alpha * memory_sum * np.exp(beta) / (memory_sum * np.exp(beta) + local_sum)
+        return self.linear(f"{name}/output", local_y + share[..., None] * (memory_y - local_y), axes=2)
+
+    def logits(self, queries: np.ndarray, keys: np.ndarray, distances: np.ndarray, rotary: Any) -> np.ndarray:
         # [T, S, N, H]
-        turned = np.broadcast_to(queries[:, None], (len(x), *keys.shape))
+        turned = np.broadcast_to(queries[:, None], (len(queries), *keys.shape))
         if isinstance(rotary, Rotary):
             turned = turn(rotary, turned, distances[:, :, None, None])
-        logits = np.einsum("tsnh,snh->nts", turned, keys) * config.dims.fixed_logit_scale
-        logits = np.where(visible, self.capped(logits, config.attention_logit_cap), -np.inf)
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        weights = weights / weights.sum(-1, keepdims=True)
-        return self.linear(f"{name}/output", np.einsum("nts,snh->tnh", weights, values), axes=2)
+        logits = np.einsum("tsnh,snh->nts", turned, keys) * self.config.dims.fixed_logit_scale
+        return self.capped(logits, self.config.attention_logit_cap)
+
+    def remembered(
+        self, memory: JointMemoryAttention, visible: np.ndarray, distances: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which earlier positions the memory shows each position, and at what distance."""
+        query, key = np.indices(visible.shape)
+        start = query // LENGTH * LENGTH
+        held = (key < start) & (key >= start - memory.memory_size) & ~visible
+        if memory.distances == "constant":
+            return held, np.full_like(key, memory.trained_length)
+        return held, np.minimum(query - key, query - start + memory.trained_length - LENGTH)
 
     def seen(self, mechanism: Any, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
         """Which earlier positions each position sees, and at what distance."""
@@ -214,6 +268,19 @@ class Reference:
 
     def capped(self, logits: np.ndarray, cap: float) -> np.ndarray:
         return cap * np.tanh(logits / cap) if cap else logits
+
+
+def attention(logits: np.ndarray, visible: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Attention to the visible keys [T, N, H], and its sum of exponentials [T, N]; zeros where there are none."""
+    weights = np.where(visible, np.exp(logits), 0.0)
+    total = weights.sum(-1)
+    return np.einsum("nts,snh->tnh", weights / np.maximum(total, 1e-300)[..., None], values), total.T
+
+
+def nearest(logits: np.ndarray, num_neighbors: int) -> np.ndarray:
+    """Which keys are among the nearest of each query, of those with a logit above -inf."""
+    threshold = np.sort(logits, axis=-1)[..., -num_neighbors, None]
+    return (logits >= threshold) & (logits > -np.inf)
 
 
 def turn(rotary: Rotary, x: np.ndarray, distance: np.ndarray) -> np.ndarray:
@@ -236,7 +303,8 @@ def turn(rotary: Rotary, x: np.ndarray, distance: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_document_in_segments_is_what_the_equations_say(name: str):
     config = MODELS[name]
-    tokens = np.random.default_rng(0).integers(0, VOCAB, LENGTH * SEGMENTS)
+    # All different: of equal keys it would not be known which are the nearest.
+    tokens = np.random.default_rng(0).permutation(VOCAB)[: LENGTH * SEGMENTS]
     expected = Reference(config)(tokens)
     np.testing.assert_allclose(read(config, tokens), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 

@@ -6,6 +6,7 @@ To add one: its file, and one line in `MECHANISMS`; see docs/adding-a-mechanism.
 from memorizing.models.attention.base import Attention
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
+from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.reformer import ReformerAttention
 from memorizing.models.attention.routing import RoutingAttention
@@ -20,6 +21,7 @@ MECHANISMS: tuple[type[Attention], ...] = (
     TransformerXLAttention,
     CompressiveAttention,
     KNNAttention,
+    JointMemoryAttention,
     SparseAttention,
     ReformerAttention,
     RoutingAttention,

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Activations, AxesTree, Clock, HeadScale, Tree
 from memorizing.context import Layout, Report, Segment
@@ -144,6 +144,9 @@ class Attention:
       memory_size: slots of its external memory in positions, 0 without one.
       takes_memory_tokens: whether recurrent memory tokens may stand before and after the segment's own.
       takes_all_parts: whether its layers can be put together from all that `LayerDims` offers.
+      joins_memory: whether it can share a softmax with a memory: its core has a method `attend`, which also gives the
+        normalisers, and all positions of a segment see the same of what lies before it.
+      window: positions before the segment that all of its positions see, 0 for none.
       decoding_advice: what to do where the layer cannot decode.
     """
 
@@ -152,6 +155,8 @@ class Attention:
     memory_size: ClassVar[int] = 0
     takes_memory_tokens: ClassVar[bool] = True
     takes_all_parts: ClassVar[bool] = False
+    joins_memory: ClassVar[bool] = False
+    window: ClassVar[int] = 0
     decoding_advice: ClassVar[str] = ""
 
     # What it carries.
@@ -200,6 +205,10 @@ class Attention:
                 f"LMConfig.{name} with @{type(self).__name__}(): it does not know this part; leave out "
                 f"LMConfig.{name}, or use @FullAttention() or @XLAttention()"
             )
+
+    def sees_before(self, state: Tree, positions_back: Int[Array, "M"]) -> Bool[Array, "#B M"]:
+        """Which positions, so many before the segment's first, all queries see without a memory."""
+        return jnp.zeros((1, len(positions_back)), bool)
 
     # What it costs.
 

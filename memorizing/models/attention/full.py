@@ -32,6 +32,7 @@ class FullAttention(Attention):
 
     can_decode: ClassVar[bool] = True
     takes_all_parts: ClassVar[bool] = True
+    joins_memory: ClassVar[bool] = True
 
     num_buckets: Annotated[int, Range(2, 2**16)] = 32
     max_distance: Count = 128

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -13,22 +12,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from memorizing.array_typing import AxesTree, Clock, HeadScale, Keys, Queries, Values
-from memorizing.context import Layout, Report, Segment
-from memorizing.errors import Count, Factor, Range, Share, UserError
-from memorizing.models.attention.base import (
-    Attention,
-    Example,
-    LayerDims,
-    attend_flops,
-    matmul_flops,
-)
-from memorizing.models.attention.full import FullAttention
+from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
+from memorizing.context import Report, Segment
+from memorizing.errors import Count, Factor, Share, UserError
+from memorizing.models.attention.base import Example, LayerDims
+from memorizing.models.attention.external import MemoryAttention
 from memorizing.models.layers import parameter
 from memorizing.models.memory import external_memory, recall
 from memorizing.models.memory.external_memory import LastKey, Memory, Reading, Retrieved
 from memorizing.models.memory.recall import LookUps
-from memorizing.models.memory.search import ApproximateSearch, ExactSearch
 
 
 @struct.dataclass
@@ -52,21 +44,15 @@ class KNNState:
 
 
 @dataclasses.dataclass(frozen=True)
-class KNNAttention(Attention):
+class KNNAttention(MemoryAttention):
     """y = g * attention to the k nearest slots of the memory + (1 - g) * local attention (section 3.1).
 
-    The gate g = sigmoid(b) is learned for each head. A segment is written to the memory before the next one reads it,
-    so that no query retrieves a token of its own segment. With a Transformer-XL cache the last W positions are both in
-    the cache and in the memory, as in the authors' code. Where the memory is empty the output is exactly the local
+    The gate g = sigmoid(b) is learned for each head. With a Transformer-XL cache the last W positions are both in the
+    cache and in the memory, as in the authors' code. Where the memory is empty the output is exactly the local
     attention.
 
-    Such layers are not stacked: the memory is far too large to be copied every step.
-
     Attributes:
-      memory_size: M, in positions; a multiple of the segment length.
-      num_neighbors: k.
-      local: the mechanism of the local attention, one with a `core`.
-      search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
+      memory_size, num_neighbors, local, search: see `MemoryAttention`.
       initial_gate: g at the start, between 0 and 1. A half, as the authors have it, takes half of the local attention
         away before the memory holds anything useful.
       stored_value: 'own' stores a position's key with its value, as in the paper; 'next' with the value of the position
@@ -76,30 +62,13 @@ class KNNAttention(Attention):
       retrieval_rows: rows of the batch among whose positions that loss lets them choose, the own included.
     """
 
-    stackable: ClassVar[bool] = False
-
-    memory_size: Count = 8192
-    num_neighbors: Annotated[int, Range(1, 2**16)] = 32
-    local: Attention = FullAttention()
-    search: ExactSearch | ApproximateSearch = ExactSearch()
     initial_gate: Share = 0.5
     stored_value: Literal["own", "next"] = "own"
     retrieval_loss: Factor = 0.0
     retrieval_rows: Count = 1
 
     def __post_init__(self) -> None:
-        if self.memory_size < 1:
-            raise UserError(
-                f"KNNAttention.memory_size = {self.memory_size}: at least one segment; "
-                "for a model without memory set LMConfig.attention_at = ()"
-            )
-        if type(self.local).core is Attention.core:
-            raise UserError(
-                f"KNNAttention.local = @{type(self.local).__name__}(): the memory holds its keys and values, which it "
-                "does not share; use @FullAttention() or @XLAttention(), or leave out the memory"
-            )
-        if self.num_neighbors < 1:
-            raise UserError(f"KNNAttention.num_neighbors = {self.num_neighbors}: at least 1")
+        super().__post_init__()
         if not 0 < self.initial_gate < 1:
             raise UserError(f"KNNAttention.initial_gate = {self.initial_gate}: expected a number between 0 and 1")
         if not 0 <= self.retrieval_loss < math.inf:
@@ -108,25 +77,9 @@ class KNNAttention(Attention):
             raise UserError(f"KNNAttention.retrieval_rows = {self.retrieval_rows}: at least 1, the own row")
 
     @property
-    def can_decode(self) -> bool:
-        """Whether its local attention can."""
-        return self.local.can_decode
-
-    @property
     def stores_next(self) -> bool:
         """Whether keys are stored with the next position's value."""
         return self.stored_value == "next"
-
-    def check(self, segment_length: int) -> None:
-        if self.memory_size % segment_length:
-            below = self.memory_size // segment_length * segment_length
-            above = below + segment_length
-            nearest = f"the nearest are {below} and {above}" if below else f"at least {segment_length}"
-            raise UserError(
-                f"KNNAttention.memory_size = {self.memory_size} is not a multiple of the segment length "
-                f"{segment_length}: {nearest}"
-            )
-        self.local.check(segment_length)
 
     def check_parts(self, dims: LayerDims) -> None:
         if dims.qk_norm == "none":
@@ -135,7 +88,6 @@ class KNNAttention(Attention):
                 "the same length; use 'l2', or a model without a memory"
             )
         super().check_parts(dims)
-        self.local.check_parts(dims)
 
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> KNNState:
         def empty(num_slots: int) -> Memory:
@@ -165,46 +117,14 @@ class KNNAttention(Attention):
             last_key=LastKey.fresh() if self.stores_next else (),
         )
 
-    def prepare_state(self, state: KNNState, clock: Clock) -> KNNState:
-        with jax.named_scope("external_memory_write"):
-            memory = external_memory.write(state.memory, state.last_segment, clock - 1)
-        local = self.local.prepare_state(state.local, clock)
-        return dataclasses.replace(state, local=local, memory=memory)
-
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return KNNCore(self, dims, name=name)
-
-    def flops(self, dims: LayerDims, layout: Layout) -> int:
-        """The local attention, the score of every slot, and attention to the k nearest.
-
-        Choosing the nearest is no arithmetic.
-        """
-        local = self.local.flops(dims, layout)
-        search = matmul_flops(layout.size, dims.width, self.memory_size)
-        attend = attend_flops(dims, layout.size, self.num_neighbors)
-        return local + search + attend
 
     @classmethod
     def example(cls, segment_length: int) -> Example:
         knn = cls()
         meaning = f"the {knn.num_neighbors} nearest of {knn.memory_size} positions in layer"
         return Example("kNN", meaning, knn, is_everywhere=False)
-
-    def with_memory_size(self, memory_size: int) -> KNNAttention:
-        return dataclasses.replace(self, memory_size=memory_size)
-
-    def without_memory(self) -> Attention:
-        return self.local
-
-    def map_memory(self, state: KNNState, change: Callable[[Memory], Memory]) -> KNNState:
-        return dataclasses.replace(
-            state,
-            memory=change(state.memory),
-            last_segment=change(state.last_segment),
-        )
-
-    def memory(self, state: KNNState) -> Memory:
-        return state.memory
 
 
 class KNNCore(nn.Module):

@@ -103,6 +103,11 @@ class XLAttention(Attention):
             )
         check_buckets("XLAttention", self.num_buckets, self.max_distance)
 
+    @property
+    def joins_memory(self) -> bool:
+        """Whether all positions of a segment see the same cache."""
+        return not self.same_length
+
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> XLState:
         def empty(num_positions: int) -> tuple[jax.Array, jax.Array, jax.Array]:
             shape = (batch_size, num_positions, dims.kv_heads, dims.head_dim)
@@ -134,6 +139,13 @@ class XLAttention(Attention):
                 "LMConfig.positions = @LearnedPositions() with @XLAttention(): positions begin anew in every segment, so "
                 "that a cache would hold keys of the same positions; use @FullAttention()"
             )
+
+    def sees_before(self, state: XLState, positions_back: Int[Array, "M"]) -> Bool[Array, "#B M"]:
+        is_cached = (positions_back <= self.window)[None, :]
+        if not isinstance(state.sinks, Sinks):
+            return is_cached
+        in_document = state.sinks.num_before[:, None] - positions_back[None, :]
+        return is_cached | (in_document < self.num_sinks)
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
         num_keys = self.num_sinks + self.window + layout.size

@@ -36,8 +36,10 @@ from memorizing.array_typing import (
     Tokens,
     Values,
 )
+from memorizing.models.layers import soft_cap
 from memorizing.models.memory import search as search_lib
 from memorizing.models.memory.search import Indices, Scores, Search
+from memorizing.models.positions import Rotary
 
 # Rematerialisation saves what has this name (see stack.py): the search then runs once a step.
 NEIGHBOURS = "neighbours"
@@ -130,6 +132,19 @@ class Retrieved:
     stores_next: bool = struct.field(pytree_node=False, default=False)
 
 
+@struct.dataclass
+class Placement:
+    """Where keys of a memory stand, which were stored before their positions turned them.
+
+    Attributes:
+      of_slots: int32 [M], the position of each.
+      rotary: how positions turn keys.
+    """
+
+    of_slots: Int[Array, "M"] | Any
+    rotary: Rotary = struct.field(pytree_node=False)
+
+
 class Reading(NamedTuple):
     """What a segment got from the memory.
 
@@ -141,6 +156,8 @@ class Reading(NamedTuple):
         NO_NEIGHBOUR where there is none.
       recall: float32 scalar, share of the true neighbours that the search found for a few queries of each device;
         exactly 1 for an exact search, which is not checked.
+      log_normalizer: float32 [B, T, N], logarithm of the sum of the logits' exponentials, about NO_NEIGHBOUR where
+        there is none; costs nothing unless it is used.
     """
 
     values: Queries | Any
@@ -148,6 +165,7 @@ class Reading(NamedTuple):
     neighbours: Neighbours
     logits: Float[Array, "B T N K"] | Any
     recall: Float[Array, ""] | Any
+    log_normalizer: Float[Array, "B T N"] | Any
 
 
 # How arrays lie on a mesh.
@@ -159,6 +177,7 @@ _READING = Reading(
     neighbours=Neighbours(slots=_NEIGHBOURS, scores=_NEIGHBOURS),
     logits=_NEIGHBOURS,
     recall=P(),
+    log_normalizer=P("data", None, "model"),
 )
 
 
@@ -187,6 +206,8 @@ def read(
     memory: Memory,
     num_neighbors: int,
     search: Search,
+    placement: Placement | None = None,
+    logit_cap: float = 0.0,
 ) -> Reading:
     """Attends to the k nearest slots of each query: softmax over `scale * query . key` over the retrieved only.
 
@@ -194,20 +215,22 @@ def read(
     keys and values.
 
     Args:
-      queries: [B, T, N, H], L2-normalised as the stored keys are.
-      scale: float32 [N], factor of the logits.
+      queries: [B, T, N, H], L2-normalised if the stored keys are.
+      scale: float32 [N], factor of the logits, above 0.
       memory: what earlier segments wrote.
       num_neighbors: k.
       search: how the k nearest are found.
+      placement: where keys stand, if they are to be turned; queries are turned already.
+      logit_cap: see `layers.soft_cap`.
     """
     memory = jax.lax.stop_gradient(memory)
-    read_shard = functools.partial(_read_shard, num_neighbors=num_neighbors, search=search)
+    read_shard = functools.partial(_read_shard, num_neighbors=num_neighbors, search=search, logit_cap=logit_cap)
     read_sharded = sharded(
         read_shard,
-        in_specs=(_QUERIES, P("model"), specs(memory)),
+        in_specs=(_QUERIES, P("model"), specs(memory), P("memory")),
         out_specs=_READING,
     )
-    return read_sharded(queries, scale, memory)
+    return read_sharded(queries, scale, memory, placement)
 
 
 def write(memory: Memory, segment: Memory, clock: Clock, head_axis: str | None = "model") -> Memory:
@@ -340,10 +363,12 @@ def _read_shard(
     queries: Queries,
     scale: HeadScale,
     memory: Memory,
+    placement: Placement | None,
     axis_name: str | None,
     *,
     num_neighbors: int,
     search: Search,
+    logit_cap: float,
 ) -> Reading:
     """`read` on one shard of the mesh, whose slots are a part of the memory's."""
     # [B, N, T, H]
@@ -356,8 +381,9 @@ def _read_shard(
             memory,
             num_neighbors,
             search,
+            placement,
         )
-        recall = jnp.ones(()) if search.is_exact else _recall(by_head, memory, scores)
+        recall = jnp.ones(()) if search.is_exact else _recall(by_head, memory, scores, placement)
         scores = search_lib.best_of_all_shards(scores, num_neighbors, axis_name)
         slots = first_slot(memory, axis_name) + indices
         neighbours = Neighbours(
@@ -366,18 +392,18 @@ def _read_shard(
         )
 
     with jax.named_scope("attend"):
-        attended, log_sum, logits = _attend_heads(by_head, scale, memory, scores, indices)
+        attended, log_sum, logits = _attend_heads(by_head, scale, memory, scores, indices, placement, logit_cap)
 
     # [B]
     found = jnp.any(memory.valid, axis=-1)
     if axis_name is not None:
-        attended = _add_shards(attended, log_sum, axis_name)
+        attended, log_sum = _add_shards(attended, log_sum, axis_name)
         found = jax.lax.pmax(found.astype(jnp.int32), axis_name) > 0
         recall = recall if search.is_exact else jax.lax.pmean(recall, ("data", "model", "memory"))
 
     found = jnp.broadcast_to(found[:, None], queries.shape[:2])
     values = attended.swapaxes(1, 2).astype(queries.dtype)
-    return Reading(values, found, neighbours, logits.swapaxes(1, 2), recall)
+    return Reading(values, found, neighbours, logits.swapaxes(1, 2), recall, log_sum.swapaxes(1, 2))
 
 
 def first_slot(memory: Memory, axis_name: str | None) -> Int[Array, ""] | int:
@@ -392,17 +418,20 @@ def _add_shards(
     attended: Float[Array, "B N T H"],
     log_sum: Float[Array, "B N T"],
     axis_name: str,
-) -> Float[Array, "B N T H"]:
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
     """Attention to the neighbours of all shards, from each shard's attention to the neighbours that it holds.
 
-    The softmax over all neighbours weighs a shard by its sum of exponentials.
+    The softmax over all neighbours weighs a shard by its sum of exponentials. Also returns the logarithm of all shards'
+    sum.
     """
-    if jax.lax.axis_size(axis_name) > 1:
-        greatest = jax.lax.pmax(jax.lax.stop_gradient(log_sum), axis_name)
-        share = jnp.exp(log_sum - greatest)
-        share = share / jax.lax.psum(share, axis_name)
-        attended = attended * share[..., None]
-    return jax.lax.psum(attended, axis_name)
+    if jax.lax.axis_size(axis_name) == 1:
+        return jax.lax.psum((attended, log_sum), axis_name)
+    greatest = jax.lax.pmax(jax.lax.stop_gradient(log_sum), axis_name)
+    share = jnp.exp(log_sum - greatest)
+    total = jax.lax.psum(share, axis_name)
+    share = share / total
+    attended = attended * share[..., None]
+    return jax.lax.psum(attended, axis_name), greatest + jnp.log(total)
 
 
 def _search_heads(
@@ -410,6 +439,7 @@ def _search_heads(
     memory: Memory,
     num_neighbors: int,
     search: Search,
+    placement: Placement | None,
 ) -> tuple[NeighbourScores, NeighbourIndices]:
     """Searches head after head: the scores of all heads at once would not fit beside a large memory."""
     # One loop over rows and heads: in two, each row of the memory would be copied before its heads are searched.
@@ -418,6 +448,7 @@ def _search_heads(
     def search_head(head: tuple) -> tuple[Scores, Indices]:
         number, head_queries, head_keys = head
         row = number // num_heads
+        head_keys = _turned(head_keys, placement)
         return search.top_k(head_queries, head_keys, memory.valid[row], num_neighbors)
 
     heads = (
@@ -432,16 +463,22 @@ def _search_heads(
     return checkpoint_name((scores, indices), NEIGHBOURS)
 
 
+def _turned(head_keys: Float[Array, "M H"], placement: Placement | None) -> Float[Array, "M H"]:
+    """The keys of a head where they stand."""
+    return head_keys if placement is None else placement.rotary.turn(head_keys, placement.of_slots)
+
+
 def _recall(
     queries: Float[Array, "B N T H"],
     memory: Memory,
     scores: NeighbourScores,
+    placement: Placement | None,
 ) -> Float[Array, ""]:
     """Recall for a few queries of the first head of the first row: a check in every step has to be cheap."""
     step = max(queries.shape[2] // _CHECKED_QUERIES, 1)
     head = (
         queries[0, 0, ::step],
-        memory.keys[0, 0],
+        _turned(memory.keys[0, 0], placement),
         memory.valid[0],
         scores[0, 0, ::step],
     )
@@ -454,6 +491,8 @@ def _attend_heads(
     memory: Memory,
     scores: NeighbourScores,
     indices: NeighbourIndices,
+    placement: Placement | None,
+    logit_cap: float,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"], NeighbourScores]:
     """Softmax attention to the neighbours with a score above -inf (0 where there is none).
 
@@ -480,8 +519,9 @@ def _attend_heads(
 
         # [T, K]
         found_scores = jnp.where(is_neighbour, head_scores, 0.0)
-        products = differentiable_scores(found_scores, head_queries, all_keys, slots)
-        logits = scale[number % num_heads] * products
+        placed = () if placement is None else (placement.of_slots[head_slots], placement.rotary)
+        products = differentiable_scores(found_scores, head_queries, all_keys, slots, *placed)
+        logits = soft_cap(scale[number % num_heads] * products, logit_cap)
         logits = jnp.where(is_neighbour, logits, NO_NEIGHBOUR)
 
         weights = jax.nn.softmax(logits).astype(all_values.dtype)
@@ -512,31 +552,43 @@ def _attend_heads(
     return jnp.where(holds_any, attended, 0), log_sum, logits
 
 
-@jax.custom_jvp
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def differentiable_scores(
     scores: Float[Array, "T K"],
     queries: Float[Array, "T H"],
     keys: Float[Array, "slots H"],
     slots: Int[Array, "T K"],
+    positions: Int[Array, "T K"] | None = None,
+    rotary: Rotary | None = None,
 ) -> Float[Array, "T K"]:
     """The scores that the search found, as functions of the queries.
 
     They are query . key already, so that the keys are gathered for the gradient only.
+
+    Args:
+      scores: that were found.
+      queries: of the search.
+      keys, slots: the neighbours are these slots of the table of keys.
+      positions, rotary: how their keys were turned; None where they were not.
     """
     return scores
 
 
 @differentiable_scores.defjvp
 def _differentiable_scores_jvp(
+    rotary: Rotary | None,
     primals: tuple,
     tangents: tuple,
 ) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
-    scores, _, keys, slots = primals
-    _, queries_change, _, _ = tangents
+    scores, _, keys, slots, positions = primals
+    queries_change = tangents[1]
+    neighbours = _gather(keys, slots)
+    if rotary is not None:
+        neighbours = rotary.turn(neighbours, positions)
     scores_change = jnp.einsum(
         "TH,TKH->TK",
         queries_change,
-        _gather(keys, slots),
+        neighbours,
         preferred_element_type=jnp.float32,
     )
     return scores, scores_change

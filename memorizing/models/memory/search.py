@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from memorizing.errors import Count, Share, UserError
 
 _PRECISION = jax.lax.Precision.HIGHEST
-# Vectors have norm 1, and two programs may round the same product otherwise.
+# Two programs may round the same product otherwise: of vectors of length 1, or relative to a greater product.
 _ROUNDING = 1e-5
 
 Scores = Float[Array, "T K"]
@@ -229,7 +229,8 @@ def recall(
     num_neighbors = found.shape[-1]
     scores = _scores(queries, keys, valid)
     # [T, K]
-    is_better = scores[:, None, :] > found[:, :, None] + _ROUNDING
+    rounding = _ROUNDING * jnp.maximum(jnp.abs(found), 1.0)
+    is_better = scores[:, None, :] > (found + rounding)[:, :, None]
     num_better = jnp.sum(is_better, axis=-1)
 
     is_right = (found > -jnp.inf) & (num_better < num_neighbors)
