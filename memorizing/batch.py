@@ -14,7 +14,7 @@ positions have no effect.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -143,10 +143,29 @@ def text_of(source: DataSource) -> TextSource | None:
     return getattr(source, "text", None)
 
 
+def with_documents(source: DataSource, documents: str, tell: Callable[[str], None]) -> DataSource | None:
+    """A source whose held-out documents are the user's own, with the vocabulary of another one, whose method it is.
+
+    Args:
+      source: the other one.
+      documents: where they lie.
+      tell: is told in a line what was read.
+
+    Returns:
+      The source; None where the other one cannot read documents, because its tokens are not text.
+
+    Raises:
+      UserError: they cannot be read.
+    """
+    method = getattr(source, "with_documents", None)
+    return method(documents, tell) if method else None
+
+
 class DataSource(Protocol):
     """A corpus ready for training: a frozen dataclass that gin builds.
 
-    A source whose tokens are text also has a property `text`, see `text_of`.
+    A source whose tokens are text also has a property `text`, see `text_of`, and one that reads documents in files a
+    method `with_documents`, see the function of that name.
 
     Attributes:
       vocab_size: number of token ids.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -15,8 +16,10 @@ from memorizing.data.corpora.c4 import C4Reader
 from memorizing.data.corpora.github import GithubReader
 from memorizing.data.corpora.isabelle import IsabelleReader
 from memorizing.data.corpora.pg19 import PG19Reader
+from memorizing.data.corpora.text import TextReader
 from memorizing.data.documents import CorpusReader
 from memorizing.data.errors import DataError
+from memorizing.data.formats import file_trees
 
 # The source that every user has.
 STANDARD_LIBRARY = "stdlib"
@@ -135,8 +138,23 @@ CORPORA: dict[str, Corpus] = {
             archives="a copy of the bucket gs://deepmind-gutenberg (11 GB): train, validation, test and metadata.csv",
             official_splits=True,
         ),
+        Corpus(
+            name="text",
+            title="documents of your own",
+            open=TextReader,
+            readers=(TextReader,),
+            licence="that of the documents",
+            citation="their own",
+            archives=(
+                "folders, files and patterns of text, source code and JSON lines, with commas between; archives, named "
+                "as such"
+            ),
+            is_published=False,
+        ),
     )
 }
+
+PUBLISHED = {name: corpus for name, corpus in CORPORA.items() if corpus.is_published}
 
 
 def find(name: str) -> Corpus:
@@ -180,6 +198,14 @@ def settings() -> dict[str, str]:
         name: " ".join(f"{corpus}: {meaning}" for corpus, meaning in by_corpus.items())
         for name, by_corpus in found.items()
     }
+
+
+def absolute(corpus: str, source: str) -> str:
+    """A source without the current folder in it."""
+    if find(corpus).is_published:
+        is_path = source != STANDARD_LIBRARY and not file_trees.is_url(source)
+        return os.path.abspath(source) if is_path else source
+    return file_trees.absolute(source)
 
 
 def _check_known(name: str, known: Collection[str], what: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
 
 from memorizing.data.documents import damaged
 from memorizing.data.formats import archives
@@ -17,16 +18,23 @@ _MAX_REPORTED_LINES = 20
 def read(
     path: str, label: str, skipped: Counter[str], fields: Mapping[str, type]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the objects of a file, compressed or not, with the numbers of their lines, from 1.
+    """Yields the objects of a file at a path, local or gs://, compressed or not; see `objects`."""
+    yield from objects(functools.partial(archives.open_file, path), label, skipped, fields)
+
+
+def objects(
+    open_file: Callable[[], IO[bytes]], label: str, skipped: Counter[str], fields: Mapping[str, type]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the objects of a file with the numbers of their lines, from 1.
 
     Args:
-      path: of the file, local or gs://.
+      open_file: opens it.
       label: names it in messages.
       skipped: counts damaged lines: not a JSON object, without one of `fields`, or not valid Unicode.
       fields: names and types of the values that every object must have.
     """
     num_damaged = 0
-    for number, line in enumerate(_lines(path, label, skipped), start=1):
+    for number, line in enumerate(_lines(open_file, label, skipped), start=1):
         if not line.strip():
             continue
         try:
@@ -39,9 +47,9 @@ def read(
             yield number, value
 
 
-def _lines(path: str, label: str, skipped: Counter[str]) -> Iterator[bytes]:
+def _lines(open_file: Callable[[], IO[bytes]], label: str, skipped: Counter[str]) -> Iterator[bytes]:
     try:
-        with archives.open_file(path) as file:
+        with open_file() as file:
             while line := file.readline(archives.MAX_BYTES + 1):
                 if len(line) <= archives.MAX_BYTES:
                     yield line

@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         default=catalogue.STANDARD_LIBRARY,
-        help="folder or archive of the raw corpus; for github also stdlib, the standard library of this Python "
+        help="folder or archive of the raw corpus; for github also stdlib, the standard library of this Python; for "
+        "text folders, files and patterns with commas between "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -126,10 +127,9 @@ def run(args: argparse.Namespace, bindings: Sequence[str] = ()) -> int:
 
 def _make(args: argparse.Namespace, progress: PreparationProgress) -> None:
     task = task_name.parse(args.task, args.source)
-    is_path = args.source != catalogue.STANDARD_LIBRARY and not paths.is_remote(args.source)
     settings = Settings(
         task=task,
-        source=os.path.abspath(args.source) if is_path else args.source,
+        source=catalogue.absolute(task.corpus, args.source),
         reader_settings={
             name: value for name in catalogue.settings() if (value := getattr(args, _READER_FLAG + name)) is not None
         },

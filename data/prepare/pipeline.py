@@ -29,7 +29,7 @@ from memorizing.data.prepare.survey import Survey, Surveying
 from memorizing.data.prepare.text_sample import max_bytes_of_part
 from memorizing.data.prepare.tokenising import Tokenising
 from memorizing.data.prepare.workers import Workers
-from memorizing.data.tasks import splits, task_name
+from memorizing.data.tasks import splits, task_name, tensorflow_start
 from memorizing.data.tasks.splits import FileSplits, SplitRule
 from memorizing.data.tasks.task_name import TaskName
 from memorizing.data.tokens import cache_writer, staging, vocabulary, vocabulary_files
@@ -38,6 +38,7 @@ from memorizing.data.tokens.token_cache import METADATA_FILE
 from memorizing.data.tokens.vocabulary import Vocabulary
 
 _MAX_PARTS = 1024
+_DUPLICATE = "duplicate"
 # Keys among which the nearest to a wrong one is looked for.
 _MAX_COMPARED = 20_000
 # Size of the text to train a vocabulary on. Byte-pair merges change little with more than this for each piece.
@@ -183,6 +184,8 @@ class _Preparation:
     def __init__(self, settings: Settings, workers: Workers, progress: PreparationProgress) -> None:
         """Raises DataError where a setting or the source cannot be used."""
         splits.check_fraction(settings.validation_fraction)
+        if settings.by_seqio:
+            tensorflow_start.check_installed(str(settings.task))
         self.settings = settings
         self._workers = workers
         self._progress = progress
@@ -223,16 +226,31 @@ class _Preparation:
         """The rule of the splits, and the split numbers of the documents of each part of the survey."""
         by = self.settings.split_rule
         rule: SplitRule
+        left_out = self._left_out(surveyed)
         if self._file_splits:
             rule = self._file_splits
             self._check_all_found(rule, surveyed)
         elif by == splits.OFFICIAL:
             rule = splits.OfficialSplits()
         else:
-            rule = splits.by_rank(surveyed.hashes, self.settings.validation_fraction)
+            hashes = surveyed.hashes if left_out is None else surveyed.hashes[~np.concatenate(left_out)]
+            rule = splits.by_rank(hashes, self.settings.validation_fraction)
         numbers = surveyed.split_numbers(rule)
+        if left_out is not None:
+            for of_part, is_left_out in zip(numbers, left_out, strict=True):
+                of_part[is_left_out] = splits.NONE
         splits.check_none_empty(splits.count(numbers), documents.reasons(surveyed.skipped))
         return rule, numbers
+
+    def _left_out(self, surveyed: Survey) -> list[np.ndarray] | None:
+        """Of each part, which documents are left out now that all are known, bool [documents]; None for none."""
+        if getattr(self.reader, "keep_duplicates", True):
+            return None
+        repeated = surveyed.repeated()
+        count = sum(int(part.sum()) for part in repeated)
+        if count:
+            surveyed.skipped[_DUPLICATE] = count
+        return repeated
 
     def _check_all_found(self, rule: FileSplits, surveyed: Survey) -> None:
         """Says which keys of the file of splits are those of no document.
@@ -283,7 +301,7 @@ class _Preparation:
             work=os.fspath(staged.work),
         )
         parts = tokenising.parts(surveyed, split_numbers)
-        self._run("tokenising", work, parts, surveyed.num_documents)
+        self._run("tokenising", work, parts, sum(splits.count(split_numbers).values()))
         return [work.path(part) for part in parts]
 
     @property

@@ -73,6 +73,7 @@ class Surveying:
         hashes = []
         num_bytes = []
         official = []
+        texts = []
         keys = []
         # Of every shard.
         digests = []
@@ -86,7 +87,9 @@ class Surveying:
             for document in self.reader.documents(shard, skipped):
                 hashes.append(splits.key_hash(document.key))
                 official.append(splits.number(document.metadata.get("split"), document.key))
-                num_bytes.append(digest.add(document))
+                size, text = digest.add(document)
+                num_bytes.append(size)
+                texts.append(text)
                 keys.append(document.key)
                 if self.sample_bytes:
                     sampler.add(len(hashes) - 1, hashes[-1], document.text)
@@ -98,6 +101,7 @@ class Surveying:
             "hashes": np.asarray(hashes, np.uint64),
             "num_bytes": np.asarray(num_bytes, np.int64),
             "official": np.asarray(official, np.int8),
+            "texts": np.asarray(texts, np.uint64),
             "keys": np.frombuffer("\n".join(map(json.dumps, keys)).encode(), np.uint8),
             "skipped": np.frombuffer(json.dumps(skipped).encode(), np.uint8),
             "digests": np.asarray(digests, "S64"),
@@ -114,11 +118,12 @@ class ShardDigest:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def add(self, document: Document) -> int:
-        """Adds a document and returns the UTF-8 bytes of its text."""
+    def add(self, document: Document) -> tuple[int, int]:
+        """Adds a document and returns the UTF-8 bytes of its text, and 64 bits of that text's hash."""
         text = document.text.encode()
-        self._digest.update(hashlib.sha256(document.key.encode()).digest() + hashlib.sha256(text).digest())
-        return len(text)
+        text_digest = hashlib.sha256(text).digest()
+        self._digest.update(hashlib.sha256(document.key.encode()).digest() + text_digest)
+        return len(text), int.from_bytes(text_digest[:8], "big")
 
     def value(self) -> bytes:
         return self._digest.hexdigest().encode()
@@ -184,6 +189,15 @@ class Survey:
             rule.numbers(_Lazily(lambda number=number: self.keys(number)), found["hashes"], found["official"])
             for number, found in enumerate(self._by_part)
         ]
+
+    def repeated(self) -> list[np.ndarray]:
+        """Of each part, which documents have the text of an earlier one, bool [documents]."""
+        of_parts = [self._load(number, "texts")["texts"] for number in range(len(self.parts))]
+        texts = np.concatenate([np.zeros(0, np.uint64), *of_parts])
+        _, first = np.unique(texts, return_index=True)
+        is_repeated = np.ones(len(texts), bool)
+        is_repeated[first] = False
+        return np.split(is_repeated, np.cumsum([len(part) for part in of_parts])[:-1])
 
     def shard_documents(self, number: int) -> np.ndarray:
         """Number of documents of each shard of a part, int64 [shards]."""

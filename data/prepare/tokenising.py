@@ -37,7 +37,7 @@ class Shard(NamedTuple):
     Attributes:
       name: what the reader calls it.
       digest: `ShardDigest.value` of its documents.
-      splits: the split number of each document, an int8.
+      splits: the split number of each document, an int8; `splits.NONE` where it is left out.
     """
 
     name: str
@@ -158,9 +158,11 @@ class Tokenising:
             numbers = np.frombuffer(shard.splits, np.int8)
             # What is left out was counted in the first reading.
             for index, document in enumerate(self.reader.documents(shard.name, Counter())):
-                num_bytes = digest.add(document)
+                num_bytes, _ = digest.add(document)
                 if index >= len(numbers):
                     raise _changed(shard.name)
+                if numbers[index] == splits.NONE:
+                    continue
                 split_numbers.append(int(numbers[index]))
                 yield {"doc_id": document.key, "text": document.text.encode(), "num_bytes": num_bytes}
             if digest.value() != shard.digest:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from memorizing.data.corpora.catalogue import CORPORA, STANDARD_LIBRARY
 from memorizing.data.errors import DataError
 from memorizing.data.streams import segments
 from memorizing.data.streams.order import Line
+from memorizing.data.streams.own_documents import OwnDocuments
 from memorizing.data.streams.read_ahead import ReadAhead
 from memorizing.data.streams.segments import DocumentStream, Joined
 from memorizing.data.tasks import splits, task_name
@@ -147,10 +148,19 @@ class CachedCorpus:
 
         As in the statistics of PG-19, a word is what stands between white space.
         """
-        if not CORPORA[self.task_name.corpus].is_prose:
+        if not self.is_prose:
             return None
         documents = (self.decode(self._validation.tokens(index)) for index in range(self.num_eval_documents))
         return np.fromiter((len(document.split()) for document in documents), np.int64)
+
+    def with_documents(self, documents: str, tell: Callable[[str], None]) -> OwnDocuments:
+        """See `memorizing.batch.with_documents`."""
+        return OwnDocuments(documents, self.vocabulary, self.is_prose, tell)
+
+    @property
+    def is_prose(self) -> bool:
+        """Whether its texts are made of words between white space."""
+        return CORPORA[self.task_name.corpus].is_prose
 
     def document_keys(self) -> list[str]:
         """Names of the held-out documents in their corpus."""
@@ -263,6 +273,10 @@ class Mixture:
                 return None
             words.append(counts)
         return np.concatenate(words)
+
+    def with_documents(self, documents: str, tell: Callable[[str], None]) -> OwnDocuments:
+        """See `memorizing.batch.with_documents`."""
+        return OwnDocuments(documents, self.vocabulary, all(corpus.is_prose for corpus in self.corpora), tell)
 
     def document_keys(self) -> list[str]:
         """Names of the held-out documents, with their corpus."""

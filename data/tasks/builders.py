@@ -102,4 +102,4 @@ def _builder(corpus: catalogue.Corpus) -> type[CorpusBuilder]:
     return type(name, (CorpusBuilder,), {"CORPUS": corpus, "__doc__": corpus.title, "__module__": __name__})
 
 
-BUILDERS: dict[str, type[CorpusBuilder]] = {corpus.name: _builder(corpus) for corpus in catalogue.CORPORA.values()}
+BUILDERS: dict[str, type[CorpusBuilder]] = {corpus.name: _builder(corpus) for corpus in catalogue.PUBLISHED.values()}

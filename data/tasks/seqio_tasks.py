@@ -80,7 +80,7 @@ def register_all(
       data_dir: TFDS's data folder; None for the usual one.
       rates: of each corpus in the mixture, in documents; None: all equal.
     """
-    names = [TaskName(corpus, num_pieces) for corpus in catalogue.CORPORA]
+    names = [TaskName(corpus, num_pieces) for corpus in catalogue.PUBLISHED]
     for name in names:
         register(name, model_path, data_dir)
     mixture = str(TaskName(MIXTURE, num_pieces))

@@ -212,8 +212,10 @@ def check_none_empty(counts: Mapping[str, int], skipped: Mapping[str, int]) -> N
 
 
 def count(numbers: Iterable[np.ndarray]) -> Counter[str]:
-    """Documents of each split, over arrays of split numbers."""
-    totals = sum((np.bincount(part, minlength=len(NAMES)) for part in numbers), np.zeros(len(NAMES), np.int64))
+    """Documents of each split, over arrays of split numbers; those of `NONE` are left out."""
+    totals = sum(
+        (np.bincount(part[part != NONE], minlength=len(NAMES)) for part in numbers), np.zeros(len(NAMES), np.int64)
+    )
     return Counter(dict(zip(NAMES, totals.tolist(), strict=True)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -14,6 +15,20 @@ from types import ModuleType
 import absl.logging
 
 from memorizing.data.errors import DataError
+
+
+def check_installed(task: str) -> None:
+    """Raises DataError where a Task needs what is not installed.
+
+    TensorFlow and seqio are not there for every Python and platform; nothing but the seqio Tasks needs them.
+    """
+    needed = ("seqio", "tensorflow", "tensorflow_datasets")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DataError(
+            f"--task={task} is a seqio Task, and {missing[0]} is not installed (there is none for every Python and "
+            "platform): prepare it where there is one, or the files as documents of your own, --task=text_spm32000"
+        )
 
 
 def tasks() -> ModuleType:

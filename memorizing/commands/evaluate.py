@@ -6,8 +6,11 @@ Or two runs, document by document.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from memorizing.batch import text_of
+from memorizing.batch import text_of, with_documents
 from memorizing.commands import experiment_flags
 from memorizing.config.runs import open_run
 from memorizing.errors import MOST, UserError
@@ -35,10 +38,11 @@ Evaluates a finished run on the held-out documents of its data: each once, whole
                                                              and the controls: the memory of another document, a continuous cache
   memorizing evaluate --workdir=DIR --memory_sizes=0,1536,8192,65536    the same weights with other memories, without training
   memorizing evaluate --compare RUN_A RUN_B                  two runs, document by document
+  memorizing evaluate --workdir=DIR --documents=FOLDER       on documents of your own: text files, source code, JSON lines
   memorizing evaluate --workdir=DIR --gin.CachedCorpus.path=CACHE       on another corpus with the same vocabulary
 
 Loss and perplexity are per token; bits per byte are of the text in UTF-8; perplexity per word is given for corpora of prose, whose words are what stands between white
-space. Intervals resample documents. Results are written to WORKDIR/evaluation: JSON and pictures.
+space. Intervals resample documents. Results are written to WORKDIR/evaluation: JSON and pictures; those of documents of your own into a folder of its own in there.
 """
 
 
@@ -66,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M,M,...",
         help="sizes of the external memory in tokens, 0 for none (default: 0, the run's own, and four times that if it takes less than 1 GB)",
     )
+    parser.add_argument(
+        "--documents",
+        metavar="FOLDER",
+        help="what to evaluate on instead: folders, files, patterns such as 'notes/**/*.md' or URLs, with commas between",
+    )
     parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="workdirs of two runs of the same data")
     parser.add_argument(
         "--rows",
@@ -90,7 +99,7 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, bindings: Sequence[str]) -> str:
-    finished = open_run(options.workdir or experiment_flags.DEFAULT_WORKDIR, options.step, bindings)
+    finished = _opened(options.workdir or experiment_flags.DEFAULT_WORKDIR, options, bindings)
     reference, settings = _settings(finished, options.memory_sizes)
     evaluations = _run_all(finished, settings, options.rows)
     summary = _origin(finished)
@@ -101,15 +110,15 @@ def _evaluate(options: argparse.Namespace, bindings: Sequence[str]) -> str:
         differences = {size: summary["evaluations"][name]["against_reference"] for name, size in sizes.items()}
         loss = evaluations[reference].loss
         pictures["loss_by_memory.png"] = plots.loss_by_memory(differences, sizes[reference], loss)
-    folder = finished.workdir / FOLDER
+    folder = _folder(finished, options.documents)
     names = _write(folder, "evaluation.json", summary, pictures)
     return f"\n{report.tables(summary)}\n\nwritten to {folder}: {names}"
 
 
 def _compare(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     path_a, path_b = options.compare
-    run_a = open_run(path_a, options.step, bindings)
-    run_b = open_run(path_b, options.step, bindings)
+    run_a = _opened(path_a, options, bindings)
+    run_b = _opened(path_b, options, bindings)
     data_a = run_a.experiment.data.identity
     data_b = run_b.experiment.data.identity
     if data_a != data_b:
@@ -132,11 +141,33 @@ def _compare(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     }
     tokens = summary_a["documents"]["tokens"]
     picture = plots.documents_of_two_runs(figures_a, figures_b, tokens, (path_a, path_b))
-    folder = run_a.workdir / FOLDER
+    folder = _folder(run_a, options.documents)
     name = f"compare_with_{run_b.workdir.name}"
     names = _write(folder, f"{name}.json", comparison, {f"{name}.png": picture})
     table = report.comparison_table((path_a, path_b), comparison)
     return f"\n{table}\n\nwritten to {folder}: {names}"
+
+
+def _opened(workdir: str, options: argparse.Namespace, bindings: Sequence[str]) -> FinishedRun:
+    """A finished run, on the documents that the user names or else the held-out ones of its data."""
+    finished = open_run(workdir, options.step, bindings)
+    if options.documents is None:
+        return finished
+    finished.check_data()
+    data = with_documents(finished.experiment.data, options.documents, lambda line: print(line, flush=True))
+    if data is None:
+        raise UserError(f"--documents={options.documents}: the data of {finished.workdir} is no text")
+    return dataclasses.replace(finished, experiment=dataclasses.replace(finished.experiment, data=data))
+
+
+def _folder(finished: FinishedRun, documents: str | None) -> epath.Path:
+    """Where results go: those of different documents into different folders."""
+    folder = finished.workdir / FOLDER
+    if documents is None:
+        return folder
+    name = re.sub(r"[^\w.-]+", "-", os.path.basename(documents.rstrip("/"))).strip("-")[-40:]
+    digest = hashlib.sha256(finished.experiment.data.identity.encode()).hexdigest()[:8]
+    return folder / f"{name or 'documents'}-{digest}"
 
 
 def _document_keys(finished: FinishedRun) -> Sequence[str] | None:

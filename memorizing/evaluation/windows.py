@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import numpy as np
 
-from memorizing.batch import Batch, BatchIterator, DataSource, EvaluationBatch, TextSource, text_of
+from memorizing.batch import Batch, BatchIterator, DataSource, EvaluationBatch, TextSource, text_of, with_documents
 from memorizing.errors import Range, UserError
 
 
@@ -58,6 +58,11 @@ class Windows:
     @property
     def text(self) -> TextSource | None:
         return text_of(self.source)
+
+    def with_documents(self, documents: str, tell: Callable[[str], None]) -> DataSource | None:
+        """The user's own documents in such windows; see `memorizing.batch.with_documents`."""
+        source = with_documents(self.source, documents, tell)
+        return None if source is None else dataclasses.replace(self, source=source)
 
     def train_batches(self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int) -> _Chunks:
         self._check(segment_length)

@@ -28,7 +28,7 @@ def test_every_corpus_is_whole(name, tmp_path):
 
 
 def test_five_corpora():
-    assert set(catalogue.CORPORA) == {"arxiv", "github", "isabelle", "c4", "pg19"}
+    assert set(catalogue.CORPORA) == {"arxiv", "github", "isabelle", "c4", "pg19", "text"}
     assert {name for name, corpus in catalogue.CORPORA.items() if corpus.official_splits} == {"c4", "pg19"}
 
 
