@@ -68,15 +68,20 @@ setup(
         "bench": ["faiss-cpu", "torch"],
         "dev": ["pre-commit", "pyright[nodejs]"],
         "docs": ["zensical>=0.0.73"],
+        # Kinds of documents that the standard library does not read.
+        "documents": ["backports.zstd; python_version < '3.14'", "pyarrow", "pypdf"],
         "prep": ["apache-beam>=2.77"],
         # Models and vocabularies of others.
         "pretrained": ["gguf", "tokenizers"],
         # The two of Kubernetes check what `launch gke` emits.
         "test": [
+            "backports.zstd; python_version < '3.14'",
             "beartype",
             "hypothesis",
             "kubeflow-trainer-api",
             "kubernetes-validate",
+            "pyarrow",
+            "pypdf",
             "pytest",
             "pytest-xdist",
             "ruff",

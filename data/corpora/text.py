@@ -1,4 +1,4 @@
-"""Documents of the user's own: files of text in folders, JSON lines, archives.
+"""Documents of the user's own: files of text in folders, JSON lines, tables, archives.
 
 A shard is the files whose names have a certain hash. So no list of all files is made, and all shards are of about the
 same size, wherever the files lie.
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from memorizing.data.corpora.reader_settings import setting
 from memorizing.data.documents import SEPARATOR, Document, damaged
 from memorizing.data.errors import DataError
-from memorizing.data.formats import archives, file_trees, json_lines, text_files
+from memorizing.data.formats import archives, file_trees, json_lines, tables, text_files
 from memorizing.data.formats.archives import Member
 from memorizing.data.formats.file_trees import Found
 
@@ -28,6 +28,7 @@ _MAX_SHARDS = 64
 WHOLE = "0 of 1"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _LINES = (".jsonl", ".ndjson")
+_TABLES = (tables.PARQUET, tables.ARROW)
 _ANY = "any"
 _FILE, _FOLDER = "file", "folder"
 
@@ -50,8 +51,8 @@ class TextReader:
         _FILE, "what a document is: file, or folder: all files below a folder of the source, by their names."
     )
     separator: str = setting("", "a line that stands between the documents of a text file; by default there is none.")
-    field: str = setting("text", "the one of a JSON object that holds the text.")
-    key: str = setting("", "the field of a JSON object that names the document; by default its file and line do.")
+    field: str = setting("text", "the one of a JSON object, or the column of a table, that holds the text.")
+    key: str = setting("", "the field or column that names the document; by default its file and place in there do.")
     suffixes: tuple[str, ...] = setting((), "of the files to read in folders, or any; by default all kinds known.")
     exclude: tuple[str, ...] = setting(("__pycache__", "node_modules"), "names of folders to leave out, at any depth.")
     min_bytes: int = setting(1, "documents with less text, white space around it aside, are left out.")
@@ -102,8 +103,10 @@ class TextReader:
             return found.reason
         if archives.is_archive(found.name):
             return _IN_FOLDER
-        chosen = self.suffixes or (*_LINES, *text_files.SUFFIXES)
+        chosen = self.suffixes or (*_LINES, *_TABLES, *text_files.SUFFIXES)
         suffix = _suffix(found.name)
+        if suffix == tables.ARROW and posixpath.basename(found.name).startswith(tables.CACHE_PREFIX):
+            return _OTHER_KIND
         is_chosen = _ANY in chosen or suffix in {f".{name.lower().lstrip('.')}" for name in chosen}
         return None if is_chosen else _OTHER_KIND
 
@@ -113,7 +116,7 @@ class TextReader:
         if archives.is_archive(found.name):
             for member in archives.members(found.path, skipped):
                 inside = file_trees.printable(member.name)
-                if self._reason(Found(inside, "")) is None and _suffix(inside) not in _LINES:
+                if self._reason(Found(inside, "")) is None and _suffix(inside) not in (*_LINES, *_TABLES):
                     yield from self._of_text(f"{name}/{inside}", member, skipped)
                 else:
                     skipped[_OTHER_KIND] += 1
@@ -121,6 +124,8 @@ class TextReader:
         member = Member(found.name, name, functools.partial(file_trees.open_file, found.path))
         if _suffix(found.name) in (*_LINES, ".json"):
             yield from self._of_lines(name, member, skipped)
+        elif _suffix(found.name) in _TABLES:
+            yield from self._of_table(name, member, skipped)
         else:
             yield from self._of_text(name, member, skipped)
 
@@ -132,6 +137,17 @@ class TextReader:
             else:
                 skipped[damaged(f"{name}, line {number}", f"no {self.key}")] += 1
 
+    def _of_table(self, name: str, member: Member, skipped: Counter[str]) -> Iterator[Document]:
+        columns = [self.field, self.key] if self.key else [self.field]
+        for number, (text, *keys) in tables.rows(member, _suffix(member.name), columns, skipped):
+            key = keys[0] if keys else f"{name}:{number}"
+            if isinstance(text, str) and isinstance(key, str | int):
+                yield Document(str(key), text, {})
+            else:
+                skipped[
+                    damaged(f"{name}, row {number}", f"no {self.key if isinstance(text, str) else self.field}")
+                ] += 1
+
     def _of_text(self, name: str, member: Member, skipped: Counter[str]) -> Iterator[Document]:
         if self.separator:
             parts = text_files.between(member, self.separator, self.max_bytes, skipped)
@@ -140,7 +156,7 @@ class TextReader:
             content = archives.read_bytes(member, skipped, self.max_bytes)
             contents = iter([] if content is None else [(name, content)])
         for key, content in contents:
-            text, reason = text_files.text_of(_suffix(name), content)
+            text, reason = text_files.text_of(key, _suffix(name), content)
             if reason is None:
                 yield Document(key, text, {})
             else:

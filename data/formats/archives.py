@@ -25,10 +25,22 @@ from etils import epath
 from memorizing.data.documents import damaged
 from memorizing.data.errors import DataError
 
+try:
+    # In the standard library from Python 3.14 on as `compression.zstd`.
+    from backports import zstd
+except ImportError:
+    try:
+        from compression import zstd  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        zstd = None
+
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
 
 # What the standard library raises on damaged input.
-READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError)
+READ_ERRORS = (
+    *(EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, NotImplementedError),
+    *((zstd.ZstdError,) if zstd else ()),
+)
 
 SYMBOLIC_LINK = "symbolic link"
 # What one member, or one line, may become: an archive of a megabyte can hold a text of gigabytes.
@@ -86,19 +98,27 @@ def listing(path: str, expected: str) -> list[str]:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Opens a file, and decompresses it if its first bytes are those of gzip, bzip2 or xz."""
+    """Opens a file, and decompresses it if its first bytes are those of gzip, bzip2, xz or zstd."""
     return decompressed(_open_as_it_is(epath.Path(path)))
 
 
 def decompressed(file: IO[bytes]) -> IO[bytes]:
-    """Decompresses a file, which can seek, if it is compressed by gzip, bzip2 or xz; any other is returned as it is."""
+    """Decompresses a file, which can seek, if it is compressed by gzip, bzip2, xz or zstd; any other stays as it is."""
     start = file.read(6)
     file.seek(0)
-    for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)):
+    openers = (
+        *((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)),
+        (b"\x28\xb5\x2f\xfd", zstd.open if zstd else _zstd_is_missing),
+    )
+    for magic, opener in openers:
         if start.startswith(magic):
             # A GzipFile has all methods of an IO[bytes]; its type says less.
             return cast(IO[bytes], opener(file, "rb"))
     return file
+
+
+def _zstd_is_missing(file: IO[bytes], mode: str) -> IO[bytes]:
+    raise OSError("zstd, which needs pip install 'memorizing[documents]'")
 
 
 def _open_as_it_is(path: epath.Path) -> IO[bytes]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterator
 from typing import IO
 
 from memorizing.data.documents import damaged
-from memorizing.data.formats import archives, source_files
+from memorizing.data.formats import archives, markup, pdf, source_files
 from memorizing.data.formats.archives import Member
+from memorizing.errors import first_line
 
 # Files whose bytes are their text.
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
@@ -20,7 +22,7 @@ CODE = (
     *(".hs", ".ml", ".mli", ".fs", ".clj", ".ex", ".exs", ".erl", ".lisp", ".el", ".scm", ".thy", ".lean", ".v"),
     *(".sh", ".bash", ".lua", ".pl", ".pm", ".r", ".f90", ".sql", ".proto", ".css", ".scss"),
 )
-SUFFIXES = (*PROSE, *CODE)
+SUFFIXES = (*PROSE, *CODE, *markup.HTML, markup.EPUB, pdf.SUFFIX)
 
 BINARY = "no text"
 EMPTY = "empty"
@@ -41,9 +43,54 @@ _MAX_CONTROLS = 0.01
 _CONTROLS = bytes(byte for byte in range(32) if byte not in b"\t\n\v\f\r\x1b") + b"\x7f"
 
 
-def text_of(suffix: str, content: bytes) -> tuple[str, str | None]:
-    """The text of a file with some suffix, such as ".txt", and None, or "" and why the file is left out."""
+def text_of(label: str, suffix: str, content: bytes) -> tuple[str, str | None]:
+    """The text of a file.
+
+    Args:
+      label: names it in messages.
+      suffix: tells its kind, such as ".txt" or ".epub".
+      content: of the file.
+
+    Returns:
+      The text and None, or "" and why the file is left out.
+    """
+    try:
+        if suffix in markup.HTML:
+            return _page(content)
+        if suffix == markup.EPUB:
+            pages = [_page(page)[0] for page in markup.pages_of_epub(content)]
+            return _unless_empty("\n".join(filter(None, pages)))
+        if suffix == pdf.SUFFIX:
+            text = pdf.text_of_pdf(content)
+            # A glyph may stand for half of a character.
+            return ("", pdf.MISSING) if text is None else _unless_empty(text.encode("utf-8", "replace").decode())
+    # Of a damaged file libraries say anything.
+    except Exception as error:
+        return "", damaged(label, first_line(error))
     return decoded(content)
+
+
+def _page(content: bytes) -> tuple[str, str | None]:
+    """The text of a page of HTML, in UTF-8 or else in the encoding that it names."""
+    text, reason = decoded(content)
+    named = markup.declared_encoding(content)
+    if reason is None and named and _is_legacy(content):
+        with contextlib.suppress(LookupError, UnicodeDecodeError):
+            text = content.decode(named)
+    return (text, reason) if reason else _unless_empty(markup.text_of_html(text))
+
+
+def _is_legacy(content: bytes) -> bool:
+    """Whether bytes of text are in neither UTF-8 nor, by a mark, in another form of Unicode."""
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return not any(content.startswith(mark) for mark, _ in _MARKS)
+    return False
+
+
+def _unless_empty(text: str) -> tuple[str, str | None]:
+    return (text, None) if text.strip() else ("", EMPTY)
 
 
 def between(member: Member, separator: str, max_bytes: int, skipped: Counter[str]) -> Iterator[bytes]:
@@ -91,8 +138,8 @@ def _parts(file: IO[bytes], separator: bytes, max_bytes: int, skipped: Counter[s
 def decoded(content: bytes) -> tuple[str, str | None]:
     """The text of a file.
 
-    UTF-8 and UTF-16, with a mark at the start or without, UTF-32 with one, and else Latin-1, whose unused places Windows
-    has given other characters. The mark is no part of the text.
+    UTF-8 and UTF-16, with a mark at the start or without, UTF-32 with one, and else Latin-1, in whose unused places
+    Windows has other characters. The mark is no part of the text.
 
     Returns:
       The text and None, or "" and why the file is left out.
@@ -104,7 +151,7 @@ def decoded(content: bytes) -> tuple[str, str | None]:
         text = content.decode(encoding)
     except UnicodeDecodeError:
         return "", BINARY
-    return ("", EMPTY) if not text.strip() else (text, None)
+    return _unless_empty(text)
 
 
 def _without_mark(content: bytes) -> str | None:

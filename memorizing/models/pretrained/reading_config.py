@@ -48,6 +48,9 @@ def read_config(values: Any, given: str) -> Architecture:
     architecture = read(config)
     if architecture.num_heads % architecture.num_kv_heads:
         raise config.wrong("num_key_value_heads", f"a divisor of the {architecture.num_heads} heads")
+    for positions in {architecture.positions, *architecture.own_positions}:
+        if isinstance(positions, Rotary):
+            positions.check(architecture.head_dim)
     return architecture
 
 
@@ -289,6 +292,7 @@ def _cap(config: Settings, name: str, default: float) -> float:
 def _qwen_windows(config: Settings, architecture: Architecture) -> tuple[int, ...]:
     """Qwen's first layers see everything, and the others slide, if it says so at all."""
     num_layers = architecture.num_layers
+    config.listed("layer_types", num_layers, (FULL, SLIDING))
     if not config.flag("use_sliding_window", False) or config.get("sliding_window") is None:
         return architecture.windows
     first = config.whole("max_window_layers", Range(0, 10_000), 28)

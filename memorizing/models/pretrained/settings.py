@@ -48,7 +48,7 @@ class Settings:
     def whole(self, name: str, allowed: Range, default: int | None = None) -> int:
         """A whole number."""
         value = self._or_default(name, default)
-        if not is_number(value) or value != int(value) or value not in allowed:
+        if not is_number(value) or value not in allowed or value != int(value):
             raise self.wrong(name, f"a whole number {allowed}")
         return int(value)
 
