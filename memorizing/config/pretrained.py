@@ -13,8 +13,10 @@ from memorizing.models.pretrained.architecture import Architecture
 WINDOW, NUM_SINKS = 256, 4
 # Layers that slide over no more than this keep their own window.
 MAX_OWN_WINDOW = 1024
+# Of the memory beside the window, in every layer that has one: positions, and how many of them a query attends to.
+MEMORY_SIZE, NUM_NEIGHBORS = 8192, 32
 
-AttentionKind = Literal["window", "full"]
+AttentionKind = Literal["memory", "window", "full"]
 
 
 class _Layer(NamedTuple):
@@ -36,14 +38,20 @@ class _Layer(NamedTuple):
             words.append("without_positions")
         return "_".join(words)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it sees all that its mechanism shows."""
+        return self.window == 0
+
 
 def bindings_of(architecture: Architecture, attention: AttentionKind) -> str:
     """Gin text that binds `LMConfig`, for a model with the parameters of the architecture.
 
     Args:
       architecture: of the pretrained model.
-      attention: 'window', for documents of any length: layers that saw everything see a window, which `XLAttention`
-        binds, and sinks. 'full': exactly what the model was trained with, within a segment.
+      attention: for documents of any length, layers that saw everything see a window, which `XLAttention` binds, and
+        sinks, with 'memory' also what a memory finds in the document before them, without any training. 'full': exactly
+        what the model was trained with, within a segment.
     """
     lines = [f"LMConfig.{name} = {value!r}" for name, value in _parts(architecture).items()]
     positions = architecture.positions
@@ -90,27 +98,47 @@ def _attention(architecture: Architecture, attention: AttentionKind) -> list[str
     """The mechanisms of the layers, as the shortest pattern that they repeat."""
     layers = [_Layer(*kind) for kind in zip(architecture.windows, architecture.own_positions, strict=True)]
     # A cache has no use for positions that begin anew in every segment.
-    if attention == "window" and not isinstance(architecture.positions, LearnedPositions):
+    if isinstance(architecture.positions, LearnedPositions):
+        attention = "full"
+    # And a memory none for models that know little more than the window.
+    elif attention == "memory" and architecture.max_length <= 2 * WINDOW:
+        attention = "window"
+    whole = {"memory": "JointMemoryAttention", "window": "XLAttention", "full": "FullAttention"}[attention]
+    if attention != "full":
         layers = [layer if layer.window <= MAX_OWN_WINDOW else layer._replace(window=0) for layer in layers]
-        whole = "XLAttention"
-        lines = [f"XLAttention.window = {WINDOW}", f"XLAttention.num_sinks = {NUM_SINKS}"]
-    else:
-        whole = "FullAttention"
-        lines = []
-    if not any(layer.window == 0 for layer in layers):
-        lines = []
+    lines = _of_whole_layers(architecture, attention) if any(layer.is_whole for layer in layers) else []
 
     pattern = _pattern(layers)
     is_plain = len(pattern) == 1 and pattern[0].positions is None
     names = []
     for layer in pattern:
         scope = "" if is_plain else f"{layer.scope}/"
-        name = "XLAttention" if layer.window else whole
+        name = whole if layer.is_whole else "XLAttention"
         names.append(f"@{scope}{name}()")
-        bound = _of_layer(layer, scope, f"{scope}{name}")
+        local = name
+        if name == "JointMemoryAttention":
+            local = "XLAttention"
+            lines.append(f"{scope}{name}.local = @{scope}{local}()")
+        bound = _of_layer(layer, scope, f"{scope}{local}")
         lines += [line for line in bound if line not in lines]
     value = names[0] if len(names) == 1 else f"({', '.join(names)})"
     return [f"LMConfig.attention = {value}", *lines]
+
+
+def _of_whole_layers(architecture: Architecture, attention: AttentionKind) -> list[str]:
+    """What is bound for all layers that see all that their mechanism shows."""
+    if attention == "full":
+        return []
+    lines = [f"XLAttention.window = {WINDOW}", f"XLAttention.num_sinks = {NUM_SINKS}"]
+    if attention == "memory":
+        memory = {
+            "memory_size": MEMORY_SIZE,
+            "num_neighbors": NUM_NEIGHBORS,
+            "mixing": "full",
+            "trained_length": architecture.max_length,
+        }
+        lines += [f"JointMemoryAttention.{name} = {value!r}" for name, value in memory.items()]
+    return lines
 
 
 def _of_layer(layer: _Layer, scope: str, name: str) -> list[str]:
