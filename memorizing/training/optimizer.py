@@ -83,7 +83,8 @@ class ParameterGroup:
     """Parameters that are trained in another way than the others, or not at all.
 
     Attributes:
-      pattern: a regular expression that is found in their names: 'core/(alpha|beta)$' in 'layer_03/attention/core/beta'.
+      pattern: a regular expression that is found in their names, as 'core/(alpha|beta)$' is in
+        'layer_03/attention/core/beta'.
       learning_rate: factor of the optimizer's; 0 freezes them: they have no gradient, and the optimizer keeps nothing
         for them.
       decays: whether AdamW decays those of them whose role is to be decayed.
