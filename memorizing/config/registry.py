@@ -6,6 +6,7 @@ from memorizing.config.types import register
 from memorizing.evaluation.windows import Windows
 from memorizing.models.attention import MECHANISMS
 from memorizing.models.language_model import LMConfig
+from memorizing.models.layers import Lora
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
@@ -35,7 +36,7 @@ from memorizing.synthetic.recall import (
     TextLanguage,
 )
 from memorizing.training.experiment import BatchConfig, Experiment, LoopConfig
-from memorizing.training.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot
+from memorizing.training.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot, ParameterGroup
 
 for configurable in (
     # What is run.
@@ -48,6 +49,7 @@ for configurable in (
     *MECHANISMS,
     Rotary,
     LearnedPositions,
+    Lora,
     RecurrentTokens,
     ContinuousCache,
     ProductKeys,
@@ -58,6 +60,7 @@ for configurable in (
     AdamW,
     InverseSquareRoot,
     Cosine,
+    ParameterGroup,
     # Data that needs no corpus; gin files of corpora import memorizing.data.gin_registry.
     RepeatedPassages,
     Memorize,

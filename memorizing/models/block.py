@@ -34,7 +34,8 @@ class Block(nn.Module):
         if dims.product_keys:
             self.mlp = ProductKeyMemory(dims.product_keys, dims.dtype, dims.initial_output_scale)
         else:
-            self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype, dims.initial_output_scale, "mlp" in dims.biases)
+            has_biases = "mlp" in dims.biases
+            self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype, dims.initial_output_scale, has_biases, dims.lora)
         if dims.sandwich_norms:
             self.attention_output_norm = make_norm(dims.norm, dims.norm_epsilon)
             self.mlp_output_norm = make_norm(dims.norm, dims.norm_epsilon)

@@ -30,7 +30,7 @@ from memorizing.context import (
 from memorizing.errors import Count, CountOrNone, Factor, FactorAboveZero, Range, Share, UserError, Width
 from memorizing.models import attention as attention_lib
 from memorizing.models.attention.base import Attention, BiasPlace, LayerDims, QKNormKind, ResidualKind
-from memorizing.models.layers import Embedder, HeadKind, MLPKind, NormKind, PositionTable, dropout, make_norm
+from memorizing.models.layers import Embedder, HeadKind, Lora, MLPKind, NormKind, PositionTable, dropout, make_norm
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Mixture
 from memorizing.models.memory.external_memory import Memory
@@ -79,6 +79,7 @@ class LMConfig:
         by a matrix of their own ('untied').
       scales_embedding: whether embeddings are multiplied by sqrt(D).
       final_logit_cap: c, the logits become c * tanh(logits / c); 0 for none.
+      lora: low-rank changes of projections, for light training; None for none.
     """
 
     vocab_size: Width = 259
@@ -115,6 +116,7 @@ class LMConfig:
     final_logit_cap: Factor = 0.0
     product_keys: ProductKeys | None = None
     product_keys_at: tuple[CountOrNone, ...] = ()
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -218,6 +220,7 @@ class LMConfig:
             attention_logit_cap=self.attention_logit_cap,
             sandwich_norms=self.sandwich_norms,
             residuals=self.residuals,
+            lora=self.lora,
         )
 
     @property

@@ -16,7 +16,7 @@ from memorizing.array_typing import Activations, AxesTree, Clock, HeadScale, Tre
 from memorizing.context import Layout, Report, Segment
 from memorizing.errors import UserError
 from memorizing.models import positions
-from memorizing.models.layers import Einsum, MLPKind, NormKind, RMSNorm, parameter
+from memorizing.models.layers import Einsum, Lora, MLPKind, NormKind, RMSNorm, parameter
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.positions import LayerPositions, LearnedPositions, Positions, Rotary
@@ -53,6 +53,7 @@ class LayerDims:
       sandwich_norms: whether what attention and MLP add to the residual is normalised.
       residuals: 'parallel' where attention and MLP read the same x.
       product_keys: a memory in the place of the MLP, or None.
+      lora: low-rank changes of projections, None for none.
     """
 
     embed_dim: int
@@ -76,6 +77,7 @@ class LayerDims:
     sandwich_norms: bool = False
     residuals: ResidualKind = "plain"
     product_keys: ProductKeys | None = None
+    lora: Lora | None = None
 
     @property
     def width(self) -> int:
@@ -111,6 +113,7 @@ class LayerDims:
             "positions": isinstance(self.positions, Rotary),
             "attention_scale": self.attention_scale is not None,
             "attention_logit_cap": self.attention_logit_cap > 0,
+            "lora": self.lora is not None,
         }
         return [name for name, does in departs.items() if does]
 
@@ -143,6 +146,8 @@ class Attention:
 
     Attributes:
       stackable: whether the states of several layers may be stacked for a scan (and copied in every step).
+      is_compiled_apart: whether layers that stand alone are compiled apart from each other, as those of a scan are: so
+        a model computes the same bits when some of its layers get this mechanism.
       can_decode: whether the layer also passes segments that are still being generated: see `context.Decoding`.
       memory_size: slots of its external memory in positions, 0 without one.
       takes_memory_tokens: whether recurrent memory tokens may stand before and after the segment's own.
@@ -156,6 +161,7 @@ class Attention:
     """
 
     stackable: ClassVar[bool] = True
+    is_compiled_apart: ClassVar[bool] = False
     can_decode: ClassVar[bool] = False
     memory_size: ClassVar[int] = 0
     takes_memory_tokens: ClassVar[bool] = True
@@ -323,6 +329,7 @@ def project_to_heads(dims: LayerDims, name: Literal["query", "key", "value"]) ->
         axes=("embed", "heads", "head_dim"),
         dtype=dims.dtype,
         has_bias="qkv" in dims.biases,
+        lora=dims.lora,
         name=name,
     )
 
@@ -336,6 +343,7 @@ def project_from_heads(dims: LayerDims) -> Einsum:
         dtype=dims.dtype,
         initial_scale=dims.initial_output_scale,
         has_bias="output" in dims.biases,
+        lora=dims.lora,
         name="output",
     )
 
