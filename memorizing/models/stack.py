@@ -300,8 +300,17 @@ class Stack:
         (group,) = run.groups
         layer = self._layer(group.attention, update_buffers, is_scanned=False)
         with jax.named_scope(run.name):
-            x, outputs = layer(x, inputs[group.name])
-        return x, {group.name: outputs}
+            x, outputs = layer(self._apart(x), inputs[group.name])
+        return self._apart(x), {group.name: outputs}
+
+    def _apart(self, x: Activations) -> Activations:
+        """Activations between layers that stand alone, if a mechanism asks that these are compiled as in a scan.
+
+        There every layer is a program of its own. Else XLA fuses what two layers do, and leaves out the rounding to
+        bfloat16 between them.
+        """
+        is_asked = any(mechanism.is_compiled_apart for mechanism in self.mechanisms)
+        return jax.lax.optimization_barrier(x) if is_asked else x
 
     def _scan_run(
         self,

@@ -140,6 +140,8 @@ class Attention:
 
     Attributes:
       stackable: whether the states of several layers may be stacked for a scan (and copied in every step).
+      is_compiled_apart: whether layers that stand alone are compiled apart from each other, as those of a scan are: so a
+        model computes the same bits when some of its layers get this mechanism.
       can_decode: whether the layer also passes segments that are still being generated: see `context.Decoding`.
       memory_size: slots of its external memory in positions, 0 without one.
       takes_memory_tokens: whether recurrent memory tokens may stand before and after the segment's own.
@@ -151,6 +153,7 @@ class Attention:
     """
 
     stackable: ClassVar[bool] = True
+    is_compiled_apart: ClassVar[bool] = False
     can_decode: ClassVar[bool] = False
     memory_size: ClassVar[int] = 0
     takes_memory_tokens: ClassVar[bool] = True

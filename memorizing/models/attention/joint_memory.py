@@ -69,6 +69,7 @@ class JointMemoryAttention(MemoryAttention):
     """
 
     takes_all_parts: ClassVar[bool] = True
+    is_compiled_apart: ClassVar[bool] = True
 
     mixing: Literal["learned", "full"] = "learned"
     distances: Literal["true", "constant"] = "true"
