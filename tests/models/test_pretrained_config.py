@@ -12,9 +12,9 @@ import pytest
 from pretrained_models import GOLDEN, NAMES
 
 from memorizing.errors import UserError
+from memorizing.models.positions import Rotary
 from memorizing.models.pretrained.architecture import Architecture
 from memorizing.models.pretrained.reading_config import read_config
-from memorizing.models.positions import Rotary
 
 # As the files on the hub spell them, of versions of transformers before 5.
 LLAMA_32_1B = {
