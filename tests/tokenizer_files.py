@@ -13,7 +13,7 @@ LINES = [f"def function_{index % 17}(self, argument):\n    return  {index} # ét
 
 
 def of_bytes(path: pathlib.Path, size: int = 400, lacking: str = "", **config: Any) -> str:
-    """As GPT-2's: nothing stands before a text. As SmolLM's, where it lacks some of the characters of GPT-2's alphabet."""
+    """As GPT-2's: nothing stands before a text. As SmolLM's it may lack characters of the alphabet of bytes."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()

@@ -36,7 +36,7 @@ _CONFIG_FILE = "tokenizer_config.json"
 _KNOWN_ENDS = ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "</s>", "<eos>")
 # Bytes that occur in no UTF-8.
 _NOT_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-# Bytes that a tokenizer may lack, as SmolLM's does: of control characters, and of planes 4 to 11, which hold nothing yet.
+# Bytes that a tokenizer may lack, as SmolLM's does: control characters, and those of planes 4 to 11, which are empty.
 _RARE = {*range(0x20), 0x7F, 0xF1, 0xF2} - {*b"\t\n\r"}
 
 
