@@ -7,6 +7,8 @@ without which a text would not come back as it was:
 * no space is put before a text;
 * a text is not brought into the normal form NFC (Qwen and Pythia do): other forms get other tokens;
 * what a special token is called is text like any other, where it stands in a document.
+
+A tokenizer may have no token for some control characters. A document that holds one is left out, see `can_write`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,9 +34,10 @@ TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 # Names of tokens that end a document, where nothing tells which one does.
 _KNOWN_ENDS = ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "</s>", "<eos>")
-# Bytes that occur in no UTF-8, and those of which SmolLM has no tokens: of control characters, and of planes of Unicode
-# that are not assigned. A byte without a token is left out of a text.
-_MAY_BE_MISSING = {*range(0x20), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - {*b"\t\n\r"}
+# Bytes that occur in no UTF-8.
+_NOT_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+# Bytes that a tokenizer may lack, as SmolLM's does: control characters, and those of planes 4 to 11, which are empty.
+_RARE = {*range(0x20), 0x7F, 0xF1, 0xF2} - {*b"\t\n\r"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,18 @@ class TokenizerVocabulary:
     def token_id(self, token: str) -> int | None:
         """The id of a token as the file writes it; None where there is none."""
         return self._tokenizer.token_to_id(token)
+
+    @functools.cached_property
+    def _lacking(self) -> re.Pattern[str] | None:
+        """Characters that no tokens stand for."""
+        there = {piece[0] for piece in self._raw_pieces if len(piece) == 1}
+        lead = {0xF1: "\U00040000-\U0007ffff", 0xF2: "\U00080000-\U000bffff"}
+        classes = "".join(lead.get(byte) or f"\\x{byte:02x}" for byte in sorted(_RARE - there))
+        return re.compile(f"[{classes}]") if classes else None
+
+    def can_write(self, text: str) -> bool:
+        """Whether the text comes back from its tokens; else the characters that have none are left out of them."""
+        return self._lacking is None or self._lacking.search(text) is None
 
     def encode(self, text: str) -> np.ndarray:
         given = text if self._is_of_bytes else vocabulary.escape(text)
@@ -257,7 +273,7 @@ def _check_loses_nothing(named: str, made: TokenizerVocabulary) -> None:
     special = "".join(token["content"] for token in added if token["special"])
     text = vocabulary.HARD_TEXT + special + vocabulary.HARD_TEXT
     known = {piece[0] for piece in made._raw_pieces if len(piece) == 1}
-    missing = {*range(256)} - known - _MAY_BE_MISSING
+    missing = {*range(256)} - known - _NOT_UTF8 - _RARE
     if stripping or missing or b"".join(made.pieces(made.encode(text))) != text.encode():
         raise DataError(
             f"{named} does not give back every text as it was: give a tokenizer of bytes (GPT-2, Llama 3, Qwen), or one "

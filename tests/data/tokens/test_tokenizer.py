@@ -146,6 +146,16 @@ def test_a_cache_has_a_copy_of_its_own(files, loaded, tmp_path):
         _ = token_cache.open_cache(path).vocabulary
 
 
+def test_characters_without_tokens_are_known(tmp_path):
+    # GPT-2's characters for the bytes 4 and 241.
+    used = vocabulary_files.load(tokenizer_files.of_bytes(tmp_path, size=390, lacking="\u0104ñ"))
+    assert vocabulary_files.can_write(used, "any é text\t\n\x05\U0001f600")
+    for text in ("a\x04b", "a\U00050000b"):
+        assert not vocabulary_files.can_write(used, text) and used.decode(used.encode(text)) != text
+    with pytest.raises(DataError, match="tokenizer of bytes"):
+        vocabulary_files.load(tokenizer_files.of_bytes(tmp_path, size=390, lacking="ª"))
+
+
 def test_ids_that_stand_for_nothing_are_never_written(loaded):
     used = loaded["bytes"]
     assert used.unused_ids == (used.token_id("<|pad|>"),)
