@@ -231,7 +231,9 @@ class Evaluator:
             sums.add(*segment)
         return sums.result(source)
 
-    def read(self, params: Tree, buffers: Tree, source: DataSource, ablation: Ablation = "none") -> Iterator[ReadSegment]:
+    def read(
+        self, params: Tree, buffers: Tree, source: DataSource, ablation: Ablation = "none"
+    ) -> Iterator[ReadSegment]:
         """The same, segment by segment: what `run` adds up."""
         size = (self._num_rows, self._segment_length)
         others = OtherDocuments(source, *size) if ablation == "memory_of_another_document" else None

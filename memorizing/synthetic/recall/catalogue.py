@@ -19,7 +19,7 @@ from memorizing.synthetic.recall.passkey import Passkey
 from memorizing.synthetic.recall.prompt import PromptTask
 from memorizing.synthetic.task import SyntheticTask
 
-_PAIRS = (4, 8, 16, 32, 64, 128, 256)
+_PAIRS = (2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Exercise(NamedTuple):
@@ -162,7 +162,9 @@ def _own(reader: Reader, kind: type[Any], suite: str) -> Any:
 
 
 def _passkey(reader: Reader, length: int) -> list[Exercise]:
-    return [Exercise("passkey", "passkey", {"segments": length}, Passkey(eval_segments=length, language=_words(reader)))]
+    return [
+        Exercise("passkey", "passkey", {"segments": length}, Passkey(eval_segments=length, language=_words(reader)))
+    ]
 
 
 def _ruler(reader: Reader, length: int) -> list[Exercise]:
