@@ -109,7 +109,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_without_memory_nothing_of_the_facts_is_seen(run) -> None:
-    """Other pairs in the first segment change nothing in the last one when the memory is cleared, and much otherwise."""
+    """Other pairs in the first segment change nothing in the last one if the memory is cleared, and much otherwise."""
 
     class Changed:
         """The same questions behind other pairs."""
@@ -141,7 +141,7 @@ def test_without_memory_nothing_of_the_facts_is_seen(run) -> None:
 
 
 def test_what_is_generated_is_the_most_likely_continuation(run) -> None:
-    """Read again as a whole, a prompt and what was generated behind it predict just that; rows do not disturb others."""
+    """A prompt with the first token of its continuation is continued by the rest; rows do not disturb others."""
     mesh = run.experiment.mesh.make_mesh(jax.devices()[:1])
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 259, length).astype(np.int32) for length in (13, 8, 30)]
