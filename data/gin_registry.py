@@ -2,6 +2,9 @@
 
 from memorizing.config.types import register
 from memorizing.data.streams.sources import CachedCorpus, Mixture
+from memorizing.data.tokens.vocabulary import ByteVocabulary
 
 register(CachedCorpus)
 register(Mixture)
+# Of texts that are made, such as the prompts of recall suites.
+register(ByteVocabulary)

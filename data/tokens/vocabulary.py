@@ -52,9 +52,9 @@ class _SpecialIds:
 class ByteVocabulary(_SpecialIds):
     """UTF-8 bytes after the three special ids, as ByT5."""
 
-    name: str = "bytes"
-    size: int = _NUM_SPECIAL + 256
-    digest: str = "bytes"
+    name: str = dataclasses.field(default="bytes", init=False)
+    size: int = dataclasses.field(default=_NUM_SPECIAL + 256, init=False)
+    digest: str = dataclasses.field(default="bytes", init=False)
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _NUM_SPECIAL

@@ -14,14 +14,16 @@ from memorizing.commands import experiment_flags
 from memorizing.commands.results import write_files
 from memorizing.config.runs import open_run
 from memorizing.errors import UserError
-from memorizing.evaluation.evaluator import num_rows_side_by_side
+from memorizing.evaluation.evaluator import Evaluator, num_rows_side_by_side
 from memorizing.evaluation.finished_run import FinishedRun
-from memorizing.evaluation.suites import controls, summary
+from memorizing.evaluation.suites import controls, long_ppl, summary
 from memorizing.evaluation.suites.run import Line, run_exercise
 from memorizing.runtime import sharding
+from memorizing.runtime.tables import align
 from memorizing.synthetic.recall import catalogue
 
 LONGEST = 2**20
+LONG_PPL = "long_ppl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,15 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --suite: of each task at each length (default: 32)",
     )
     parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="with --suite: continue prompts as well, for the benchmarks' own scores of generated text",
+    )
+    parser.add_argument(
+        "--key_tokens",
+        metavar="FILE",
+        help="with --suite=long_ppl: key tokens that another run has chosen (default: those that this run's memory helps)",
+    )
+    parser.add_argument(
         "--longest_window",
         type=experiment_flags.SIDE_BY_SIDE.of(int),
         default=2048,
         metavar="N",
         help="with --suite: samples of up to so many tokens are also read in one window (default: 2048)",
     )
-
-
-LONG_PPL = "long_ppl"
 
 
 def run(options: argparse.Namespace, bindings: Sequence[str], folder_name: str) -> str:
@@ -60,6 +69,14 @@ def run(options: argparse.Namespace, bindings: Sequence[str], folder_name: str) 
     names = [name.strip() for name in options.suite.split(",")]
     experiment = finished.experiment
     finished.check_data()
+    if names == [LONG_PPL]:
+        return _long_ppl(finished, options, folder_name)
+    if LONG_PPL in names:
+        raise UserError(f"--suite={options.suite}: {LONG_PPL} reads the run's own documents and stands alone")
+    if options.key_tokens:
+        raise UserError(f"--key_tokens={options.key_tokens} is for --suite={LONG_PPL}")
+    if options.generate and jax.process_count() > 1:
+        raise UserError("--generate continues prompts in one process: leave it out, or start a single one")
     reader = catalogue.Reader(experiment.data, experiment.model.vocab_size, experiment.batch.segment_length)
     exercises = catalogue.exercises(names, reader, _lengths(options.lengths), options.samples)
     lines = _run_all(finished, exercises, options)
@@ -83,12 +100,48 @@ def _run_all(finished: FinishedRun, exercises: Sequence[catalogue.Exercise], opt
         params, buffers = finished.variables_on(mesh)
         for exercise in exercises:
             started = time.monotonic()
-            found = run_exercise(exercise, settings, evaluators, params, buffers, length, options.seed)
+            found = run_exercise(
+                exercise, settings, evaluators, params, buffers, length, options.seed, options.generate
+            )
             lines += [origin | line for line in found]
             seconds = time.monotonic() - started
             what = ", ".join(f"{value} {name}" for name, value in exercise.settings.items())
             print(f"{exercise.task}, {what}  ({seconds:.1f} s)", flush=True)
     return lines
+
+
+def _long_ppl(finished: FinishedRun, options: argparse.Namespace, folder_name: str) -> str:
+    """Self-LongPPL on the run's held-out documents."""
+    experiment = finished.experiment
+    data = experiment.data
+    settings = [setting for setting in controls.settings_of(experiment) if not setting.is_one_window]
+    if data.num_eval_documents < 2:
+        settings = [setting for setting in settings if setting.name not in (controls.ANOTHERS, controls.SHUFFLED)]
+    chosen = long_ppl.read_key_tokens(options.key_tokens, data.identity) if options.key_tokens else None
+    mesh = experiment.mesh.make_mesh()
+    num_rows = num_rows_side_by_side(data, options.rows or experiment.batch.num_rows, mesh)
+    losses = {}
+    with jax.set_mesh(mesh):
+        params, buffers = finished.variables_on(mesh)
+        for setting in settings:
+            evaluator = Evaluator(setting.model, num_rows, experiment.batch.segment_length, mesh)
+            read = evaluator.read(params, buffers, data, setting.ablation)
+            losses[setting.name] = long_ppl.losses_of(read)
+            print(f"{setting.name}: read", flush=True)
+    own = {"workdir": str(finished.workdir), "step": finished.step, "weights": finished.weights}
+    as_trained, without, *_ = losses.values()
+    key_tokens = chosen or long_ppl.choose(without, as_trained, data.identity, own)
+    found = {name: long_ppl.figures(each, key_tokens, options.seed) for name, each in losses.items()}
+    content = own | {"data": data.identity, "chosen_by": key_tokens.chosen_by, "settings": found}
+    files = {"long_ppl.json": (json.dumps(content, indent=2) + "\n").encode()}
+    if not chosen:
+        files["key_tokens.json"] = key_tokens.to_json().encode()
+    folder = finished.workdir / folder_name
+    by = "this run" if not chosen else str(key_tokens.chosen_by.get("workdir"))
+    share = next(iter(found.values()))["share"]
+    head = f"perplexity of {key_tokens.number:,} key tokens ({share:.2%} of all), chosen by {by}:"
+    rows = align(long_ppl.table(found))
+    return f"\n{head}\n{rows}\n\nwritten to {folder}: {write_files(folder, files)}"
 
 
 def _lengths(text: str | None) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -12,6 +11,7 @@ from memorizing.errors import UserError
 from memorizing.evaluation import baselines
 from memorizing.evaluation.evaluator import Ablation, Evaluator
 from memorizing.evaluation.suites.answers import OneWindow, RecallTask
+from memorizing.evaluation.suites.greedy import Greedy
 from memorizing.models.language_model import LMConfig
 from memorizing.training.experiment import Experiment
 
@@ -84,6 +84,7 @@ class Evaluators:
         self._segment_length = segment_length
         self._mesh = mesh
         self._most = most_in_a_window
+        self._greedy: dict[LMConfig, Greedy] = {}
         self._made: dict[tuple[LMConfig, int], Evaluator] = {}
 
     def prepare(self, setting: Setting, source: RecallTask) -> Prepared | None:
@@ -101,12 +102,14 @@ class Evaluators:
             return None
         return Prepared(self._evaluator(model, window.length), window)
 
+    def greedy(self, setting: Setting) -> Greedy:
+        """What generates in a setting."""
+        if setting.model not in self._greedy:
+            self._greedy[setting.model] = Greedy(setting.model, self._num_rows, self._segment_length, self._mesh)
+        return self._greedy[setting.model]
+
     def _evaluator(self, model: LMConfig, length: int) -> Evaluator:
         key = (model, length)
         if key not in self._made:
             self._made[key] = Evaluator(model, self._num_rows, length, self._mesh)
         return self._made[key]
-
-
-# What is told after every cell: a line of progress.
-Tell = Callable[[str], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from memorizing.array_typing import Tree
 from memorizing.evaluation import bootstrap
 from memorizing.evaluation.suites.answers import Answers, Exercise, RecallTask, Spans, answers_of, spans_of
 from memorizing.evaluation.suites.controls import Evaluators, Setting
+from memorizing.evaluation.suites.greedy import PromptTask, own_score
 
 Line = dict[str, Any]
 
@@ -26,6 +27,7 @@ def run_exercise(
     buffers: Tree,
     segment_length: int,
     seed: int,
+    generates: bool = False,
 ) -> Iterator[Line]:
     """Asks for all answers of an exercise in every setting.
 
@@ -36,6 +38,7 @@ def run_exercise(
       params, buffers: of the model.
       segment_length: T of the run.
       seed: of the bootstrap over samples.
+      generates: whether prompts are also continued, for the benchmark's own score, as trained and with nothing carried.
 
     Yields:
       A JSON-able line for each setting; `accuracy` is None where it cannot read the samples.
@@ -64,7 +67,12 @@ def run_exercise(
         answers = answers_of(spans, segments, length)
         # What is carried has a size in the segments of the run; one window carries nothing.
         carried = 0 if setting.is_one_window else setting.model.state_bytes(segment_length)
-        yield line | {"bytes_carried": carried} | figures(spans, answers, seed)
+        line |= {"bytes_carried": carried} | figures(spans, answers, seed)
+        if generates and setting in settings[:2] and hasattr(source, "held_out_prompt"):
+            prompts = cast(PromptTask, source)
+            greedy = evaluators.greedy(setting)
+            line["generated"] = own_score(prompts, greedy, params, buffers, segment_length, setting.ablation)
+        yield line
 
 
 def figures(spans: Spans, answers: Answers, seed: int) -> Line:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,13 +14,14 @@ from memorizing.synthetic.dictionary import DictionaryLookup
 from memorizing.synthetic.facts import FactTask
 from memorizing.synthetic.recall import ruler
 from memorizing.synthetic.recall.babilong import BABILong
-from memorizing.synthetic.recall.language import HeldOutDocuments, Language, TextLanguage
+from memorizing.synthetic.recall.language import HeldOutDocuments, Language, StandardLibrary, TextLanguage
 from memorizing.synthetic.recall.mqar import MQAR, AssociativeRecall, SegmentedMQAR
 from memorizing.synthetic.recall.passkey import Passkey
 from memorizing.synthetic.recall.prompt import PromptTask
 from memorizing.synthetic.task import SyntheticTask
 
-_PAIRS = (4, 8, 16, 32, 64, 128, 256)
+_LEAST_SENTENCES = 200
+_PAIRS = (2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Exercise(NamedTuple):
@@ -37,7 +39,8 @@ class Exercise(NamedTuple):
     source: SyntheticTask
 
 
-class Reader(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Reader:
     """What is evaluated.
 
     Attributes:
@@ -55,13 +58,19 @@ class Reader(NamedTuple):
         """What it is trained on; of a curriculum, what it comes to."""
         return self.data.task if isinstance(self.data, Curriculum) else self.data
 
-    @property
+    # Once: its prose is decoded and encoded.
+    @functools.cached_property
     def language(self) -> Language | None:
         """What prompts for it are written in; None where it reads plain ids without words."""
         if isinstance(self.task, PromptTask):
             return self.task.language
         text = text_of(self.data)
-        return TextLanguage(text.vocabulary, HeldOutDocuments(text, self.data.identity)) if text else None
+        if text is None:
+            return None
+        documents = HeldOutDocuments(text, self.data.identity)
+        # Of short documents, or none that has sentences, no haystack can be made.
+        has_prose = len(documents.sentences()) >= _LEAST_SENTENCES
+        return TextLanguage(text.vocabulary, documents if has_prose else StandardLibrary())
 
 
 def exercises(names: Sequence[str], reader: Reader, lengths: Sequence[int], samples: int) -> list[Exercise]:
@@ -101,7 +110,9 @@ def _fits(exercise: Exercise, reader: Reader) -> bool:
     if exercise.source.vocab_size > reader.vocab_size:
         return False
     try:
-        exercise.source.held_out_text(0, reader.segment_length)
+        # All of them: samples of one task differ a little in what they take.
+        for index in range(exercise.source.num_eval_samples):
+            exercise.source.held_out_text(index, reader.segment_length)
     except UserError:
         return False
     return True

@@ -172,7 +172,6 @@ class SegmentedMQAR(AssociativeRecall):
       eval_gap: of held-out samples.
     """
 
-    num_segments: CountOrNone = 4
     # Held-out samples are as long as their gap makes them.
     eval_segments: Count = dataclasses.field(default=2, init=False)
     num_queries: CountOrNone = 0

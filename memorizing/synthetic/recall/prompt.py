@@ -118,8 +118,8 @@ class TooShort(ValueError):
 def fitted(lengths: np.ndarray, room: int, length: int, step: int) -> int:
     """How many units of a haystack fit.
 
-    As published, this is a multiple of a step, unless that would leave more than a twentieth of the haystack away: steps
-    are made for the subwords of large models. Where prompts are short, any number will do.
+    As published, this is a multiple of a step, unless that would leave more than a twentieth of the haystack away:
+    steps are made for the subwords of large models. Where prompts are short, any number will do.
 
     Args:
       lengths: int [units], tokens of each.

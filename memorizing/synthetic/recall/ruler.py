@@ -10,6 +10,7 @@ where a haystack begins, the places of common words.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -71,7 +72,7 @@ NIAH = {
     "niah_multiquery": Niah("essay", "words", "numbers", num_keys=4, num_queries=4),
 }
 # Tasks whose prose or words are others than the published ones.
-DIFFERENT = tuple(name for name, task in NIAH.items() if task.haystack == "essay" or task.key == "words") + ("cwe",)
+DIFFERENT = {name for name, task in NIAH.items() if task.haystack == "essay" or task.key == "words"} | {"cwe"}
 TASKS: tuple[Name, ...] = get_args(Name)
 
 # As published: tokens to generate, and units by which haystacks are fitted. A sentence has about twenty words.
@@ -244,7 +245,7 @@ class Ruler(PromptTask):
         """Writes a whole prompt with its answers; returns the question."""
         encode = self.language.encode
         statements = [templates.VT_FIRST.format(names[0], value)]
-        statements += [templates.VT_NEXT.format(after, before) for before, after in zip(names, names[1:], strict=False)]
+        statements += [templates.VT_NEXT.format(after, before) for before, after in itertools.pairwise(names)]
         encoded = [encode("\n" + statement) for statement in statements]
         draft.add(encode(templates.VT_TASK + "\n"))
         places = np.sort(rng.choice(max(len(units), len(names)), len(names), replace=False))

@@ -39,8 +39,8 @@ def _cleaned(prediction: str) -> str:
 def babilong(prediction: str, target: str, question: str, labels: Collection[str]) -> float:
     """BABILong's: of the labels in the first sentence, less those in the question, the target is the only one.
 
-    Labels occur as parts of text. Those of the question are never counted, not even where the target is one of them. The
-    published code also cuts at "Question", but only after lower-casing, so that it never does.
+    Labels occur as parts of text. Those of the question are never counted, not even where the target is one of them.
+    The published code also cuts at "Question", but only after lower-casing, so that it never does.
     """
     text = prediction.lower().split(".")[0]
     for mark in ("<context>", "<example>"):
