@@ -68,6 +68,8 @@ setup(
         "bench": ["faiss-cpu", "torch"],
         "dev": ["pre-commit", "pyright[nodejs]"],
         "docs": ["zensical>=0.0.73"],
+        # Workdirs, caches and archives in gs://, without TensorFlow.
+        "gcs": ["gcsfs"],
         "prep": ["apache-beam>=2.77"],
         # The two of Kubernetes check what `launch gke` emits.
         "test": [
@@ -80,6 +82,7 @@ setup(
             "ruff",
         ],
         "tpu": ["jax[tpu]"],
+        "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["memorizing = memorizing.main:main"]},
 )

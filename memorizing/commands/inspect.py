@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, Lookups, inspect, recall_of
 from memorizing.evaluation.inspection.page import make_page
 from memorizing.runtime.json_lines import replace_bytes, replace_text
+from memorizing.runtime.progress import bar
 
 FOLDER = "inspection"
 MAX_TOKENS = 100_000
@@ -84,18 +84,17 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
         f"{document.name}: {num_tokens:,} of {len(whole.tokens):,} tokens, with memories of {smaller:,} and {larger:,}",
         flush=True,
     )
-    progress = _Progress(2 * num_tokens)
     params, buffers = jax.device_put((finished.params, finished.buffers))
-    inspection = inspect(
-        finished.experiment.model,
-        params,
-        buffers,
-        DocumentTokens(document.tokens, finished.experiment.data.start_id),
-        sizes,
-        finished.experiment.batch.segment_length,
-        progress.advance,
-    )
-    progress.end()
+    with bar(f"compiling, then reading {document.name} twice", 2 * num_tokens) as shown:
+        inspection = inspect(
+            finished.experiment.model,
+            params,
+            buffers,
+            DocumentTokens(document.tokens, finished.experiment.data.start_id),
+            sizes,
+            finished.experiment.batch.segment_length,
+            shown.advance,
+        )
     print(_write(finished, document, inspection, len(whole.tokens)))
     return 0
 
@@ -252,21 +251,3 @@ def _tokens_only(data: DataSource, given: str | None, segment_length: int) -> Na
     tokens = np.concatenate(parts)
     pieces = [f"{token} ".encode() for token in tokens.tolist()]
     return NamedDocument(f"document {number}", tokens, pieces)
-
-
-class _Progress:
-    """A live line on a terminal, and nothing in a log."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._is_live = sys.stdout.isatty()
-
-    def advance(self, tokens: int) -> None:
-        self._done += tokens
-        if self._is_live:
-            print(f"\r\x1b[Kread {self._done / self._total:.0%}", end="", flush=True)
-
-    def end(self) -> None:
-        if self._is_live:
-            print("\r\x1b[K", end="", flush=True)

@@ -71,12 +71,20 @@ class MetricsHook(Hook):
             self._progress.say(f"from step {step} on: {num_segments} segments a row")
             self._progress.restart_clock(step - 1)
             self._compiling.add(step)
+        if step in self._compiling:
+            self._progress.begin_compiling(step)
 
     def after_step(self, step: int, metrics: Metrics) -> None:
         self.flush()
         self._pending = (step, metrics)
 
+    def at_end(self) -> None:
+        # The last step is read by the checkpoint that follows.
+        self.flush()
+        self._progress.close()
+
     def close(self) -> None:
+        self._progress.close()
         self._writer.close()
 
     def flush(self) -> None:
@@ -95,6 +103,7 @@ class MetricsHook(Hook):
             what = f"step {step}: the loss is {loss} and the norm of the gradient {norm}"
             raise NonFiniteLoss(what, self._checkpointer.steps)
         self.has_progressed = True
+        self._progress.advance()
         if step % self._loop.log_every == 0 or step == self._loop.num_steps or step in self._compiling:
             self._log(step, flatten(metrics))
 
