@@ -66,6 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     _show_what_can_be_shown()
     leave_out_absent_tpus(os.environ)
+    if arguments[:1] != ["prepare"]:
+        # etils would read and write object stores through TensorFlow, where that is installed.
+        os.environ.setdefault("EPATH_USE_TF", "false")
     if arguments[:1] == ["train"]:
         # Until the run itself listens, after seconds of imports: there is nothing yet to be saved.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_START_AGAIN))
