@@ -74,6 +74,7 @@ setup(
         # The two of Kubernetes check what `launch gke` emits.
         "test": [
             "beartype",
+            "gcsfs",
             "hypothesis",
             "kubeflow-trainer-api",
             "kubernetes-validate",
