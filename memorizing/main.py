@@ -137,6 +137,12 @@ def _run(arguments: list[str]) -> int:
         # Whoever reads, such as `head`, has seen enough; Python flushes once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except ImportError as error:
+        if not re.search(r"\b(gcsfs|s3fs)\b", str(error)):
+            raise
+        # A token cache, say, lies in an object store.
+        print(f"memorizing: {error} (pip install 'memorizing[gcs]' for gs://)", file=sys.stderr)
+        return EXIT_USER_ERROR
     except Exception as error:
         lack = what_the_machine_lacks(error)
         if lack is None:

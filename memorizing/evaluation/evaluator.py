@@ -186,6 +186,8 @@ class Evaluator:
         self._on_step = on_step
         # Ablations whose program there is.
         self._compiled: set[Ablation] = set()
+        # By identity of a source, how many tokens it has.
+        self._num_tokens: dict[str, int] = {}
         self._rows = RowPlacement(mesh, num_rows)
         abstract = jax.eval_shape(init_context)
         shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
@@ -237,22 +239,32 @@ class Evaluator:
             return self._rows.gather((result, placed, *place)), context
 
         segments = source.evaluation_batches(*size, *rows)
-        with _Reading(source, ablation, is_compiled=ablation in self._compiled) as reading:
+        is_compiled = ablation in self._compiled
+        with _Reading(source, ablation, is_compiled, self._num_tokens.get(source.identity)) as reading:
             context = (self._init_context(), self._init_context()) if others else self._init_context()
             for result, _ in read_segments(step, context, segments):
                 sums.add(*result)
                 reading.has_read(sums.num_tokens)
         self._compiled.add(ablation)
+        self._num_tokens[source.identity] = sums.num_tokens
         return sums.result(source)
 
 
 class _Reading:
-    """The bar of an evaluation, on a terminal: compiling, then reading, with the time left where texts are read."""
+    """The bar of an evaluation, on a terminal: compiling, then reading, with the time left where that can be known."""
 
-    def __init__(self, source: DataSource, ablation: Ablation, is_compiled: bool) -> None:
+    def __init__(self, source: DataSource, ablation: Ablation, is_compiled: bool, num_tokens: int | None) -> None:
+        """
+        Args:
+          source, ablation: what is read, and how.
+          is_compiled: whether there is a program for it.
+          num_tokens: that the source has; None if it was not read before.
+        """
         self._what = "held-out documents" + ("" if ablation == "none" else f", {ablation.replace('_', ' ')}")
         self._bar = Bar(f"{'reading' if is_compiled else 'compiling the evaluation of'} {self._what}")
-        self._total = _num_tokens(source) if self._bar.is_live else None
+        self._total = num_tokens
+        if num_tokens is None and self._bar.is_live:
+            self._total = _num_tokens(source)
         self._done = 0
 
     def __enter__(self) -> _Reading:

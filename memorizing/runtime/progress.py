@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import rich.console
 import rich.progress
+import rich.text
 
 from memorizing.runtime import distributed
 
@@ -66,6 +67,14 @@ def is_live() -> bool:
     return distributed.is_primary() and sys.stdout.isatty()
 
 
+class _TimeLeft(rich.progress.TimeRemainingColumn):
+    """'0:01:20 left', and nothing where that cannot be known: beside the time that has passed it would be taken for it."""
+
+    def render(self, task: rich.progress.Task) -> rich.text.Text:
+        time_left = super().render(task)
+        return time_left.append(" left") if time_left.plain else time_left
+
+
 class _Display:
     """The bars that are open, on standard output."""
 
@@ -106,8 +115,7 @@ class _Display:
             rich.progress.BarColumn(bar_width=20),
             rich.progress.TaskProgressColumn(),
             rich.progress.TimeElapsedColumn(),
-            rich.progress.TextColumn("left"),
-            rich.progress.TimeRemainingColumn(),
+            _TimeLeft(),
         )
         console = rich.console.Console(file=sys.stdout)
         # What goes to standard error goes there, unless that is this terminal.

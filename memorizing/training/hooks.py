@@ -11,6 +11,7 @@ from etils import epath
 from memorizing.runtime import distributed
 from memorizing.runtime.events import EventLog
 from memorizing.runtime.metrics import MetricWriter, Progress, Values, flatten, perplexity
+from memorizing.runtime.progress import bar
 from memorizing.training.checkpoint import Checkpointer, NotFinite
 from memorizing.training.experiment import Experiment
 from memorizing.training.loop import Hook, NonFiniteLoss
@@ -175,7 +176,7 @@ class CheckpointHook(Hook):
         self._save()
         step = self._training.step
         self._metrics.write_times("steps", step)
-        with self._events.measure("save", step=step):
+        with self._events.measure("save", step=step), bar(f"saving step {step}"):
             self._checkpointer.wait()
         return step
 

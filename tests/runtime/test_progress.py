@@ -60,6 +60,7 @@ def test_a_terminal_shows_what_is_compiled_the_figures_and_the_time_left(monkeyp
     progress.begin_compiling(1)
     time.sleep(0.4)
     assert "compiling the training step (step 1)" in seen(terminal)
+    assert not re.search(r"\d left", seen(terminal)), "nothing is known yet"
     progress.advance()
     progress.advance()
     progress.show(2, VALUES, is_first=False)
@@ -67,7 +68,7 @@ def test_a_terminal_shows_what_is_compiled_the_figures_and_the_time_left(monkeyp
     time.sleep(0.4)
     text = seen(terminal)
     assert "step 2/4  loss 3.5000  perplexity 33.12  7,214 tokens/s" in text
-    assert " 50%" in text and re.search(r"left \d:\d\d:\d\d", text)
+    assert " 50%" in text and re.search(r"\d:\d\d:\d\d \d:\d\d:\d\d left", text)
     assert "held-out documents at step 2\n" in text
     progress.close()
     # The last of the bar is that it goes, and the cursor is there.

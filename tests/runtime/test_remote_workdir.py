@@ -81,6 +81,20 @@ def test_a_run_there_is_stopped_goes_on_and_is_evaluated():
         assert not any(".lock-" in name for name in store.objects)
 
 
+def test_a_library_that_is_missed_later_is_told_in_a_line():
+    """Where another path than the workdir's, such as that of a token cache, lies there."""
+    code = (
+        "import importlib.util, sys\n"
+        "importlib.util.find_spec, sys.modules['gcsfs'] = (lambda name: True), None\n"
+        "from memorizing import main\n"
+        "main.main(['status', 'gs://bucket/run'])"
+    )
+    environment = os.environ | {"EPATH_USE_TF": "false"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("\n") == 1 and "pip install 'memorizing[gcs]'" in ended.stderr
+
+
 def test_where_it_cannot_be_read_a_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
