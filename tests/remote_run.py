@@ -70,6 +70,12 @@ def looking(folder: str) -> None:
     (workdir / ".lock-elsewhere").unlink()
     assert shown("status", str(workdir))["checkpoint"] == 40
     assert {*shown("runs", folder)} == {"written"}
+    # What another machine adds to what was listed and read: a run, and lines of one.
+    write_elsewhere(f"{folder}/second/config.gin", "")
+    grown = (workdir / "metrics.jsonl").read_text() + json.dumps({"step": 41, "kind": "train", "loss": 1.0}) + "\n"
+    write_elsewhere(f"{workdir}/metrics.jsonl", grown)
+    assert {*shown("runs", folder)} == {"written", "second"}
+    assert shown("status", str(workdir))["step"] == 41
     assert main._run(["report", str(workdir)]) == 0
     assert "<svg" in (workdir / "report.html").read_text()
 

@@ -65,7 +65,7 @@ def resolve(path: str) -> epath.Path:
 
 
 def see_what_others_write() -> None:
-    """Has object stores list what is there now: a run is watched, and locked, by other machines' files.
+    """Has object stores list what is there now: a file that another machine has changed was read to its old length.
 
     It also keeps etils from reading them through TensorFlow, which this library never loads.
     """
