@@ -103,9 +103,9 @@ def test_the_memory_is_what_predicts_later_passages(memory_size: int, ablation: 
 class Documents:
     """Held-out documents of given lengths, read in groups: rows of a group that run out early hold padding."""
 
-    identity: str = "documents"
     lengths: tuple[int, ...] = (23, 5, 16, 1, 40)
     document_bytes: tuple[int, ...] = (46, 10, 32, 2, 80)
+    identity: str = "documents"
 
     def document(self, index: int) -> np.ndarray:
         return np.random.default_rng(index).integers(1, VOCAB, self.lengths[index], np.int32)
