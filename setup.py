@@ -76,6 +76,8 @@ setup(
         "documents": ["backports.zstd; python_version < '3.14'", "pyarrow", "pypdf"],
         # What pretrained models are held against.
         "parity": ["torch", "transformers"],
+        # Workdirs, caches and archives in gs://, without TensorFlow.
+        "gcs": ["gcsfs"],
         "prep": ["apache-beam>=2.77"],
         # Models and vocabularies of others.
         "pretrained": ["gguf", "tokenizers"],
@@ -83,6 +85,7 @@ setup(
         "test": [
             "backports.zstd; python_version < '3.14'",
             "beartype",
+            "gcsfs",
             "hypothesis",
             "kubeflow-trainer-api",
             "kubernetes-validate",
@@ -94,6 +97,7 @@ setup(
             "tokenizers",
         ],
         "tpu": ["jax[tpu]"],
+        "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["memorizing = memorizing.main:main"]},
 )

@@ -68,6 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     _show_what_can_be_shown()
     leave_out_absent_tpus(os.environ)
+    if arguments[:1] != ["prepare"]:
+        # etils would read and write object stores through TensorFlow, where that is installed.
+        os.environ.setdefault("EPATH_USE_TF", "false")
     if arguments[:1] == ["train"]:
         # Until the run itself listens, after seconds of imports: there is nothing yet to be saved.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_START_AGAIN))
@@ -136,6 +139,12 @@ def _run(arguments: list[str]) -> int:
         # Whoever reads, such as `head`, has seen enough; Python flushes once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except ImportError as error:
+        if not re.search(r"\b(gcsfs|s3fs)\b", str(error)):
+            raise
+        # A token cache, say, lies in an object store.
+        print(f"memorizing: {error} (pip install 'memorizing[gcs]' for gs://)", file=sys.stderr)
+        return EXIT_USER_ERROR
     except Exception as error:
         lack = what_the_machine_lacks(error)
         if lack is None:

@@ -35,7 +35,7 @@ LoopConfig.profile_steps = \\
 HEADS = 2
 
 
-def write(folder: pathlib.Path, size: int = 2048, steps: int = 40, end: str = "end") -> epath.Path:
+def write(folder: pathlib.Path | epath.Path, size: int = 2048, steps: int = 40, end: str = "end") -> epath.Path:
     """A run of one memory of two heads.
 
     Args:
@@ -70,6 +70,8 @@ def write_checkpoint(workdir: epath.Path, step: int) -> None:
     path = checkpoint_record(workdir / CHECKPOINTS, step)
     path.parent.mkdir(parents=True)
     write_record(path, {"step": step, "rows": {}, "checksums": {}})
+    # What counts in an object store.
+    (workdir / CHECKPOINTS / str(step) / "commit_success.txt").write_text("complete")
 
 
 def metrics(step: int) -> dict[str, float]:

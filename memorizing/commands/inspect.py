@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from memorizing.evaluation.inspection.attention_page import make_attention_page
 from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, Lookups, inspect, recall_of
 from memorizing.evaluation.inspection.page import make_page
 from memorizing.runtime.json_lines import replace_bytes, replace_text
+from memorizing.runtime.progress import bar
 
 FOLDER = "inspection"
 ATTENTION_PAGE = "attention.html"
@@ -128,17 +128,16 @@ def _inspect_memory(
         f"{document.name}: {num_read:,} of {num_tokens:,} tokens, with memories of {smaller:,} and {larger:,}",
         flush=True,
     )
-    progress = _Progress(2 * num_read)
-    inspection = inspect(
-        finished.experiment.model,
-        params,
-        buffers,
-        DocumentTokens(document.tokens, finished.experiment.data.start_id),
-        sizes,
-        finished.experiment.batch.segment_length,
-        progress.advance,
-    )
-    progress.end()
+    with bar(f"compiling, then reading {document.name} twice", 2 * num_read) as shown:
+        inspection = inspect(
+            finished.experiment.model,
+            params,
+            buffers,
+            DocumentTokens(document.tokens, finished.experiment.data.start_id),
+            sizes,
+            finished.experiment.batch.segment_length,
+            shown.advance,
+        )
     return _write(finished, document, inspection, num_tokens)
 
 
@@ -153,16 +152,15 @@ def _inspect_attention(
     segment_length = finished.experiment.batch.segment_length
     num_read = len(document.tokens)
     print(f"{document.name}: attention of {num_read:,} of {num_tokens:,} tokens", flush=True)
-    progress = _Progress(num_read)
-    reading = read_attention(
-        finished.experiment.model,
-        params,
-        buffers,
-        DocumentTokens(document.tokens, finished.experiment.data.start_id),
-        segment_length,
-        progress.advance,
-    )
-    progress.end()
+    with bar(f"compiling, then reading {document.name}", num_read) as shown:
+        reading = read_attention(
+            finished.experiment.model,
+            params,
+            buffers,
+            DocumentTokens(document.tokens, finished.experiment.data.start_id),
+            segment_length,
+            shown.advance,
+        )
     facts = _facts(finished, num_read, num_tokens)
     page = make_attention_page(document.name, reading, document.pieces, segment_length, facts)
     folder = _folder(finished, document)
@@ -336,21 +334,3 @@ def _tokens_only(data: DataSource, given: str | None, segment_length: int) -> Na
     tokens = np.concatenate(parts)
     pieces = [f"{token} ".encode() for token in tokens.tolist()]
     return NamedDocument(f"document {number}", tokens, pieces)
-
-
-class _Progress:
-    """A live line on a terminal, and nothing in a log."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._is_live = sys.stdout.isatty()
-
-    def advance(self, tokens: int) -> None:
-        self._done += tokens
-        if self._is_live:
-            print(f"\r\x1b[Kread {self._done / self._total:.0%}", end="", flush=True)
-
-    def end(self) -> None:
-        if self._is_live:
-            print("\r\x1b[K", end="", flush=True)

@@ -15,6 +15,7 @@ from memorizing.commands import experiment_flags
 from memorizing.config.loading import load_experiment
 from memorizing.cost import flops_report
 from memorizing.errors import Range, UserError
+from memorizing.runtime.progress import bar
 
 # The paper's setting, on its pod of 32 cores.
 DEFAULT_RUN = "runs/table4_context512_memory65536_xl512.gin"
@@ -69,7 +70,8 @@ def _plan_topology(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     from memorizing.cost.plan import plan
     from memorizing.cost.plan_report import as_json, as_text
 
-    planned = plan(experiment, options.topology, options.slices)
+    with bar(f"compiling the training step for {options.topology}"):
+        planned = plan(experiment, options.topology, options.slices)
     return json.dumps(as_json(planned), indent=2) if options.json else as_text(planned)
 
 

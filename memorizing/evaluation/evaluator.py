@@ -25,6 +25,7 @@ from memorizing.models.memory import external_memory
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE
 from memorizing.runtime import sharding
 from memorizing.runtime.metrics import Values, perplexity
+from memorizing.runtime.progress import Bar
 from memorizing.runtime.sharding import RowPlacement
 
 # What may be done to the context before a segment, to measure what it is worth.
@@ -197,6 +198,10 @@ class Evaluator:
         self._segment_length = segment_length
         self._mesh = mesh
         self._on_step = on_step
+        # Ablations whose program there is.
+        self._compiled: set[Ablation] = set()
+        # By identity of a source, how many tokens it has.
+        self._num_tokens: dict[str, int] = {}
         self._rows = RowPlacement(mesh, num_rows)
         abstract = jax.eval_shape(init_context)
         shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
@@ -227,8 +232,13 @@ class Evaluator:
             two documents or more, and twice the time.
         """
         sums = _Sums(self._segment_length)
-        for segment in self.read(params, buffers, source, ablation):
-            sums.add(*segment)
+        is_compiled = ablation in self._compiled
+        with _Reading(source, ablation, is_compiled, self._num_tokens.get(source.identity)) as reading:
+            for segment in self.read(params, buffers, source, ablation):
+                sums.add(*segment)
+                reading.has_read(sums.num_tokens)
+        self._compiled.add(ablation)
+        self._num_tokens[source.identity] = sums.num_tokens
         return sums.result(source)
 
     def read(
@@ -259,6 +269,45 @@ class Evaluator:
         context = (self._init_context(), self._init_context()) if others else self._init_context()
         for result, _ in read_segments(step, context, segments):
             yield ReadSegment(*result)
+
+
+class _Reading:
+    """The bar of an evaluation, on a terminal: compiling, then reading, with the time left where that can be known."""
+
+    def __init__(self, source: DataSource, ablation: Ablation, is_compiled: bool, num_tokens: int | None) -> None:
+        """
+        Args:
+          source, ablation: what is read, and how.
+          is_compiled: whether there is a program for it.
+          num_tokens: that the source has; None if it was not read before.
+        """
+        self._what = "held-out documents" + ("" if ablation == "none" else f", {ablation.replace('_', ' ')}")
+        self._bar = Bar(f"{'reading' if is_compiled else 'compiling the evaluation of'} {self._what}")
+        self._total = num_tokens
+        if num_tokens is None and self._bar.is_live:
+            self._total = _num_tokens(source)
+        self._done = 0
+
+    def __enter__(self) -> _Reading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def has_read(self, num_tokens: int) -> None:
+        """So many tokens were scored so far."""
+        if not self._done:
+            self._bar.describe(f"reading {self._what}", self._total)
+        self._bar.advance(num_tokens - self._done)
+        self._done = num_tokens
+
+
+def _num_tokens(source: DataSource) -> int | None:
+    """Tokens of all held-out documents; None where they are no text, whose samples are not known before they are read."""
+    text = text_of(source)
+    if text is None:
+        return None
+    return sum(len(text.document_tokens(index)) for index in range(source.num_eval_documents))
 
 
 class ReachingTask(DataSource, Protocol):
@@ -347,6 +396,7 @@ class _Sums:
         self._answers = 0
         self._right_answers = 0
         self._right_tokens = 0
+        self._tokens = 0
 
     def add(self, result: tuple[Any, Any], batch: Batch, document: np.ndarray, offset: np.ndarray) -> None:
         nats, is_right = map(np.asarray, result)  # [B, T]
@@ -356,6 +406,7 @@ class _Sums:
         weighted = np.where(weights > 0, nats * weights, 0.0)
         row_nats = weighted.sum(axis=1, dtype=np.float64)
         row_tokens = weights.sum(axis=1)
+        self._tokens += int(row_tokens.sum())
         sums = np.stack([row_nats, row_tokens], axis=1)  # [B, 2]
         for row in np.flatnonzero(is_present):
             # Bins double: segment 0, segment 1, segments 2-3, 4-7, ...; a segment lies in one bin.
@@ -363,6 +414,11 @@ class _Sums:
             cell = self._cells.setdefault((int(document[row]), position_bin), np.zeros(2))
             cell += sums[row]
         self._add_answers(weights > 0, is_right)
+
+    @property
+    def num_tokens(self) -> int:
+        """Scored so far."""
+        return self._tokens
 
     def result(self, source: DataSource) -> Evaluation:
         # Documents and bins that occur, and of each cell their places among these.

@@ -27,6 +27,7 @@ from memorizing.runtime.failures import Interrupted, MachineFailed
 from memorizing.runtime.json_lines import replace_bytes, replace_text
 from memorizing.runtime.metrics import MetricWriter, Progress, Values
 from memorizing.runtime.stopping import StopSignal
+from memorizing.runtime.tracking import weights_and_biases
 from memorizing.runtime.watchdog import HangDetector
 from memorizing.runtime.workdir import resolve
 from memorizing.training.checkpoint import Checkpointer, saved_steps
@@ -68,6 +69,7 @@ def train_and_evaluate(
         if cache.exists() and not cache.is_dir():
             raise UserError(f"LoopConfig.compilation_cache = {loop.compilation_cache!r} is no folder")
         jax.config.update("jax_compilation_cache_dir", str(cache))
+    weights_and_biases.check(loop.wandb_project)
     mesh = experiment.make_mesh()
     experiment.check_data()
     # The first process holds the workdir for all of them.
@@ -151,7 +153,7 @@ def _assemble(
     checkpointer = Checkpointer(workdir, loop.keep_checkpoints, loop.save_context, stacked_layers)
     program = Program(experiment, mesh)
     training = restore_or_init(experiment, program, checkpointer, events, workdir, restore_step)
-    writer = MetricWriter(workdir if is_primary else None, training.first_step)
+    writer = MetricWriter(workdir if is_primary else None, training.first_step, loop.wandb_project)
     progress = Progress(training.first_step, loop.num_steps, is_silent=not is_primary)
     utilization = Utilization(experiment.model, batch.segment_length, jax.devices())
 

@@ -62,7 +62,7 @@ class JsonLines:
         self.lines = [line for line in read_lines(path, names) if keep(line)]
         self._rewrite(self.lines)
         # Appending needs a local file; other file systems get the whole file again.
-        self._is_remote = "://" in str(path)
+        self._is_remote = is_remote(path)
         self._all = list(self.lines)
 
     def append(self, line: Line) -> None:
@@ -79,6 +79,11 @@ class JsonLines:
         replace_text(self._path, text)
 
 
+def is_remote(path: epath.Path) -> bool:
+    """Whether a path is in an object store (gs://...), where nothing can be appended."""
+    return "://" in str(path)
+
+
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file atomically: whenever the process is killed, the old or the new text is there as a whole."""
     replace_bytes(path, text.encode())
@@ -86,6 +91,10 @@ def replace_text(path: epath.Path, text: str) -> None:
 
 def replace_bytes(path: epath.Path, content: bytes) -> None:
     """Writes a file atomically; where there is no room for it, nothing of it stays."""
+    if is_remote(path):
+        # An object is there as a whole or not at all, and to rename one is to copy it.
+        path.write_bytes(content)
+        return
     unfinished = path.parent / f".{path.name}.unfinished"
     try:
         unfinished.write_bytes(content)

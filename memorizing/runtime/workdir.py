@@ -6,14 +6,16 @@ A record is a dict in JSON that says in which format it is and holds the digest 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from memorizing.errors import UserError
-from memorizing.runtime.json_lines import replace_text
+from memorizing.runtime.json_lines import is_remote, replace_text
 
 # The files that describe a run: its configuration as gin text, and records.
 CONFIG = "config.gin"
@@ -41,9 +43,37 @@ class OtherFormat(Exception):
     """A record was written by another version of the library. The message says so, without naming the record."""
 
 
+# What reads and writes object stores, and the extra that it comes with.
+_STORES = {"gs": ("gcsfs", "pip install 'memorizing[gcs]'"), "s3": ("s3fs", "pip install s3fs")}
+
+
 def resolve(path: str) -> epath.Path:
-    """A folder as an absolute path; names of other file systems (gs://...) stay as they are."""
-    return epath.Path(path) if "://" in path else epath.Path(path).expanduser().absolute()
+    """A folder as an absolute path; names of other file systems (gs://...) stay as they are.
+
+    Raises:
+      UserError: what reads and writes that file system is not installed.
+    """
+    scheme, separator, _ = path.partition("://")
+    if not separator:
+        return epath.Path(path).expanduser().absolute()
+    if scheme in _STORES:
+        library, how = _STORES[scheme]
+        if importlib.util.find_spec(library) is None:
+            raise UserError(f"{path}: to read and write {scheme}:// takes {library}: {how}")
+    see_what_others_write()
+    return epath.Path(path)
+
+
+def see_what_others_write() -> None:
+    """Has object stores list what is there now: a file that another machine has changed was read to its old length.
+
+    It also keeps etils from reading them through TensorFlow, which this library never loads.
+    """
+    import fsspec.config
+
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    for scheme in ("gs", "gcs", "s3", "s3a"):
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,6 +130,12 @@ def checkpoint_record(folder: epath.Path, step: int) -> epath.Path:
     """Where a checkpoint says what it holds: a record. `folder`: of the checkpoints of a run."""
     # What Orbax writes of `JsonSave`.
     return folder / str(step) / "data" / "metadata"
+
+
+def is_complete(folder: epath.Path, step: int) -> bool:
+    """Whether a checkpoint was written to its end. `folder`: of the checkpoints of a run."""
+    # Elsewhere it has its name only then; an object store has no folders that could be renamed.
+    return not is_remote(folder) or (folder / str(step) / "commit_success.txt").exists()
 
 
 def write_config(workdir: epath.Path, text: str) -> None:

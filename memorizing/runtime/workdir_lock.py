@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from memorizing.errors import UserError
+from memorizing.runtime.json_lines import is_remote
 
 _PREFIX = ".lock-"
 _TEXT_LENGTH = 1024
@@ -79,7 +80,7 @@ class WorkdirLock:
         self._beat_seconds = beat_seconds
         self._limit_seconds = limit_seconds
         self._say = say
-        self._is_remote = "://" in str(workdir)
+        self._is_remote = is_remote(workdir)
         self._path = workdir / f"{_PREFIX}{secrets.token_hex(8)}"
         self._record: dict[str, Any] = {
             "host": socket.gethostname(),
@@ -284,8 +285,9 @@ def _age(path: epath.Path) -> float:
     """Seconds since a file was written; infinite if it is no longer there."""
     try:
         # `stat` of a path asks who owns the file, whom a container may not know.
-        written = path.stat().mtime if "://" in str(path) else os.path.getmtime(path)
-    except OSError:
+        written = path.stat().mtime if is_remote(path) else os.path.getmtime(path)
+    except (OSError, RuntimeError):
+        # RuntimeError: etils does not know the time that a store tells.
         return math.inf
     return time.time() - written
 

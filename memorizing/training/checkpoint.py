@@ -26,7 +26,7 @@ from memorizing.errors import UserError, first_line
 from memorizing.models.stack import unstack
 from memorizing.runtime.failures import find_lost_infrastructure
 from memorizing.runtime.workdir import CHECKPOINTS as FOLDER
-from memorizing.runtime.workdir import DamagedRecord, OtherFormat, checkpoint_record, seal, unseal
+from memorizing.runtime.workdir import DamagedRecord, OtherFormat, checkpoint_record, is_complete, seal, unseal
 from memorizing.training.state import TrainState
 
 
@@ -215,7 +215,7 @@ def saved_steps(workdir: epath.Path) -> list[int]:
     folder = workdir / FOLDER
     with contextlib.suppress(OSError):
         steps = sorted(int(child.name) for child in folder.glob("*") if child.name.isdigit())
-        return [step for step in steps if _has_good_record(folder, step)]
+        return [step for step in steps if is_complete(folder, step) and _has_good_record(folder, step)]
     return []
 
 

@@ -104,6 +104,7 @@ class LoopConfig:
       hang_seconds: a run that finishes no step for so long (compiling, restoring and saving included) is ended, to be
         started again; 0 for never.
       compilation_cache: folder that keeps compiled programs for the next start; empty for JAX's own setting.
+      wandb_project: of Weights & Biases, to which metrics are then sent as well; empty for none.
     """
 
     num_steps: Count = 1000
@@ -119,6 +120,7 @@ class LoopConfig:
     evaluate_segments: tuple[Count, ...] = ()
     hang_seconds: Annotated[float, Range(0, 1e9)] = 1800.0
     compilation_cache: str = ""
+    wandb_project: str = ""
 
     def __post_init__(self) -> None:
         if self.log_every < 1 or self.num_steps < 1 or self.keep_checkpoints < 1:

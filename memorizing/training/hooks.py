@@ -11,6 +11,7 @@ from etils import epath
 from memorizing.runtime import distributed
 from memorizing.runtime.events import EventLog
 from memorizing.runtime.metrics import MetricWriter, Progress, Values, flatten, perplexity
+from memorizing.runtime.progress import bar
 from memorizing.training.checkpoint import Checkpointer, NotFinite
 from memorizing.training.experiment import Experiment
 from memorizing.training.loop import Hook, NonFiniteLoss
@@ -71,12 +72,20 @@ class MetricsHook(Hook):
             self._progress.say(f"from step {step} on: {num_segments} segments a row")
             self._progress.restart_clock(step - 1)
             self._compiling.add(step)
+        if step in self._compiling:
+            self._progress.begin_compiling(step)
 
     def after_step(self, step: int, metrics: Metrics) -> None:
         self.flush()
         self._pending = (step, metrics)
 
+    def at_end(self) -> None:
+        # The last step is read by the checkpoint that follows.
+        self.flush()
+        self._progress.close()
+
     def close(self) -> None:
+        self._progress.close()
         self._writer.close()
 
     def flush(self) -> None:
@@ -95,6 +104,7 @@ class MetricsHook(Hook):
             what = f"step {step}: the loss is {loss} and the norm of the gradient {norm}"
             raise NonFiniteLoss(what, self._checkpointer.steps)
         self.has_progressed = True
+        self._progress.advance()
         if step % self._loop.log_every == 0 or step == self._loop.num_steps or step in self._compiling:
             self._log(step, flatten(metrics))
 
@@ -166,7 +176,7 @@ class CheckpointHook(Hook):
         self._save()
         step = self._training.step
         self._metrics.write_times("steps", step)
-        with self._events.measure("save", step=step):
+        with self._events.measure("save", step=step), bar(f"saving step {step}"):
             self._checkpointer.wait()
         return step
 

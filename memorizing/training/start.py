@@ -11,6 +11,7 @@ from etils import epath
 
 from memorizing.runtime import distributed
 from memorizing.runtime.events import EventLog
+from memorizing.runtime.progress import bar
 from memorizing.training import transfer
 from memorizing.training.batches import TrainingBatches, row_layout
 from memorizing.training.checkpoint import Checkpointer
@@ -70,7 +71,8 @@ def restore_or_init(
     def has_same_layout(position: dict[str, Any]) -> bool:
         return all(position[name] == size for name, size in layout.items())
 
-    restored = checkpointer.restore(program.abstract_state, restore_step, has_same_layout)
+    with bar("reading the newest checkpoint, if there is one"):
+        restored = checkpointer.restore(program.abstract_state, restore_step, has_same_layout)
     if restored is None:
         state = _init(experiment, program, events)
         step = int(state.step)
@@ -97,7 +99,7 @@ def restore_or_init(
 def _init(experiment: Experiment, program: Program, events: EventLog) -> TrainState:
     """A fresh state, with the parameters of another run where the experiment asks for them."""
     loop = experiment.loop
-    with events.measure("init"):
+    with events.measure("init"), bar("compiling and making the initial state"):
         state = program.init()
         if loop.start_from:
             state = transfer.start_from(loop.start_from, state, experiment.model, loop.start_optimizer)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from memorizing.runtime.events import EventLog
+from memorizing.runtime.metrics import Progress
 from memorizing.training.experiment import BatchConfig, LoopConfig
 from memorizing.training.hooks import CheckpointHook, MetricsHook
 from memorizing.training.loop import Hook, NonFiniteLoss, Preempted, make_tick, train
@@ -126,7 +127,7 @@ def metrics_hook(checkpointer: SimpleNamespace) -> MetricsHook:
     """Of a run that goes on from step 10 and logs nothing before step 1000 but its first step."""
     loop = LoopConfig(num_steps=2000, log_every=1000)
     experiment = SimpleNamespace(loop=loop, batch=BatchConfig(), optimizer=AdamW())
-    return MetricsHook(experiment, 10, None, None, None, checkpointer, lambda _: {})
+    return MetricsHook(experiment, 10, None, Progress(10, 100), None, checkpointer, lambda _: {})
 
 
 def test_metrics_are_read_one_step_late():

@@ -24,6 +24,7 @@ from memorizing.runtime.workdir import (
     DamagedRecord,
     OtherFormat,
     checkpoint_record,
+    is_complete,
     read_config,
     read_record,
     unseal,
@@ -142,6 +143,8 @@ def _checkpoints(folder: epath.Path, damage: list[str]) -> list[int]:
     """The steps that can be restored as far as their records tell; what is wrong with others is told."""
     steps = []
     for step in sorted(int(child.name) for child in folder.glob("*") if child.name.isdigit()):
+        if not is_complete(folder, step):
+            continue
         try:
             unseal(checkpoint_record(folder, step).read_text())
         except (DamagedRecord, UnicodeDecodeError):

@@ -1,0 +1,55 @@
+"""Trackers of metrics beside metrics.jsonl."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+from etils import epath
+
+from memorizing.errors import UserError
+from memorizing.runtime.metrics import MetricWriter
+from memorizing.runtime.tracking import weights_and_biases
+from memorizing.runtime.workdir import write_config
+
+
+def write(workdir: epath.Path, resumed_step: int, step: int) -> None:
+    writer = MetricWriter(workdir, resumed_step, "reading")
+    writer.write(step, "train", {"loss": 2.5, "layer_01/gate/0": 0.5})
+    writer.close()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="Weights & Biases is not installed")
+def test_weights_and_biases_gets_metrics_and_configuration_offline(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    """A run that goes on is the same run there, and nothing else of the machine is written."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    # What the library keeps for the user.
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "of_the_user"))
+    monkeypatch.setenv("SOME_TOKEN", "do-not-tell-this")
+    monkeypatch.setattr(sys, "argv", ["memorizing", "train"])
+    workdir = epath.Path(tmp_path / "run")
+    workdir.mkdir()
+    write_config(workdir, "LoopConfig.num_steps = 77\n")
+    write(workdir, 0, 10)
+    write(workdir, 10, 20)
+    files = [path for path in (tmp_path / "run" / "wandb").rglob("*.wandb")]
+    assert len(files) == 2 and len({path.name for path in files}) == 1
+    contents = [path.read_bytes() for path in files]
+    assert all(b"train/layer_01/gate/0" in content for content in contents)
+    assert b"LoopConfig.num_steps" in contents[0] and b"77" in contents[0]
+    everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"do-not-tell-this" not in everything
+    assert capfd.readouterr().out == ""
+
+
+def test_without_its_library_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    weights_and_biases.check("")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"wandb_project = 'reading'.*pip install 'memorizing\[wandb\]'"):
+        weights_and_biases.check("reading")
+    weights_and_biases.check("")
