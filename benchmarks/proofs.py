@@ -62,7 +62,7 @@ _LOCAL = ("LMConfig.attention=@SparseAttention()", "SparseAttention.sees='first'
 PROOFS = {
     "sparse": Proof(
         "sparse_copy",
-        600,
+        300,
         (
             Variant("first and second set"),
             Variant("first set alone", ("far/SparseAttention.sees='first'",)),

@@ -6,11 +6,13 @@ does; the exponent is fitted over the upper half of the lengths.
 
   --mechanisms=sparse,Reformer,routing   names of examples; full attention is always there
   --max_full=8192                        full attention needs about 12 T^2 bytes a head
+  --record=FILE.json                     what stands there is not measured again, so that a run that was stopped goes on
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import statistics
 import time
@@ -32,6 +34,38 @@ from memorizing.runtime import tables
 Curves = dict[str, dict[int, float]]
 
 
+class Record:
+    """Figures in a file, which are there as soon as they are measured.
+
+    Args:
+      path: of the file; None to keep nothing.
+      num_heads, rounds: figures of other numbers are not those.
+    """
+
+    def __init__(self, path: pathlib.Path | None, num_heads: int, rounds: int) -> None:
+        self._path = path
+        self._settings = f"{num_heads} heads, {rounds} rounds"
+        self._figures: dict[str, float] = {}
+        if path and path.exists():
+            try:
+                self._figures = json.loads(path.read_text())
+            except ValueError as error:
+                raise UserError(f"--record={path} holds no figures of this benchmark: name another file") from error
+
+    def seconds(self, name: str, length: int) -> float | None:
+        """What was measured before, if it was."""
+        return self._figures.get(self._key(name, length))
+
+    def add(self, name: str, length: int, seconds: float) -> None:
+        """Keeps a figure."""
+        self._figures[self._key(name, length)] = seconds
+        if self._path:
+            self._path.write_text(json.dumps(self._figures, indent=2) + "\n")
+
+    def _key(self, name: str, length: int) -> str:
+        return f"{name}, {length} positions, {self._settings}"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's flags."""
     parser.add_argument(
@@ -47,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=Range(1, MOST).of(int), default=3, metavar="N", help="runs of each (default: %(default)s)"
     )
+    parser.add_argument("--record", metavar="FILE.json", help="where each figure is kept as soon as it is measured")
     parser.add_argument("--picture", metavar="FILE.png", help="where to draw the curves")
 
 
@@ -56,12 +91,17 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
         raise UserError(f"bench scaling takes no bindings, but was given --gin.{bindings[0]}")
     lengths = measure.sizes("--lengths", options.lengths, least=16)
     names = options.mechanisms.split(",")
+    record = Record(pathlib.Path(options.record) if options.record else None, options.heads, options.rounds)
     curves: Curves = {"full": {}} | {name: {} for name in names}
     for length in lengths:
         variants: dict[str, Attention] = {"full": attention_lib.DEFAULT} if length <= options.max_full else {}
         variants |= {name: example(name, length) for name in names}
         for name, mechanism in variants.items():
-            curves[name][length] = cpu_seconds(step_of(mechanism, length, options.heads), options.rounds)
+            seconds = record.seconds(name, length)
+            if seconds is None:
+                seconds = cpu_seconds(step_of(mechanism, length, options.heads), options.rounds)
+                record.add(name, length, seconds)
+            curves[name][length] = seconds
             print(f"{length:,} {name}: {curves[name][length]:.3f} CPU s", flush=True)
     result = {name: {"seconds": curve, "exponent": exponent(curve)} for name, curve in curves.items()}
     print(f"\n{_table(curves)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, NamedTuple
 
-from memorizing.models.positions import LearnedPositions, Rotary
+from memorizing.models.positions import Rotary
 from memorizing.models.pretrained.architecture import Architecture
 
 # What layers see that saw everything, or more than can be kept in front of a short segment: a window, and the first
@@ -54,9 +54,10 @@ def bindings_of(architecture: Architecture, attention: AttentionKind) -> str:
         what the model was trained with, within a segment.
     """
     lines = [f"LMConfig.{name} = {value!r}" for name, value in _parts(architecture).items()]
-    positions = architecture.positions
-    lines.append(f"LMConfig.positions = @{type(positions).__name__}()")
-    lines += _fields(positions, "")
+    if isinstance(architecture.positions, Rotary):
+        lines += ["LMConfig.positions = @Rotary()", *_fields(architecture.positions, "")]
+    else:
+        lines += ["LMConfig.positions = 'none'", f"LMConfig.learned_positions = ({architecture.max_length},)"]
     return "\n".join([*lines, *_attention(architecture, attention), ""])
 
 
@@ -88,9 +89,9 @@ def _parts(architecture: Architecture) -> dict[str, object]:
     }
 
 
-def _fields(positions: Rotary | LearnedPositions, scope: str) -> list[str]:
+def _fields(positions: Rotary, scope: str) -> list[str]:
     """All fields of positions: what one scope does not bind, it would take from the others."""
-    name = f"{scope}{type(positions).__name__}"
+    name = f"{scope}Rotary"
     return [f"{name}.{field} = {value!r}" for field, value in dataclasses.asdict(positions).items()]
 
 
@@ -98,7 +99,7 @@ def _attention(architecture: Architecture, attention: AttentionKind) -> list[str
     """The mechanisms of the layers, as the shortest pattern that they repeat."""
     layers = [_Layer(*kind) for kind in zip(architecture.windows, architecture.own_positions, strict=True)]
     # A cache has no use for positions that begin anew in every segment.
-    if isinstance(architecture.positions, LearnedPositions):
+    if architecture.positions == "learned":
         attention = "full"
     # And a memory none for models that know little more than the window.
     elif attention == "memory" and architecture.max_length <= 2 * WINDOW:

@@ -10,7 +10,7 @@ from memorizing.models.layers import Lora
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
-from memorizing.models.positions import LearnedPositions, Rotary
+from memorizing.models.positions import Rotary
 from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import (
@@ -48,7 +48,6 @@ for configurable in (
     LMConfig,
     *MECHANISMS,
     Rotary,
-    LearnedPositions,
     Lora,
     RecurrentTokens,
     ContinuousCache,

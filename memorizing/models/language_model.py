@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
@@ -34,7 +35,7 @@ from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Mixture
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.product_keys import ProductKeys
-from memorizing.models.positions import LearnedPositions, Positions, Rotary
+from memorizing.models.positions import Positions, Rotary
 from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, written
 from memorizing.models.stack import LayerGroup, RematKind, Stack, StackOutput, layer_name
 
@@ -72,6 +73,8 @@ class LMConfig:
         sandwich_norms: the parts of a layer, see `LayerDims`.
       product_keys: a memory in the place of the MLP of the layers that `product_keys_at` names.
       product_keys_at: indices of layers, from 0.
+      learned_positions: () for none; or sizes of the axes of a learned vector for each position of a segment, which is
+        added to the embedding: one size, or several whose product is the number of positions, see `PositionTable`.
       initial_outputs: 'plain', or 'by_depth' to begin with output projections of attention and MLP divided by
         sqrt(2 L), as the Sparse Transformer does (Child et al. 2019, section 5.2).
       head: how logits are made: by the table of the embedding, divided by sqrt(D) ('tied_scaled') or not ('tied'), or
@@ -115,6 +118,7 @@ class LMConfig:
     final_logit_cap: Factor = 0.0
     product_keys: ProductKeys | None = None
     product_keys_at: tuple[CountOrNone, ...] = ()
+    learned_positions: tuple[Width, ...] = ()
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
@@ -181,10 +185,25 @@ class LMConfig:
             )
         if isinstance(self.positions, Rotary):
             self.positions.check(self.head_dim)
-        if isinstance(self.positions, LearnedPositions):
-            self.positions.check(self.embed_dim)
+        if self.learned_positions:
+            self._check_learned_positions()
         for mechanism in set(self.stack.mechanisms):
             mechanism.check_parts(self.dims)
+
+    def _check_learned_positions(self) -> None:
+        sizes = self.learned_positions
+        if self.embed_dim % len(sizes):
+            raise UserError(
+                f"LMConfig.learned_positions = {sizes}: LMConfig.embed_dim = {self.embed_dim} is no multiple of the number "
+                "of axes, which share it equally"
+            )
+        for mechanism in self.stack.mechanisms:
+            if mechanism.state_axes() != ():
+                raise UserError(
+                    f"LMConfig.learned_positions = {sizes} with @{type(mechanism).__name__}(): positions begin anew in "
+                    "every segment, so that keys of the same positions would be carried; use a mechanism that carries "
+                    "nothing, such as @FullAttention()"
+                )
 
     @property
     def num_parameters(self) -> int:
@@ -354,10 +373,11 @@ class LMConfig:
                 )
         if self.continuous_cache:
             self.continuous_cache.check(segment_length)
-        if isinstance(self.positions, LearnedPositions) and segment_length > self.positions.length:
+        sizes = self.learned_positions
+        if sizes and math.prod(sizes) < segment_length:
             raise UserError(
-                f"LearnedPositions.sizes = {self.positions.sizes}: a segment has {segment_length} positions "
-                "(BatchConfig.segment_length); choose shorter segments"
+                f"LMConfig.learned_positions = {sizes}: {math.prod(sizes)} positions are fewer than the segment length "
+                f"{segment_length} (BatchConfig.segment_length)"
             )
         num_positions = self.layout(segment_length).size
         if num_positions % self.mlp_chunks:
@@ -491,7 +511,7 @@ def init(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -
         created[RECURRENT] = memory_tokens.init(key(RECURRENT), x, state)
     if config.continuous_cache and config.continuous_cache.has_parameters:
         created[CONTINUOUS_CACHE] = Mixture(config.continuous_cache).init(key(CONTINUOUS_CACHE), x)
-    if isinstance(config.positions, LearnedPositions):
+    if config.learned_positions:
         created[POSITIONS] = _position_table(config).init(key(POSITIONS), 0, segment_length)
     params = {name: variables["params"] for name, variables in created.items()}
 
@@ -535,7 +555,7 @@ def apply(
 
     embedder = _embedder(config)
     x = _apply_module(embedder, params["embedder"], inputs.tokens, method="encode")
-    if isinstance(config.positions, LearnedPositions):
+    if config.learned_positions:
         first = 0 if decoding is None else decoding.position - layout.num_read
         x = x + _apply_module(_position_table(config), params[POSITIONS], first, x.shape[1])
     x = dropout(x, config.dropout, rngs, "embedding_dropout")
@@ -653,8 +673,7 @@ def _embedder(config: LMConfig) -> Embedder:
 
 
 def _position_table(config: LMConfig) -> PositionTable:
-    assert isinstance(config.positions, LearnedPositions)
-    return PositionTable(config.positions.sizes, config.embed_dim, config.dims.dtype)
+    return PositionTable(config.learned_positions, config.embed_dim, config.dims.dtype)
 
 
 def _final_norm(config: LMConfig) -> nn.Module:

@@ -7,14 +7,13 @@ rotary positions (Su et al. 2021).
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from memorizing.errors import Count, FactorAboveZero, Share, UserError, Width
+from memorizing.errors import Count, FactorAboveZero, Share, UserError
 
 # A TPU moves whole registers when data move by a multiple of so many places.
 _TPU_LANES = 128
@@ -237,39 +236,7 @@ class Rotary:
         return (1 - kept) * scaled + kept * frequencies
 
 
-@dataclasses.dataclass(frozen=True)
-class LearnedPositions:
-    """A learned vector for each position of a segment, added to the embedding.
-
-    With one size each position has a vector of its own, as in GPT-2. With sizes (n, m) position i * m + j has the i-th
-    vector of a first table beside the j-th of a second, of D / 2 each: n + m vectors in place of n * m (the axial
-    embedding of Reformer, Kitaev et al. 2020, appendix D).
-
-    Attributes:
-      sizes: of the axes. Their product is the number of positions that have a vector; a segment is no longer.
-    """
-
-    sizes: tuple[Width, ...] = (1024,)
-
-    def __post_init__(self) -> None:
-        if not self.sizes:
-            raise UserError("LearnedPositions.sizes = (): at least one size, such as (1024,)")
-
-    @property
-    def length(self) -> int:
-        """Positions that have a vector."""
-        return math.prod(self.sizes)
-
-    def check(self, embed_dim: int) -> None:
-        """Raises UserError where the axes cannot share the width of the embedding equally."""
-        if embed_dim % len(self.sizes):
-            raise UserError(
-                f"LearnedPositions.sizes = {self.sizes}: LMConfig.embed_dim = {embed_dim} cannot be divided among "
-                f"{len(self.sizes)} axes"
-            )
-
-
 # Of a model. The layers of 't5' add a bias learned for each bucket of distances; 'none' leaves the order to the mask.
-Positions = Literal["t5", "none"] | Rotary | LearnedPositions
+Positions = Literal["t5", "none"] | Rotary
 # Of a layer that has others than its model: see `LayerDims.with_positions`.
 LayerPositions = Literal["t5", "none"] | Rotary | None

@@ -15,6 +15,7 @@ import pytest
 from memorizing import main
 from memorizing.benchmarks import data, future, measure, scaling, search, step, stream
 from memorizing.config.loading import load_experiment
+from memorizing.errors import UserError
 from memorizing.models.attention.reformer import ReformerAttention
 from memorizing.models.attention.routing import RoutingAttention
 
@@ -130,6 +131,17 @@ def test_ways_to_keep_activations_are_compared(tmp_path: pathlib.Path, capsys: p
     assert "reversible" in capsys.readouterr().out
     results = json.loads(output.read_text())["results"]
     assert len(results) == 5 and all(of_way["4"]["mebibytes"] > 0 for of_way in results.values())
+
+
+def test_a_record_is_not_measured_again(tmp_path: pathlib.Path):
+    path = tmp_path / "record.json"
+    scaling.Record(path, 2, 3).add("full", 1024, 0.5)
+    again = scaling.Record(path, 2, 3)
+    assert again.seconds("full", 1024) == 0.5 and again.seconds("full", 2048) is None
+    assert scaling.Record(path, 4, 3).seconds("full", 1024) is None
+    path.write_text("no figures")
+    with pytest.raises(UserError, match="name another file"):
+        scaling.Record(path, 2, 3)
 
 
 def test_only_forms_as_published_depend_on_the_future():

@@ -26,7 +26,7 @@ from memorizing.models.attention.sparse import SparseAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
 from memorizing.models.layers import RMSNorm
-from memorizing.models.positions import LearnedPositions, Rotary
+from memorizing.models.positions import Rotary
 from memorizing.training.checkpoint import paths
 from memorizing.training.state import init_variables
 
@@ -80,7 +80,8 @@ MODELS = {
         BASE,
         attention=FullAttention(),
         num_kv_heads=None,
-        positions=LearnedPositions((LENGTH,)),
+        positions="none",
+        learned_positions=(LENGTH,),
         norm="layer",
         mlp="gelu",
         biases=("qkv", "output", "mlp"),
@@ -154,7 +155,7 @@ class Reference:
         x = params["embedder/table"][tokens]
         if config.scales_embedding:
             x = x * math.sqrt(config.embed_dim)
-        if isinstance(config.positions, LearnedPositions):
+        if config.learned_positions:
             x = x + params["positions/table"][np.arange(len(tokens)) % LENGTH]
         for index, mechanism in enumerate(config.stack.mechanisms):
             x = self.layer(f"layer_{index:02d}", mechanism, x)
@@ -341,7 +342,7 @@ def test_in_bfloat16_norms_round_where_their_families_round():
         ({"attention_scale": 0.5, "qk_norm": "l2"}, r"LMConfig.attention_scale = 0.5 with LMConfig.qk_norm = 'l2'"),
         ({"positions": Rotary(share=0.5)}, r"Rotary.share = 0.5 of LMConfig.head_dim = 6: 3 elements"),
         ({"attention": XLAttention(positions=Rotary(share=0.1))}, r"0 elements are turned"),
-        ({"attention": XLAttention(), "positions": LearnedPositions()}, r"@LearnedPositions\(\) with @XLAttention\(\)"),
+        ({"attention": XLAttention(), "learned_positions": (8,)}, r"learned_positions = \(8,\) with @XLAttention\(\)"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change: dict, message: str):
@@ -350,5 +351,5 @@ def test_parts_that_do_not_fit_are_refused(change: dict, message: str):
 
 
 def test_segments_longer_than_the_table_of_positions_are_refused():
-    with pytest.raises(UserError, match=r"LearnedPositions.sizes = \(6,\): a segment has 7 positions"):
+    with pytest.raises(UserError, match=r"learned_positions = \(6,\): 6 positions are fewer than the segment length 7"):
         MODELS["gpt-2"].check(7)

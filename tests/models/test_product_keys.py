@@ -26,7 +26,7 @@ WITH_KEYS = dataclasses.replace(PLAIN, product_keys=KEYS, product_keys_at=(2,))
 
 @pytest.mark.parametrize("num_sub_keys", [8, 200])
 def test_the_best_of_all_keys_are_found(num_sub_keys: int):
-    """Against the scores of all n * n keys, in float64; with few sub-keys and with many, which are searched in groups."""
+    """Against the scores of all n * n keys, in float64; many sub-keys are searched in groups."""
     rng = np.random.default_rng(0)
     queries = rng.normal(size=(2, 3, 2, 2, 5)).astype(np.float32)
     sub_keys = rng.normal(size=(2, 2, num_sub_keys, 5)).astype(np.float32)

@@ -19,7 +19,7 @@ from memorizing.models import positions
 from memorizing.models.layers import Einsum, Lora, MLPKind, NormKind, RMSNorm, parameter
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.product_keys import ProductKeys
-from memorizing.models.positions import LayerPositions, LearnedPositions, Positions, Rotary
+from memorizing.models.positions import LayerPositions, Positions, Rotary
 
 QKNormKind = Literal["l2", "none", "rms", "rms_llama", "rms_gemma"]
 BiasPlace = Literal["qkv", "output", "mlp"]
@@ -42,7 +42,7 @@ class LayerDims:
       qk_norm: 'l2' normalises queries and keys to length 1 and learns the scale of the logits; with the others it is
         `attention_scale`. The kinds of RMS norm have a learned scale for each element of a head; 'none' is none.
       positions: 't5' adds a bias learned for each bucket of distances; `Rotary` turns queries and keys; 'none' leaves
-        the order to the mask. `LearnedPositions` are in the embedding, and nothing is left for a layer to do.
+        the order to the mask.
       initial_output_scale: factor of the initial output projections of attention and MLP.
       mlp_chunks: parts of the segment that pass through the MLP one after the other.
       num_kv_heads: K; query head n reads key and value head n // (N / K). None: as many as query heads.
@@ -217,12 +217,6 @@ class Attention:
             raise UserError(
                 f"LMConfig.{name} with @{type(self).__name__}(): it does not know this part; leave out "
                 f"LMConfig.{name}, or use @FullAttention() or @XLAttention()"
-            )
-        if isinstance(dims.positions, LearnedPositions) and self.state_axes() != ():
-            raise UserError(
-                f"LMConfig.positions = @LearnedPositions() with @{type(self).__name__}(): positions begin anew in every "
-                "segment, so that keys of the same positions would be carried; use a mechanism that carries nothing, such "
-                "as @FullAttention()"
             )
 
     def sees_before(self, state: Tree, positions_back: Int[Array, "M"]) -> Bool[Array, "#B M"]:

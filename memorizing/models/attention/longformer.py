@@ -59,9 +59,9 @@ class LongformerState:
 
 @dataclasses.dataclass(frozen=True)
 class LongformerAttention(Attention):
-    """Every position sees the last W up to itself, and the first g of its document. No gradient reaches what is carried.
+    """Every position sees the last W up to itself, and the first g of its document.
 
-    Beyond the window a learned bias of each head stands for the distance.
+    No gradient reaches what is carried. Beyond the window a learned bias of each head stands for the distance.
 
     Attributes:
       window: W, in positions.

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from memorizing.models.layers import MLPKind
-from memorizing.models.positions import LearnedPositions, Rotary
+from memorizing.models.positions import Rotary
 
 Family = Literal[
     "llama",
@@ -57,7 +57,7 @@ class Architecture:
     norm_epsilon: float
     mlp: MLPKind
     is_tied: bool
-    positions: Rotary | LearnedPositions
+    positions: Rotary | Literal["learned"]
     windows: tuple[int, ...]
     own_positions: tuple[Rotary | Literal["none"] | None, ...]
     attention_bias: Literal["none", "qkv", "all"] = "none"

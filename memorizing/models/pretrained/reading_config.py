@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from memorizing.errors import Range, UserError
 from memorizing.models.layers import MLPKind
-from memorizing.models.positions import LearnedPositions, Rotary
+from memorizing.models.positions import Rotary
 from memorizing.models.pretrained.architecture import Architecture, Family
 from memorizing.models.pretrained.settings import HEADS, LAYERS, LENGTH, POSITIVE, SIZE, Settings
 
@@ -209,7 +209,7 @@ def _gpt2(config: Settings) -> Architecture:
         norm_epsilon=config.number("layer_norm_epsilon", POSITIVE, 1e-5),
         mlp="gelu",
         is_tied=config.flag("tie_word_embeddings", True),
-        positions=LearnedPositions((num_positions,)),
+        positions="learned",
         windows=(0,) * num_layers,
         own_positions=(None,) * num_layers,
         attention_bias="all",
