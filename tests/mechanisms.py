@@ -23,7 +23,6 @@ from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.attention.longformer import LongformerAttention
 from memorizing.models.attention.reformer import ReformerAttention
 from memorizing.models.attention.routing import RoutingAttention
 from memorizing.models.attention.sparse import SparseAttention
@@ -198,9 +197,8 @@ MECHANISMS = (
         order_of_sums_depends_on_later_tokens=True,
     ),
     Mechanism(
-        "longformer",
-        attention=LongformerAttention(window=5, num_global=3),
-        two_segments_equal_one=True,
+        "sliding window and first positions",
+        attention=XLAttention(window=4, same_length=True, num_sinks=3),
     ),
     Mechanism(
         "adaptive span",

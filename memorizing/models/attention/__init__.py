@@ -9,7 +9,6 @@ from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.attention.longformer import LongformerAttention
 from memorizing.models.attention.reformer import ReformerAttention
 from memorizing.models.attention.routing import RoutingAttention
 from memorizing.models.attention.sparse import SparseAttention
@@ -27,7 +26,6 @@ MECHANISMS: tuple[type[Attention], ...] = (
     SparseAttention,
     ReformerAttention,
     RoutingAttention,
-    LongformerAttention,
     AdaptiveSpanAttention,
 )
 
