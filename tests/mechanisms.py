@@ -23,9 +23,9 @@ from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.attention.reformer import ReformerAttention
-from memorizing.models.attention.routing import RoutingAttention
-from memorizing.models.attention.sparse import SparseAttention
+from memorizing.models.attention.sparse.factorized import SparseAttention
+from memorizing.models.attention.sparse.reformer import ReformerAttention
+from memorizing.models.attention.sparse.routing import RoutingAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig, ModelOutput

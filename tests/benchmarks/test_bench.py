@@ -16,8 +16,8 @@ from memorizing import main
 from memorizing.benchmarks import data, future, measure, scaling, search, step, stream
 from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
-from memorizing.models.attention.reformer import ReformerAttention
-from memorizing.models.attention.routing import RoutingAttention
+from memorizing.models.attention.sparse.reformer import ReformerAttention
+from memorizing.models.attention.sparse.routing import RoutingAttention
 
 
 def test_recall_counts_true_neighbours():

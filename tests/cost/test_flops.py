@@ -19,7 +19,7 @@ from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.attention.sparse import SparseAttention
+from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig

@@ -36,7 +36,7 @@ from memorizing.evaluation.inspection.lookups import (
 from memorizing.evaluation.inspection.page import kept_positions, make_page
 from memorizing.models.attention.full import FullCore
 from memorizing.models.attention.knn import KNNAttention, KNNCore
-from memorizing.models.attention.sparse import SparseCore
+from memorizing.models.attention.sparse.factorized import SparseCore
 from memorizing.models.attention.xl import XLCore
 from memorizing.models.memory import external_memory
 from memorizing.models.memory.continuous_cache import ContinuousCache

@@ -13,8 +13,8 @@ from mechanisms import LENGTH, MECHANISMS, ROWS, XL
 
 from memorizing.context import Layout, Report, Segment
 from memorizing.models.attention.base import Attention, LayerDims
-from memorizing.models.attention.routing import RoutingAttention
-from memorizing.models.attention.sparse import SparseAttention
+from memorizing.models.attention.sparse.factorized import SparseAttention
+from memorizing.models.attention.sparse.routing import RoutingAttention
 from memorizing.models.layers import Einsum
 
 DIMS = LayerDims(16, 2, 8, 32, 0.0, 4.0, jnp.dtype("float32"))

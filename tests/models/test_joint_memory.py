@@ -20,7 +20,7 @@ from mechanisms import PRETRAINED, apply_model
 from memorizing.errors import UserError
 from memorizing.models import language_model
 from memorizing.models.attention.joint_memory import JointMemoryAttention
-from memorizing.models.attention.sparse import SparseAttention
+from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
 from memorizing.models.losses import next_token_nats

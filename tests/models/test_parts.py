@@ -22,7 +22,7 @@ from memorizing.models import stack
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.attention.sparse import SparseAttention
+from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
 from memorizing.models.layers import RMSNorm

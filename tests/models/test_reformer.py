@@ -13,10 +13,10 @@ from mechanisms import LENGTH, ROWS, Mechanism, random_tokens
 
 from memorizing.context import Layout, Rngs, Segment
 from memorizing.errors import UserError
-from memorizing.models.attention import reformer
 from memorizing.models.attention.base import LayerDims
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.attention.reformer import ReformerAttention
+from memorizing.models.attention.sparse import reformer
+from memorizing.models.attention.sparse.reformer import ReformerAttention
 from memorizing.models.language_model import LMConfig
 
 B, T, N, H = 2, 16, 2, 8

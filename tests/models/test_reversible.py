@@ -18,9 +18,9 @@ from memorizing.errors import UserError
 from memorizing.models import reversible
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.attention.reformer import ReformerAttention
-from memorizing.models.attention.routing import RoutingAttention
-from memorizing.models.attention.sparse import SparseAttention
+from memorizing.models.attention.sparse.factorized import SparseAttention
+from memorizing.models.attention.sparse.reformer import ReformerAttention
+from memorizing.models.attention.sparse.routing import RoutingAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
 from memorizing.models.recurrent_tokens import RecurrentTokens

@@ -15,12 +15,12 @@ from mechanisms import LENGTH, MECHANISMS, ROWS, VOCAB, Mechanism, random_tokens
 from memorizing.batch import Batch
 from memorizing.context import Layout, Segment
 from memorizing.errors import UserError
-from memorizing.models import clusters
 from memorizing.models.attention.base import LayerDims
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.attention.routing import RoutingAttention
-from memorizing.models.clusters import Clusters
+from memorizing.models.attention.sparse import clusters
+from memorizing.models.attention.sparse.clusters import Clusters
+from memorizing.models.attention.sparse.routing import RoutingAttention
 from memorizing.models.language_model import LMConfig
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages

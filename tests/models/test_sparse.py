@@ -15,7 +15,7 @@ from mechanisms import Mechanism
 from memorizing.context import Layout, Segment
 from memorizing.errors import UserError
 from memorizing.models.attention.base import LayerDims
-from memorizing.models.attention.sparse import SparseAttention
+from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.language_model import LMConfig
 from memorizing.models.recurrent_tokens import RecurrentTokens
 

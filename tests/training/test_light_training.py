@@ -14,7 +14,7 @@ from mechanisms import PRETRAINED, apply_model
 from memorizing.batch import Batch
 from memorizing.errors import UserError
 from memorizing.models.attention.joint_memory import JointMemoryAttention
-from memorizing.models.attention.sparse import SparseAttention
+from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.language_model import LMConfig
 from memorizing.models.layers import Lora
 from memorizing.models.stack import unstack

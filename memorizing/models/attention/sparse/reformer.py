@@ -16,8 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from memorizing.array_typing import Activations, HeadScale
 from memorizing.context import Attended, Layout, Report, Rngs, Segment
 from memorizing.errors import Count, Range, UserError, Width
-from memorizing.models import buckets, partial_softmax
-from memorizing.models.attention import dense
+from memorizing.models import partial_softmax
 from memorizing.models.attention.base import (
     Attention,
     Example,
@@ -30,7 +29,8 @@ from memorizing.models.attention.base import (
     project_from_heads,
     project_to_heads,
 )
-from memorizing.models.buckets import Pairs, Sorted
+from memorizing.models.attention.sparse import buckets, dense
+from memorizing.models.attention.sparse.buckets import Pairs, Sorted
 from memorizing.models.memory.external_memory import NEIGHBOURS
 from memorizing.models.partial_softmax import Partial
 from memorizing.models.positions import check_buckets

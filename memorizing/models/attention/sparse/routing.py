@@ -21,8 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from memorizing.array_typing import Activations, AxesTree, Clock, Tree
 from memorizing.context import Attended, Layout, Report, Segment
 from memorizing.errors import Count, CountOrNone, Factor, Range, Share, UserError, Width
-from memorizing.models import buckets, clusters, partial_softmax
-from memorizing.models.attention import dense
+from memorizing.models import partial_softmax
 from memorizing.models.attention.base import (
     Attention,
     Example,
@@ -35,8 +34,9 @@ from memorizing.models.attention.base import (
     project_from_heads,
     project_to_heads,
 )
-from memorizing.models.attention.sparse import SparseAttention
-from memorizing.models.clusters import Clusters
+from memorizing.models.attention.sparse import buckets, clusters, dense
+from memorizing.models.attention.sparse.clusters import Clusters
+from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.memory.external_memory import NEIGHBOURS
 from memorizing.models.positions import check_buckets
 

@@ -20,7 +20,6 @@ from memorizing.array_typing import HeadScale, Keys, Queries, Values
 from memorizing.context import Attended, Layout, Report, Segment
 from memorizing.errors import Count, Range, UserError
 from memorizing.models import partial_softmax
-from memorizing.models.attention import dense
 from memorizing.models.attention.base import (
     Attention,
     Example,
@@ -29,6 +28,7 @@ from memorizing.models.attention.base import (
     distance_bias,
     projection_flops,
 )
+from memorizing.models.attention.sparse import dense
 from memorizing.models.partial_softmax import Partial
 from memorizing.models.positions import check_buckets
 
