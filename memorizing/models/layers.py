@@ -354,9 +354,9 @@ class Embedder(nn.Module):
 class PositionTable(nn.Module):
     """A learned vector for each position of a segment, put together from a part for each axis.
 
-    With sizes (n, m) position i * m + j has the i-th vector of a first table beside the j-th of a second, of D / 2 each:
-    n + m vectors in place of n * m (the axial embedding of Reformer, Kitaev et al. 2020, appendix D). With one size each
-    position has a vector of its own, as in GPT-2.
+    With sizes (n, m) position i * m + j has the i-th vector of a first table beside the j-th of a second, of D / 2
+    each: n + m vectors in place of n * m (the axial embedding of Reformer, Kitaev et al. 2020, appendix D). With one
+    size each position has a vector of its own, as in GPT-2.
 
     Attributes:
       sizes: of the axes; their product is the number of positions.
