@@ -120,7 +120,9 @@ def test_written_tokens_are_drawn_from_the_teacher_forced_logits(case: Case, pro
     written, logits = write(reader, 2 * LENGTH + 3)
     whole = np.concatenate([prompt, written], axis=1)
     expected = case.teacher_forced(whole)
-    np.testing.assert_allclose(logits[0], expected[prompt_length:-1], rtol=0, atol=5e-5)
+    # Heads that are not scaled have logits several times as large, and so is what is rounded away.
+    size = max(expected.std(), 1.0)
+    np.testing.assert_allclose(logits[0], expected[prompt_length:-1], rtol=0, atol=2e-5 * size)
     assert expected.std(axis=0).max() > 0.1, "the test cannot see what it forbids"
 
 
