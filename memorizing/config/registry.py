@@ -6,6 +6,7 @@ from memorizing.config.types import register
 from memorizing.evaluation.windows import Windows
 from memorizing.models.attention import MECHANISMS
 from memorizing.models.language_model import LMConfig
+from memorizing.models.layers import Lora
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
 from memorizing.models.positions import LearnedPositions, Rotary
@@ -23,7 +24,7 @@ from memorizing.synthetic import (
     SyntheticWords,
 )
 from memorizing.training.experiment import BatchConfig, Experiment, LoopConfig
-from memorizing.training.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot
+from memorizing.training.optimizer import Adafactor, AdamW, Cosine, InverseSquareRoot, ParameterGroup
 
 for configurable in (
     # What is run.
@@ -36,6 +37,7 @@ for configurable in (
     *MECHANISMS,
     Rotary,
     LearnedPositions,
+    Lora,
     RecurrentTokens,
     ContinuousCache,
     ExactSearch,
@@ -45,6 +47,7 @@ for configurable in (
     AdamW,
     InverseSquareRoot,
     Cosine,
+    ParameterGroup,
     # Data that needs no corpus; gin files of corpora import memorizing.data.gin_registry.
     RepeatedPassages,
     Memorize,

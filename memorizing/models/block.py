@@ -30,7 +30,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(dims.norm, dims.norm_epsilon)
         self.attention = self.mechanism.layer(dims)
         self.mlp_norm = make_norm(dims.norm, dims.norm_epsilon)
-        self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype, dims.initial_output_scale, "mlp" in dims.biases)
+        self.mlp = MLP(dims.mlp_dim, dims.mlp, dims.dtype, dims.initial_output_scale, "mlp" in dims.biases, dims.lora)
         if dims.sandwich_norms:
             self.attention_output_norm = make_norm(dims.norm, dims.norm_epsilon)
             self.mlp_output_norm = make_norm(dims.norm, dims.norm_epsilon)

@@ -29,7 +29,7 @@ from memorizing.context import (
 from memorizing.errors import Count, CountOrNone, Factor, FactorAboveZero, Range, Share, UserError, Width
 from memorizing.models import attention as attention_lib
 from memorizing.models.attention.base import Attention, BiasPlace, LayerDims, QKNormKind, ResidualKind
-from memorizing.models.layers import Embedder, HeadKind, MLPKind, NormKind, PositionTable, dropout, make_norm
+from memorizing.models.layers import Embedder, HeadKind, Lora, MLPKind, NormKind, PositionTable, dropout, make_norm
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, Mixture
 from memorizing.models.memory.external_memory import Memory
@@ -75,6 +75,7 @@ class LMConfig:
         by a matrix of their own ('untied').
       scales_embedding: whether embeddings are multiplied by sqrt(D).
       final_logit_cap: c, the logits become c * tanh(logits / c); 0 for none.
+      lora: low-rank changes of projections, for light training; None for none.
     """
 
     vocab_size: Width = 259
@@ -109,6 +110,7 @@ class LMConfig:
     head: HeadKind = "tied_scaled"
     scales_embedding: bool = False
     final_logit_cap: Factor = 0.0
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -197,6 +199,7 @@ class LMConfig:
             attention_logit_cap=self.attention_logit_cap,
             sandwich_norms=self.sandwich_norms,
             residuals=self.residuals,
+            lora=self.lora,
         )
 
     @property

@@ -5,9 +5,10 @@ Parameters are float32 and carry logical axis names; activations have the dtype 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
@@ -17,8 +18,10 @@ from jaxtyping import Array, Float
 
 from memorizing.array_typing import Activations, Logits, Tokens
 from memorizing.context import Rngs
+from memorizing.errors import FactorAboveZero, Range
 
 NormKind = Literal["rms", "rms_llama", "rms_gemma", "layer"]
+Projection = Literal["query", "key", "value", "output", "gate", "up", "down"]
 HeadKind = Literal["tied_scaled", "tied", "untied"]
 # 'gelu' is its approximation by tanh, 'exact_gelu' the function itself.
 MLPKind = Literal["relu", "gelu", "exact_gelu", "quick_gelu", "gated_silu", "gated_gelu"]
@@ -36,6 +39,21 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": _quick_gelu,
     "silu": nn.silu,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank changes of projections (Hu et al. 2021): y + scale * (x A) B beside y = x W, with B = 0 at the start.
+
+    Attributes:
+      rank: columns of A, and rows of B.
+      scale: of the change; the paper's alpha / rank.
+      projections: which ones, in every layer.
+    """
+
+    rank: Annotated[int, Range(1, 2**12)] = 8
+    scale: FactorAboveZero = 2.0
+    projections: tuple[Projection, ...] = ("query", "output")
 
 
 def parameter(
@@ -71,6 +89,7 @@ class Einsum(nn.Module):
       dtype: dtype of the computation and the result.
       initial_scale: factor of the initial kernel.
       has_bias: whether a learned bias is added, 0 at the start.
+      lora: a change of low rank, if it is for a projection of this name.
     """
 
     equation: str
@@ -79,6 +98,7 @@ class Einsum(nn.Module):
     dtype: jnp.dtype
     initial_scale: float = 1.0
     has_bias: bool = False
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, frozen: bool = False) -> jax.Array:
@@ -97,6 +117,8 @@ class Einsum(nn.Module):
             kernel = jax.lax.stop_gradient(kernel)
         kernel = kernel.astype(self.dtype)
         y = jnp.einsum(self.equation, x, kernel)
+        if self.lora is not None and self.name in self.lora.projections:
+            y = y + self._low_rank(x, self.lora)
         if not self.has_bias:
             return y
         # The last letters of the output are those of the kernel, in its order.
@@ -109,6 +131,26 @@ class Einsum(nn.Module):
             axes=tuple(self.axes[i] for i in kept),
         )
         return y + _with_axes_in_front(bias.astype(self.dtype), y.ndim)
+
+    def _low_rank(self, x: jax.Array, lora: Lora) -> jax.Array:
+        """What the low-rank change adds. Of all kernels the contracted axes come first."""
+        operands, output = self.equation.split("->")
+        of_input, letters = operands.split(",")
+        num_contracted = sum(letter not in output for letter in letters)
+        contracted, kept = letters[:num_contracted], letters[num_contracted:]
+        between = "".join(letter for letter in of_input if letter not in contracted)
+
+        initializer = nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=range(num_contracted), out_axis=-1
+        )
+        down_shape = (*self.shape[:num_contracted], lora.rank)
+        up_shape = (lora.rank, *self.shape[num_contracted:])
+        down = parameter(self, "lora_a", initializer, down_shape, (*self.axes[:num_contracted], None))
+        up = parameter(self, "lora_b", nn.initializers.zeros, up_shape, (None, *self.axes[num_contracted:]))
+        # [..., r]
+        low = jnp.einsum(f"{of_input},{contracted}r->{between}r", x, down.astype(self.dtype))
+        change = jnp.einsum(f"{between}r,r{kept}->{output}", low, up.astype(self.dtype))
+        return change * lora.scale
 
 
 class RMSNorm(nn.Module):
@@ -187,6 +229,7 @@ class MLP(nn.Module):
       dtype: of the computation.
       initial_output_scale: factor of the initial projection down.
       has_biases: whether its projections have biases.
+      lora: low-rank changes of its projections.
     """
 
     mlp_dim: int
@@ -194,6 +237,7 @@ class MLP(nn.Module):
     dtype: jnp.dtype
     initial_output_scale: float = 1.0
     has_biases: bool = False
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
@@ -206,6 +250,7 @@ class MLP(nn.Module):
                 axes=("embed", "mlp"),
                 dtype=self.dtype,
                 has_bias=self.has_biases,
+                lora=self.lora,
                 name=name,
             )
             return projection(x)
@@ -225,6 +270,7 @@ class MLP(nn.Module):
             dtype=self.dtype,
             initial_scale=self.initial_output_scale,
             has_bias=self.has_biases,
+            lora=self.lora,
             name="down",
         )
         return project_down(hidden)

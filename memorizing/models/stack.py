@@ -107,7 +107,8 @@ class Stack:
         but that search and products with parameters.
       remat_every: layers of a scan, counted in repetitions of the pattern, of which only the inputs of the first are
         stored (Chen et al. 2016). Those of one such block are computed again together.
-      residuals: 'plain' and 'parallel' are the layers' own; 'reversible': two streams, whose activations are computed back from the outputs.
+      residuals: 'plain' and 'parallel' are the layers' own; 'reversible': two streams, whose activations are computed
+        back from the outputs.
     """
 
     num_layers: int

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import optax
 from jax.sharding import Mesh
 
+from memorizing.array_typing import Tree
 from memorizing.batch import DataSource
 from memorizing.errors import Count, CountOrNone, Range, Seed, UserError
 from memorizing.models.language_model import LMConfig
 from memorizing.runtime import sharding
 from memorizing.runtime.sharding import MeshConfig
-from memorizing.training.optimizer import AdamW, Optimizer
+from memorizing.training.optimizer import AdamW, Optimizer, hold_frozen
 
 # More documents side by side than any machine reads, and more bytes than all machines of a pod have.
 MAX_ROWS = 1 << 20
@@ -185,6 +186,10 @@ class Experiment:
     def make_optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the model's parameters."""
         return self.optimizer.build(self.model.stack.stacked_layers)
+
+    def hold_frozen(self, params: Tree) -> Tree:
+        """The same parameters, of which those that are frozen get no gradient."""
+        return hold_frozen(params, self.optimizer.groups, self.model.stack.stacked_layers)
 
     def check_data(self) -> None:
         """Raises UserError where experiment and data do not fit each other."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+import functools
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated
 
 import jax
@@ -13,6 +15,7 @@ from jax.typing import ArrayLike
 
 from memorizing.array_typing import Tree
 from memorizing.errors import Count, CountOrNone, Factor, FactorAboveZero, Range, UserError
+from memorizing.models.stack import layer_name
 
 # Of running means: 1 would never forget.
 Decay = Annotated[float, Range(0, 0.999_999_9)]
@@ -76,6 +79,37 @@ Schedule = InverseSquareRoot | Cosine
 
 
 @dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are trained in another way than the others, or not at all.
+
+    Attributes:
+      pattern: a regular expression that is found in their names, as 'core/(alpha|beta)$' is in
+        'layer_03/attention/core/beta'.
+      learning_rate: factor of the optimizer's; 0 freezes them: they have no gradient, and the optimizer keeps nothing
+        for them.
+      decays: whether AdamW decays those of them whose role is to be decayed.
+    """
+
+    pattern: str = ""
+    learning_rate: Factor = 1.0
+    decays: bool = True
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UserError(f"ParameterGroup.pattern = {self.pattern!r}: no regular expression ({error})") from None
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.learning_rate == 0
+
+
+# Those that no group names.
+_OTHERS = ParameterGroup()
+
+
+@dataclasses.dataclass(frozen=True)
 class Adafactor:
     """Adafactor (Shazeer and Stern 2018) as the Memorizing Transformers paper uses it.
 
@@ -84,18 +118,24 @@ class Adafactor:
       momentum: decay of the running mean of updates.
       decay_rate: exponent of the second moment's decay.
       max_gradient_norm: the gradient is scaled down to this global norm.
+      groups: parameters with a learning rate of their own; of several that fit, the first counts.
     """
 
     learning_rate: Schedule = InverseSquareRoot()
     momentum: Decay = 0.9
     decay_rate: Decay = 0.8
     max_gradient_norm: FactorAboveZero = 1.0
+    groups: tuple[ParameterGroup, ...] = ()
 
     def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
         """The transformation of updates; for `stacked` see `by_layer`."""
         clip = optax.clip_by_global_norm(self.max_gradient_norm)
-        rule = optax.adafactor(self.learning_rate, momentum=self.momentum, decay_rate=self.decay_rate)
-        return optax.chain(clip, by_layer(rule, stacked))
+
+        def rule(group: ParameterGroup) -> optax.GradientTransformation:
+            learning_rate = _times(self.learning_rate, group.learning_rate)
+            return optax.adafactor(learning_rate, momentum=self.momentum, decay_rate=self.decay_rate)
+
+        return optax.chain(clip, by_layer(rule, stacked, self.groups))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +150,7 @@ class AdamW:
       b1, b2: decay of the moments.
       weight_decay: factor of the decoupled decay, which the learning rate multiplies.
       max_gradient_norm: the gradient is scaled down to this global norm.
+      groups: parameters with a learning rate of their own, or without decay; of several that fit, the first counts.
     """
 
     learning_rate: Schedule = Cosine()
@@ -117,18 +158,28 @@ class AdamW:
     b2: Decay = 0.95
     weight_decay: Factor = 0.1
     max_gradient_norm: FactorAboveZero = 1.0
+    groups: tuple[ParameterGroup, ...] = ()
 
     def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
         """The transformation of updates; for `stacked` see `by_layer`."""
         clip = optax.clip_by_global_norm(self.max_gradient_norm)
-        rule = optax.adamw(self.learning_rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=_is_decayed)
-        return optax.chain(clip, by_layer(rule, stacked))
+
+        def rule(group: ParameterGroup) -> optax.GradientTransformation:
+            learning_rate = _times(self.learning_rate, group.learning_rate)
+            weight_decay = self.weight_decay if group.decays else 0.0
+            return optax.adamw(learning_rate, self.b1, self.b2, weight_decay=weight_decay, mask=_is_decayed)
+
+        return optax.chain(clip, by_layer(rule, stacked, self.groups))
 
 
 Optimizer = Adafactor | AdamW
 
 
-def by_layer(rule: optax.GradientTransformation, stacked: Collection[str]) -> optax.GradientTransformation:
+def by_layer(
+    rule: Callable[[ParameterGroup], optax.GradientTransformation],
+    stacked: Collection[str],
+    groups: tuple[ParameterGroup, ...] = (),
+) -> optax.GradientTransformation:
     """Applies a rule to every layer by itself, also to layers whose parameters are stacked for a scan.
 
     Rules that look at a whole array (Adafactor's factors, its clipping and its parameter scale) would otherwise mix the
@@ -137,25 +188,110 @@ def by_layer(rule: optax.GradientTransformation, stacked: Collection[str]) -> op
     The optimizer state is a dict by group; the arrays of a group of several layers have the axis of layers in front.
 
     Args:
-      rule: for the parameters of one layer.
-      stacked: names of the groups of several layers.
+      rule: for the parameters of one layer, given how they are trained.
+      stacked: names of the groups of several layers; with `groups`, a mapping to the layers' indices.
+      groups: see `ParameterGroup`.
     """
 
-    def over_layers(group: str, function: Callable) -> Callable:
-        return jax.vmap(function) if group in stacked else function
+    @functools.cache
+    def rule_of(layers: str) -> optax.GradientTransformation:
+        if not groups:
+            return rule(_OTHERS)
+        rules = {_label(groups, _OTHERS): rule(_OTHERS)}
+        for group in groups:
+            rules[_label(groups, group)] = optax.set_to_zero() if group.is_frozen else rule(group)
+
+        def labels(params: Tree) -> Tree:
+            of_params = _groups_of(groups, stacked, layers, params)
+            return jax.tree.map(functools.partial(_label, groups), of_params)
+
+        return optax.partition(rules, labels)
+
+    def over_layers(layers: str, function: Callable) -> Callable:
+        return jax.vmap(function) if layers in stacked else function
 
     def init(params: Tree) -> Tree:
-        return {group: over_layers(group, rule.init)(params[group]) for group in params}
+        _check_groups(groups, stacked, params)
+        return {layers: over_layers(layers, rule_of(layers).init)(params[layers]) for layers in params}
 
     def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
         new_updates = {}
         new_state = {}
-        for group in updates:
-            update_group = over_layers(group, rule.update)
-            new_updates[group], new_state[group] = update_group(updates[group], state[group], params[group])
+        for layers in updates:
+            update_layers = over_layers(layers, rule_of(layers).update)
+            new_updates[layers], new_state[layers] = update_layers(updates[layers], state[layers], params[layers])
         return new_updates, new_state
 
     return optax.GradientTransformation(init, update)
+
+
+def hold_frozen(params: Tree, groups: tuple[ParameterGroup, ...], stacked: Collection[str]) -> Tree:
+    """The same parameters, of which those that are frozen get no gradient."""
+
+    def hold(leaf: jax.Array, group: ParameterGroup) -> jax.Array:
+        return jax.lax.stop_gradient(leaf) if group.is_frozen else leaf
+
+    if not any(group.is_frozen for group in groups):
+        return params
+    return {
+        layers: jax.tree.map(hold, tree, _groups_of(groups, stacked, layers, tree)) for layers, tree in params.items()
+    }
+
+
+def _groups_of(
+    groups: tuple[ParameterGroup, ...],
+    stacked: Collection[str],
+    layers: str,
+    params: Tree,
+) -> Tree:
+    """The group of each parameter of a layer, or of layers that are stacked."""
+    members = [layers]
+    if layers in stacked:
+        assert isinstance(stacked, Mapping)
+        members = [layer_name(index) for index in stacked[layers]]
+
+    def of(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> ParameterGroup:
+        rest = "/".join(key.key for key in path)
+        found = [_group_of(groups, f"{member}/{rest}") for member in members]
+        if len(set(found)) > 1:
+            differs = next(index for index, group in enumerate(found) if group != found[0])
+            raise UserError(
+                f"ParameterGroup.pattern: {members[0]}/{rest} and {members[differs]}/{rest} lie in one array, and can only "
+                "be trained alike; choose patterns that do not tell these layers apart"
+            )
+        return found[0]
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _group_of(groups: Sequence[ParameterGroup], name: str) -> ParameterGroup:
+    """The first group that fits a parameter."""
+    return next((group for group in groups if re.search(group.pattern, name)), _OTHERS)
+
+
+def _label(groups: Sequence[ParameterGroup], group: ParameterGroup) -> str:
+    """A name in trees of optimizer states."""
+    return f"group_{groups.index(group)}" if group in groups else "others"
+
+
+def _check_groups(groups: tuple[ParameterGroup, ...], stacked: Collection[str], params: Tree) -> None:
+    """Raises UserError for a group without parameters."""
+    found = set()
+    for layers, tree in params.items():
+        found |= {*jax.tree.leaves(_groups_of(groups, stacked, layers, tree))}
+    for group in groups:
+        if group not in found:
+            raise UserError(
+                f"ParameterGroup.pattern = {group.pattern!r}: no parameter has such a name that no group before it has; "
+                "names are like layer_03/attention/query/kernel"
+            )
+
+
+def _times(schedule: Schedule, factor: float) -> Callable[[ArrayLike], ArrayLike]:
+    """A schedule times a number."""
+    if factor == 1:
+        return schedule
+    return lambda step: factor * schedule(step)
 
 
 def _is_decayed(params: Tree) -> Tree:

@@ -36,7 +36,7 @@ class Program:
         replicated = NamedSharding(mesh, PartitionSpec())
         self.init = jax.jit(lambda: init_train_state(config, optimizer, *size, seed), out_shardings=shardings)
         self.init_context = jax.jit(lambda: config.init_context(*size), out_shardings=shardings.context)
-        train_step = make_train_step(config, optimizer, batch.num_microbatches)
+        train_step = make_train_step(config, optimizer, batch.num_microbatches, experiment.hold_frozen)
         self.step = jax.jit(
             train_step,
             in_shardings=(shardings, self.rows),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,10 @@ class Carried(NamedTuple):
 
 
 def make_train_step(
-    config: LMConfig, optimizer: optax.GradientTransformation, num_microbatches: int = 1
+    config: LMConfig,
+    optimizer: optax.GradientTransformation,
+    num_microbatches: int = 1,
+    hold: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step to jit: `(state, batch) -> (new state, metrics)`.
 
@@ -44,12 +46,13 @@ def make_train_step(
       config: the model.
       optimizer: of its parameters.
       num_microbatches: parts of the batch whose gradients are computed one after the other, to save memory.
+      hold: stops the gradient of parameters that are not trained.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rngs = _step_rngs(state, num_rows=batch.tokens.shape[0])
         carried = Carried(state.context, state.buffers)
-        gradient, carried, metrics = batch_gradient(config, state.params, batch, carried, rngs, num_microbatches)
+        gradient, carried, metrics = batch_gradient(config, state.params, batch, carried, rngs, num_microbatches, hold)
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -78,14 +81,24 @@ def _step_rngs(state: TrainState, num_rows: int) -> Rngs:
 
 
 def batch_gradient(
-    config: LMConfig, params: Tree, batch: Batch, carried: Carried, rngs: Rngs, num_microbatches: int
+    config: LMConfig,
+    params: Tree,
+    batch: Batch,
+    carried: Carried,
+    rngs: Rngs,
+    num_microbatches: int,
+    hold: Callable[[Tree], Tree] = lambda params: params,
 ) -> tuple[Tree, Carried, Metrics]:
     """Gradient of the loss of a whole batch, what is carried to the next step, and metrics.
 
     With several microbatches, the rows of batch and context are split together and the gradients are added: the result
     equals that of the whole batch up to rounding. Only the buffers go from one microbatch to the next.
     """
-    loss_gradient = jax.grad(functools.partial(batch_loss, config), has_aux=True)
+
+    def held_loss(params: Tree, *rest: Any) -> tuple[Scalar, tuple[Carried, Metrics]]:
+        return batch_loss(config, hold(params), *rest)
+
+    loss_gradient = jax.grad(held_loss, has_aux=True)
     # Gradients of microbatches are averaged, so each loss is divided by its share of the weight of all rows.
     weight = jnp.maximum(jnp.sum(batch.loss_weights), 1.0) / num_microbatches
     if num_microbatches == 1:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from memorizing.array_typing import Tree
@@ -50,7 +51,10 @@ def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer
 
 
 def memory_parameters(config: LMConfig) -> set[str]:
-    """What a model with a memory has beyond the same model without: `layer_08/attention/core/gate`."""
+    """What a model with a memory, or with low-rank changes, has beyond the same model without.
+
+    `layer_08/attention/core/gate`, for example.
+    """
 
     # Rows and segments that mesh and memories admit: parameters depend on neither.
     mesh = jax.sharding.get_abstract_mesh()
@@ -61,7 +65,36 @@ def memory_parameters(config: LMConfig) -> set[str]:
         variables = jax.eval_shape(lambda: init_variables(config, num_rows, length, jax.random.key(0)))
         return set(stack.unstack_paths(paths(variables["params"]), config.stack.stacked_layers))
 
-    return names(config) - names(config.without_memory())
+    bare = dataclasses.replace(config.without_memory(), lora=None)
+    return names(config) - names(bare)
+
+
+def merge_lora(config: LMConfig, params: Tree) -> tuple[LMConfig, Tree]:
+    """The same model whose low-rank changes are part of its projections.
+
+    Args:
+      config: of the model.
+      params: of the model, by group of layers.
+    """
+    lora = config.lora
+    if lora is None:
+        return config, params
+
+    def change(down: jax.Array, up: jax.Array) -> jax.Array:
+        return lora.scale * jnp.tensordot(down, up, axes=1)
+
+    def merged(tree: Tree, is_stacked: bool) -> Tree:
+        if not isinstance(tree, Mapping):
+            return tree
+        new = {name: merged(branch, is_stacked) for name, branch in tree.items() if not name.startswith("lora_")}
+        if "lora_a" in tree:
+            of_layers = jax.vmap(change) if is_stacked else change
+            new["kernel"] = new["kernel"] + of_layers(tree["lora_a"], tree["lora_b"])
+        return new
+
+    stacked = config.stack.stacked_layers
+    plain = {layers: merged(tree, layers in stacked) for layers, tree in params.items()}
+    return dataclasses.replace(config, lora=None), plain
 
 
 def fit(

@@ -54,15 +54,6 @@ GEMMA = dataclasses.replace(
 # Memories whose oldest slots are overwritten.
 JOINT = JointMemoryAttention(2 * LENGTH, num_neighbors=3, local=XLAttention(window=2), mixing="full")
 MODELS = {
-    "llama 3": dataclasses.replace(
-        BASE,
-        attention=EVERYTHING,
-        positions=LLAMA3,
-        norm="rms_llama",
-        mlp="gated_silu",
-        head="untied",
-        norm_epsilon=0.1,
-    ),
     "qwen with sinks": dataclasses.replace(
         BASE,
         attention=(XLAttention(window=4, num_sinks=3), dataclasses.replace(SLIDING, num_sinks=2)),
@@ -100,8 +91,10 @@ MODELS = {
         attention=dataclasses.replace(JOINT, trained_length=2 * LENGTH + 3),
         positions=LLAMA3,
         norm="rms_llama",
+        norm_epsilon=0.1,
         mlp="gated_silu",
         attention_scale=1.0,
+        head="untied",
     ),
     "qwen with a memory at a constant distance": dataclasses.replace(
         BASE,

@@ -16,7 +16,7 @@ from memorizing.array_typing import Activations, AxesTree, Clock, HeadScale, Tre
 from memorizing.context import Layout, Report, Segment
 from memorizing.errors import UserError
 from memorizing.models import positions
-from memorizing.models.layers import Einsum, MLPKind, NormKind, RMSNorm, parameter
+from memorizing.models.layers import Einsum, Lora, MLPKind, NormKind, RMSNorm, parameter
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.positions import LayerPositions, LearnedPositions, Positions, Rotary
 
@@ -51,6 +51,7 @@ class LayerDims:
       attention_logit_cap: c, logits become c * tanh(logits / c); 0 for none.
       sandwich_norms: whether what attention and MLP add to the residual is normalised.
       residuals: 'parallel' where attention and MLP read the same x.
+      lora: low-rank changes of projections, None for none.
     """
 
     embed_dim: int
@@ -73,6 +74,7 @@ class LayerDims:
     attention_logit_cap: float = 0.0
     sandwich_norms: bool = False
     residuals: ResidualKind = "plain"
+    lora: Lora | None = None
 
     @property
     def width(self) -> int:
@@ -108,6 +110,7 @@ class LayerDims:
             "positions": isinstance(self.positions, Rotary | LearnedPositions),
             "attention_scale": self.attention_scale is not None,
             "attention_logit_cap": self.attention_logit_cap > 0,
+            "lora": self.lora is not None,
         }
         return [name for name, does in departs.items() if does]
 
@@ -140,8 +143,8 @@ class Attention:
 
     Attributes:
       stackable: whether the states of several layers may be stacked for a scan (and copied in every step).
-      is_compiled_apart: whether layers that stand alone are compiled apart from each other, as those of a scan are: so a
-        model computes the same bits when some of its layers get this mechanism.
+      is_compiled_apart: whether layers that stand alone are compiled apart from each other, as those of a scan are: so
+        a model computes the same bits when some of its layers get this mechanism.
       can_decode: whether the layer also passes segments that are still being generated: see `context.Decoding`.
       memory_size: slots of its external memory in positions, 0 without one.
       takes_memory_tokens: whether recurrent memory tokens may stand before and after the segment's own.
@@ -304,6 +307,7 @@ def project_to_heads(dims: LayerDims, name: Literal["query", "key", "value"]) ->
         axes=("embed", "heads", "head_dim"),
         dtype=dims.dtype,
         has_bias="qkv" in dims.biases,
+        lora=dims.lora,
         name=name,
     )
 
@@ -317,6 +321,7 @@ def project_from_heads(dims: LayerDims) -> Einsum:
         dtype=dims.dtype,
         initial_scale=dims.initial_output_scale,
         has_bias="output" in dims.biases,
+        lora=dims.lora,
         name="output",
     )
 
