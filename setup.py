@@ -17,6 +17,9 @@ FOLDERS = {
 }
 GIN_FILES = [str(path.relative_to(ROOT / "gin")) for path in (ROOT / "gin").rglob("*.gin")]
 
+# TensorFlow Text, and so seqio, is not there for every Python and platform; nothing but the seqio Tasks needs it.
+SEQIO = "; python_version < '3.14' and (sys_platform == 'linux' or sys_platform == 'darwin' and platform_machine == 'arm64')"
+
 setup(
     name="memorizing",
     version=VERSION,
@@ -44,6 +47,7 @@ setup(
         "absl-py",
         "array_record",
         "etils[epath]",
+        "fsspec",
         "flax>=0.12",
         "gin-config>=0.5",
         # TFDS reads its checksums through it and does not ask for it.
@@ -56,11 +60,11 @@ setup(
         "orbax-checkpoint>=0.12",
         "pyyaml",
         "rich",
-        "seqio",
+        f"seqio{SEQIO}",
         # 0.2.3 needs a protobuf that Apache Beam does not accept yet.
         "sentencepiece>=0.2,<0.2.3",
         "tensorboardX",
-        "tensorflow-datasets",
+        f"tensorflow-datasets{SEQIO}",
     ],
     extras_require={
         # What `memorizing bench search` compares with.

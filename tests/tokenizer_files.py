@@ -12,12 +12,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 LINES = [f"def function_{index % 17}(self, argument):\n    return  {index} # été" for index in range(200)]
 
 
-def of_bytes(path: pathlib.Path, size: int = 400, **config: Any) -> str:
-    """As GPT-2's: nothing stands before a text."""
+def of_bytes(path: pathlib.Path, size: int = 400, lacking: str = "", **config: Any) -> str:
+    """As GPT-2's: nothing stands before a text. As SmolLM's it may lack characters of the alphabet of bytes."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {*lacking})
     special = ["<|endoftext|>", "<|pad|>"]
     _train(made, trainers.BpeTrainer, size, special_tokens=special, initial_alphabet=alphabet)
     return _written(made, path, {"eos_token": "<|endoftext|>"} | config)

@@ -10,7 +10,7 @@ import glob
 import os
 import posixpath
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 import fsspec
 
@@ -108,8 +108,10 @@ def files(root: Root, exclude: Collection[str]) -> Iterator[Found]:
 
 def open_file(path: str) -> IO[bytes]:
     """Opens a file, local or remote, and decompresses it if it is compressed."""
-    opened = fsspec.open(path, "rb").open() if is_url(path) else open(path, "rb")  # noqa: SIM115
-    return archives.decompressed(cast(IO[bytes], opened))
+    if not is_url(path):
+        return archives.decompressed(open(path, "rb"))
+    system, name = _filesystem(path)
+    return archives.decompressed(system.open(name, "rb"))
 
 
 def printable(name: str) -> str:

@@ -134,7 +134,9 @@ class Tokenising:
         by = self._by_seqio if self.by_seqio else self._by_vocabulary
         for document in by(lambda: self._examples(part, split_numbers)):
             split = splits.NAMES[split_numbers.popleft()]
-            if len(document.tokens) - 1 < self.min_tokens:
+            if document is None:
+                skipped[cache_writer.CANNOT_BE_WRITTEN] += 1
+            elif len(document.tokens) - 1 < self.min_tokens:
                 skipped[f"fewer than {self.min_tokens} tokens"] += 1
             else:
                 yield split, document
@@ -146,10 +148,15 @@ class Tokenising:
         for example in tensorflow_start.tasks().tokenised(self.task, model_path, examples):
             yield TokenisedDocument(example["doc_id"].decode(), int(example["num_bytes"]), example["targets"])
 
-    def _by_vocabulary(self, examples: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[TokenisedDocument]:
+    def _by_vocabulary(self, examples: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[TokenisedDocument | None]:
+        """Documents; None in the place of one that its tokens would not give back."""
         used = vocabulary_files.read(self.directory, self.vocabulary)
         for example in examples():
-            tokens = np.append(used.encode(example["text"].decode()), np.int32(used.end_id))
+            text = example["text"].decode()
+            if not vocabulary_files.can_write(used, text):
+                yield None
+                continue
+            tokens = np.append(used.encode(text), np.int32(used.end_id))
             yield TokenisedDocument(example["doc_id"], example["num_bytes"], tokens)
 
     def _examples(self, part: Part, split_numbers: deque[int]) -> Iterator[dict[str, Any]]:

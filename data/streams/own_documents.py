@@ -13,7 +13,7 @@ from memorizing.data import documents
 from memorizing.data.corpora.text import WHOLE, TextReader
 from memorizing.data.errors import DataError
 from memorizing.data.streams import segments
-from memorizing.data.tokens import token_cache
+from memorizing.data.tokens import cache_writer, token_cache, vocabulary_files
 
 
 class OwnDocuments:
@@ -41,6 +41,9 @@ class OwnDocuments:
         digest = hashlib.sha256(vocabulary.digest.encode())
         skipped: Counter[str] = Counter()
         for document in TextReader(source).documents(WHOLE, skipped):
+            if not vocabulary_files.can_write(vocabulary, document.text):
+                skipped[cache_writer.CANNOT_BE_WRITTEN] += 1
+                continue
             tokens = np.append(vocabulary.encode(document.text), vocabulary.end_id)
             text = document.text.encode()
             self._keys.append(document.key)

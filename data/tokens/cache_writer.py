@@ -22,6 +22,9 @@ from memorizing.batch import Vocabulary
 from memorizing.data.errors import DataError
 from memorizing.data.tokens import staging, token_cache, vocabulary_files
 
+# Why a document is left out that its tokens would not give back.
+CANNOT_BE_WRITTEN = "characters that the vocabulary lacks"
+
 _COLUMNS = ("num_tokens", "num_bytes", "key_lengths")
 
 

@@ -7,6 +7,8 @@ without which a text would not come back as it was:
 * no space is put before a text;
 * a text is not brought into the normal form NFC (Qwen and Pythia do): other forms get other tokens;
 * what a special token is called is text like any other, where it stands in a document.
+
+A tokenizer may have no token for some control characters. A document that holds one is left out, see `can_write`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,13 +30,15 @@ from memorizing.data.tokens import vocabulary
 from memorizing.errors import first_line
 
 TOKENIZER_FILE = "tokenizer.json"
+_MAX_SIZE = 1 << 24
 # What tells of the special tokens, beside that file.
 _CONFIG_FILE = "tokenizer_config.json"
 # Names of tokens that end a document, where nothing tells which one does.
 _KNOWN_ENDS = ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "</s>", "<eos>")
-# Bytes that occur in no UTF-8, and those of which SmolLM has no tokens: of control characters, and of planes of Unicode
-# that are not assigned. A byte without a token is left out of a text.
-_MAY_BE_MISSING = {*range(0x20), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - {*b"\t\n\r"}
+# Bytes that occur in no UTF-8.
+_NOT_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+# Bytes that a tokenizer may lack, as SmolLM's does: control characters, and those of planes 4 to 11, which are empty.
+_RARE = {*range(0x20), 0x7F, 0xF1, 0xF2} - {*b"\t\n\r"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,18 @@ class TokenizerVocabulary:
         """The id of a token as the file writes it; None where there is none."""
         return self._tokenizer.token_to_id(token)
 
+    @functools.cached_property
+    def _lacking(self) -> re.Pattern[str] | None:
+        """Characters that no tokens stand for."""
+        there = {piece[0] for piece in self._raw_pieces if len(piece) == 1}
+        lead = {0xF1: "\U00040000-\U0007ffff", 0xF2: "\U00080000-\U000bffff"}
+        classes = "".join(lead.get(byte) or f"\\x{byte:02x}" for byte in sorted(_RARE - there))
+        return re.compile(f"[{classes}]") if classes else None
+
+    def can_write(self, text: str) -> bool:
+        """Whether the text comes back from its tokens; else the characters that have none are left out of them."""
+        return self._lacking is None or self._lacking.search(text) is None
+
     def encode(self, text: str) -> np.ndarray:
         given = text if self._is_of_bytes else vocabulary.escape(text)
         return np.asarray(self._tokenizer.encode(given, add_special_tokens=False).ids, np.int32)
@@ -103,15 +120,18 @@ class TokenizerVocabulary:
         """The text of each id in UTF-8, escaped where the vocabulary is not of bytes."""
         added = {token["id"]: token for token in self._parsed.get("added_tokens") or ()}
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        if max(ids.values()) >= _MAX_SIZE:
+            raise DataError(f"a {TOKENIZER_FILE} has the id {max(ids.values()):,}: at most {_MAX_SIZE - 1:,}")
         pieces = [b""] * (1 + max(ids.values()))
         for token, index in ids.items():
             if index not in added:
                 pieces[index] = _text_of_bytes(token) if self._is_of_bytes else _text_of_spaced(token)
             elif not added[index]["special"]:
                 pieces[index] = token.encode() if self._is_of_bytes else _spaced(token)
-        unknown = self._parsed["model"].get("unk_token")
-        if unknown in ids:
-            pieces[ids[unknown]] = b""
+        model = self._parsed["model"]
+        unknown = ids.get(model.get("unk_token"), model.get("unk_id"))
+        if unknown is not None:
+            pieces[unknown] = b""
         return pieces
 
 
@@ -132,14 +152,22 @@ def load(path: str, start_token: str | None = None, end_token: str | None = None
     file = epath.Path(path)
     try:
         file = file / TOKENIZER_FILE if file.is_dir() else file
-        model = file.read_bytes()
-        loaded = TokenizerVocabulary(model, 0, 0)
-        # Parses all of it.
-        _ = loaded.size
-    # The library has one error for all: Exception.
+        loaded = TokenizerVocabulary(file.read_bytes(), 0, 0)
+        start_id, end_id = _special_ids(named, loaded, _config(file.parent / _CONFIG_FILE), start_token, end_token)
+        made = dataclasses.replace(loaded, start_id=start_id, end_id=end_id)
+        _check_loses_nothing(named, made)
+    except DataError:
+        raise
+    # The library has one error for all, Exception; and of a file that is none, anything may be missing.
     except Exception as error:
         raise DataError(f"{named}: cannot be read as a {TOKENIZER_FILE} ({first_line(error)})") from None
-    config = _config(file.parent / _CONFIG_FILE)
+    return made
+
+
+def _special_ids(
+    named: str, loaded: TokenizerVocabulary, config: dict[str, Any], start_token: str | None, end_token: str | None
+) -> tuple[int, int]:
+    """The ids of what stands before a document's first token, and of what ends a document; see `load`."""
     ends = [end_token] if end_token else [_content(config.get("eos_token")), *_KNOWN_ENDS]
     end_id = _first_id(loaded, ends)
     if end_id is None:
@@ -149,9 +177,7 @@ def load(path: str, start_token: str | None = None, end_token: str | None = None
     start_id = _first_id(loaded, starts)
     if start_id is None and start_token:
         raise DataError(f"{named} has no token {start_token!r}; name another one with --start_token=TOKEN")
-    made = TokenizerVocabulary(model, end_id if start_id is None else start_id, end_id)
-    _check_loses_nothing(named, made)
-    return made
+    return end_id if start_id is None else start_id, end_id
 
 
 def check_installed(named: str) -> None:
@@ -253,11 +279,11 @@ def _check_loses_nothing(named: str, made: TokenizerVocabulary) -> None:
     """Raises DataError where a text would not come back from its tokens."""
     parsed = json.loads(made.model)
     added = parsed.get("added_tokens") or ()
-    stripping = [token["content"] for token in added if not token["special"] and (token["lstrip"] or token["rstrip"])]
+    stripping = [token for token in added if not token["special"] and (token.get("lstrip") or token.get("rstrip"))]
     special = "".join(token["content"] for token in added if token["special"])
     text = vocabulary.HARD_TEXT + special + vocabulary.HARD_TEXT
     known = {piece[0] for piece in made._raw_pieces if len(piece) == 1}
-    missing = {*range(256)} - known - _MAY_BE_MISSING
+    missing = {*range(256)} - known - _NOT_UTF8 - _RARE
     if stripping or missing or b"".join(made.pieces(made.encode(text))) != text.encode():
         raise DataError(
             f"{named} does not give back every text as it was: give a tokenizer of bytes (GPT-2, Llama 3, Qwen), or one "

@@ -34,6 +34,11 @@ def load(
     return vocabulary.load(path)
 
 
+def can_write(used: Vocabulary, text: str) -> bool:
+    """Whether a text comes back from its tokens. Some tokenizers lack control characters."""
+    return not isinstance(used, TokenizerVocabulary) or used.can_write(text)
+
+
 def file_name(used: Vocabulary) -> str | None:
     """Name of a vocabulary's file in the folder of a token cache; None where it needs none."""
     if isinstance(used, SentencePieceVocabulary):

@@ -33,8 +33,8 @@ for name in ("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "t
 TINY = (
     *("VOCAB_SIZE=259", "CachedCorpus.task='bytes'", "STEPS=2", "Cosine.warmup_steps=1", "LMConfig.num_layers=1"),
     *("LMConfig.embed_dim=8", "LMConfig.num_heads=1", "LMConfig.head_dim=8", "LMConfig.mlp_dim=8"),
-    *("LMConfig.attention_at=((0, @KNNAttention()),)", "LMConfig.continuous_cache=None", "KNNAttention.memory_size=16"),
-    *("KNNAttention.num_neighbors=2", "BatchConfig.segment_length=8", "BatchConfig.tokens_per_step=16"),
+    *("LMConfig.attention_at=()", "LMConfig.continuous_cache=None"),
+    *("BatchConfig.segment_length=8", "BatchConfig.tokens_per_step=16"),
 )
 COMMANDS = {
     "train": ["train", "--gin_file=demo", "--gin.SOURCE=notes", *(f"--gin.{binding}" for binding in TINY)],
@@ -86,9 +86,7 @@ def test_documents_that_no_cache_knows_are_evaluated_with_all_controls(home: Hom
     assert folder.name.startswith("new-")
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["documents"]["key"] == ["a.txt", "b.md"] and result["documents"]["bytes"] == [99, 64]
-    assert {*result["evaluations"]} == {
-        *("memory 0", "memory 16", "memory 64", "memory of another document", "continuous cache instead")
-    }
+    assert {*result["evaluations"]} == {"context reset every segment", "as trained", "continuous cache instead"}
     assert sorted(path.name for path in (home.folder / "new").iterdir()) == ["a.txt", "b.md", "c.txt"]
 
 

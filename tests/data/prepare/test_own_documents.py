@@ -64,6 +64,15 @@ def test_documents_come_back_exactly_and_no_split_is_empty(folder, tmp_path, tas
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted({"cache", *(["made"] if flags else [])})
 
 
+def test_documents_that_would_not_come_back_are_left_out(folder, tmp_path, capsys):
+    # The tokenizer has no token for \x01, which stands in two of the documents.
+    made = tokenizer_files.of_bytes(tmp_path / "made", size=399, lacking="\u0101")
+    flags = "--task=text_hf399", f"--source={folder}", f"--output={tmp_path}/cache", f"--vocabulary={made}"
+    assert prepare(*flags) == 0
+    assert "characters that the vocabulary lacks: 1, duplicate: 1" in capsys.readouterr().out
+    assert sum(map(len, held(tmp_path / "cache").values())) == 4
+
+
 def test_all_texts_are_kept_if_they_are_to_be(folder, tmp_path):
     flags = "--task=text_bytes", f"--source={folder}", f"--output={tmp_path}/cache"
     assert prepare(*flags, "--reader.keep_duplicates=true") == 0

@@ -102,7 +102,9 @@ def test_a_normal_form_is_left_out(files, loaded, tmp_path):
     assert used.encode("été").tolist() == made.encode("été").ids
 
 
-@pytest.mark.parametrize("change", ["lower case", "no bytes", "strips", "no model", "no JSON", "no end", "no file"])
+@pytest.mark.parametrize(
+    "change", ["lower case", "no bytes", "strips", "no model", "empty template", "no JSON", "no end", "no file"]
+)
 def test_what_loses_something_is_refused_in_a_line(files, tmp_path, change):
     path = tmp_path / "tokenizer.json"
     made = tokenizers.Tokenizer.from_file(files["bytes"])
@@ -114,6 +116,9 @@ def test_what_loses_something_is_refused_in_a_line(files, tmp_path, change):
     if change == "no model":
         del parsed["model"]
     text = json.dumps(parsed)
+    if change == "empty template":
+        parsed["post_processor"] = {"type": "TemplateProcessing", "single": []}
+        text = json.dumps(parsed)
     if change == "no end":
         text = text.replace("<|endoftext|>", "<end?>")
     path.write_text("{" if change == "no JSON" else text)
@@ -144,6 +149,16 @@ def test_a_cache_has_a_copy_of_its_own(files, loaded, tmp_path):
     (tmp_path / "cache" / tokenizer.TOKENIZER_FILE).write_bytes(pathlib.Path(files["bytes"]).read_bytes())
     with pytest.raises(DataError, match="another vocabulary"):
         _ = token_cache.open_cache(path).vocabulary
+
+
+def test_characters_without_tokens_are_known(tmp_path):
+    # GPT-2's characters for the bytes 4 and 241.
+    used = vocabulary_files.load(tokenizer_files.of_bytes(tmp_path, size=390, lacking="\u0104ñ"))
+    assert vocabulary_files.can_write(used, "any é text\t\n\x05\U0001f600")
+    for text in ("a\x04b", "a\U00050000b"):
+        assert not vocabulary_files.can_write(used, text) and used.decode(used.encode(text)) != text
+    with pytest.raises(DataError, match="tokenizer of bytes"):
+        vocabulary_files.load(tokenizer_files.of_bytes(tmp_path, size=390, lacking="ª"))
 
 
 def test_ids_that_stand_for_nothing_are_never_written(loaded):
