@@ -182,6 +182,7 @@ def test_plan_prints_the_run_of_a_gin_file(capsys: pytest.CaptureFixture) -> Non
         "XL",
         "compressive",
         "kNN",
+        "joint",
         "sparse",
         "Reformer",
         "routing",

@@ -37,20 +37,6 @@ BASE = LMConfig(
 SLIDING = XLAttention(window=5, same_length=True)
 EVERYTHING = XLAttention(window=LENGTH * SEGMENTS)
 LLAMA3 = Rotary(theta=100.0, scaling="llama3", factor=4.0, low_factor=1.0, high_factor=4.0, original_length=64)
-GEMMA = dataclasses.replace(
-    BASE,
-    attention=(dataclasses.replace(SLIDING, positions=Rotary(theta=20.0)), EVERYTHING),
-    positions=Rotary(theta=1000.0, scaling="linear", factor=8.0),
-    norm="rms_gemma",
-    mlp="gated_gelu",
-    qk_norm="rms_gemma",
-    attention_scale=0.3,
-    attention_logit_cap=1.5,
-    sandwich_norms=True,
-    head="tied",
-    scales_embedding=True,
-    final_logit_cap=2.0,
-)
 # Memories whose oldest slots are overwritten.
 JOINT = JointMemoryAttention(2 * LENGTH, num_neighbors=3, local=XLAttention(window=2), mixing="full")
 MODELS = {
@@ -64,7 +50,6 @@ MODELS = {
         qk_norm="rms_llama",
         head="tied",
     ),
-    "gemma 2 and 3": GEMMA,
     "gpt-neox": dataclasses.replace(
         BASE,
         attention=(SLIDING, dataclasses.replace(EVERYTHING, positions="none")),
@@ -96,20 +81,28 @@ MODELS = {
         attention_scale=1.0,
         head="untied",
     ),
-    "qwen with a memory at a constant distance": dataclasses.replace(
+    "gemma 2 and 3 with trained memories, one beside sinks": dataclasses.replace(
         BASE,
-        attention=dataclasses.replace(JOINT, distances="constant", trained_length=20),
-        positions=Rotary(theta=30.0),
-        mlp="gated_silu",
-        qk_norm="rms_llama",
-        biases=("qkv",),
-    ),
-    "gemma 2 with a trained memory beside sinks": dataclasses.replace(
-        GEMMA,
         attention=(
-            dataclasses.replace(JOINT, mixing="learned", local=XLAttention(window=2, num_sinks=2)),
-            dataclasses.replace(JOINT, mixing="learned", local=FullAttention(positions="none")),
+            dataclasses.replace(
+                JOINT,
+                mixing="learned",
+                distances="constant",
+                trained_length=20,
+                local=XLAttention(window=2, num_sinks=2, positions=Rotary(theta=20.0)),
+            ),
+            dataclasses.replace(JOINT, mixing="learned", local=FullAttention()),
         ),
+        positions=Rotary(theta=1000.0, scaling="linear", factor=8.0),
+        norm="rms_gemma",
+        mlp="gated_gelu",
+        qk_norm="rms_gemma",
+        attention_scale=0.3,
+        attention_logit_cap=1.5,
+        sandwich_norms=True,
+        head="tied",
+        scales_embedding=True,
+        final_logit_cap=2.0,
     ),
 }
 

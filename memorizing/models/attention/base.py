@@ -151,7 +151,7 @@ class Attention:
       takes_all_parts: whether its layers can be put together from all that `LayerDims` offers.
       joins_memory: whether it can share a softmax with a memory: its core has a method `attend`, which also gives the
         normalisers, and all positions of a segment see the same of what lies before it.
-      window: positions before the segment that all of its positions see, 0 for none.
+      num_before: positions before the segment that all of its positions see, 0 for none.
       decoding_advice: what to do where the layer cannot decode.
     """
 
@@ -162,7 +162,7 @@ class Attention:
     takes_memory_tokens: ClassVar[bool] = True
     takes_all_parts: ClassVar[bool] = False
     joins_memory: ClassVar[bool] = False
-    window: ClassVar[int] = 0
+    num_before: ClassVar[int] = 0
     decoding_advice: ClassVar[str] = ""
 
     # What it carries.
@@ -209,7 +209,7 @@ class Attention:
             name = dims.parts_of_attention[0]
             raise UserError(
                 f"LMConfig.{name} with @{type(self).__name__}(): it does not know this part; leave out "
-                f"LMConfig.{name}, or use @FullAttention() or @XLAttention()"
+                f"LMConfig.{name}, or use @FullAttention(), @XLAttention() or @JointMemoryAttention()"
             )
 
     def sees_before(self, state: Tree, positions_back: Int[Array, "M"]) -> Bool[Array, "#B M"]:

@@ -85,7 +85,7 @@ class JointMemoryAttention(MemoryAttention):
 
     def check(self, segment_length: int) -> None:
         super().check(segment_length)
-        window = self.local.window
+        window = self.local.num_before
         if self.memory_size <= window:
             raise UserError(
                 f"JointMemoryAttention.memory_size = {self.memory_size}: its last {window} positions are the cache's "

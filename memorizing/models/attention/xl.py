@@ -104,6 +104,11 @@ class XLAttention(Attention):
         check_buckets("XLAttention", self.num_buckets, self.max_distance)
 
     @property
+    def num_before(self) -> int:
+        """The cache."""
+        return self.window
+
+    @property
     def joins_memory(self) -> bool:
         """Whether all positions of a segment see the same cache."""
         return not self.same_length
