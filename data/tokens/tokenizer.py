@@ -59,17 +59,25 @@ class TokenizerVocabulary:
     def name(self) -> str:
         return f"hf{self.size}"
 
-    @functools.cached_property
+    @property
     def size(self) -> int:
         """One more than the highest id; a model may have more rows than that in its table of embeddings."""
         return len(self._raw_pieces)
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
-        return hashlib.sha256(self.model + f"\n{self.start_id} {self.end_id}".encode()).hexdigest()
+        return self._digest
 
     @functools.cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(self.model + f"\n{self.start_id} {self.end_id}".encode()).hexdigest()
+
+    @property
     def unused_ids(self) -> tuple[int, ...]:
+        return self._unused_ids
+
+    @functools.cached_property
+    def _unused_ids(self) -> tuple[int, ...]:
         return tuple(index for index, piece in enumerate(self._raw_pieces) if not piece and index != self.end_id)
 
     def token_id(self, token: str) -> int | None:
