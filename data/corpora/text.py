@@ -94,8 +94,10 @@ class TextReader:
         for root in file_trees.roots(self.source):
             depth = root.label.count("/") + 1 if root.label else 0
             for found in file_trees.files(root, self.exclude):
-                parts = found.name.split("/")
-                yield "/".join(parts[: depth + 1]) if self.document == _FOLDER else found.name, found
+                if self.document == _FOLDER:
+                    yield "/".join(found.name.split("/")[: depth + 1]), found
+                else:
+                    yield found.name, found
 
     def _reason(self, found: Found) -> str | None:
         """Why a file is left out unread, or None."""
@@ -103,12 +105,16 @@ class TextReader:
             return found.reason
         if archives.is_archive(found.name):
             return _IN_FOLDER
-        chosen = self.suffixes or (*_LINES, *_TABLES, *text_files.SUFFIXES)
         suffix = _suffix(found.name)
         if suffix == tables.ARROW and posixpath.basename(found.name).startswith(tables.CACHE_PREFIX):
             return _OTHER_KIND
-        is_chosen = _ANY in chosen or suffix in {f".{name.lower().lstrip('.')}" for name in chosen}
-        return None if is_chosen else _OTHER_KIND
+        return None if suffix in self._chosen or _ANY in self.suffixes else _OTHER_KIND
+
+    @functools.cached_property
+    def _chosen(self) -> frozenset[str]:
+        """Suffixes of the files that are read in folders."""
+        chosen = self.suffixes or (*_LINES, *_TABLES, *text_files.SUFFIXES)
+        return frozenset(f".{name.lower().lstrip('.')}" for name in chosen)
 
     def _read(self, found: Found, skipped: Counter[str]) -> Iterator[Document]:
         """The documents of a file."""

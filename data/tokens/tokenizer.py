@@ -30,6 +30,7 @@ from memorizing.data.tokens import vocabulary
 from memorizing.errors import first_line
 
 TOKENIZER_FILE = "tokenizer.json"
+_MAX_SIZE = 1 << 24
 # What tells of the special tokens, beside that file.
 _CONFIG_FILE = "tokenizer_config.json"
 # Names of tokens that end a document, where nothing tells which one does.
@@ -58,17 +59,25 @@ class TokenizerVocabulary:
     def name(self) -> str:
         return f"hf{self.size}"
 
-    @functools.cached_property
+    @property
     def size(self) -> int:
         """One more than the highest id; a model may have more rows than that in its table of embeddings."""
         return len(self._raw_pieces)
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
-        return hashlib.sha256(self.model + f"\n{self.start_id} {self.end_id}".encode()).hexdigest()
+        return self._digest
 
     @functools.cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(self.model + f"\n{self.start_id} {self.end_id}".encode()).hexdigest()
+
+    @property
     def unused_ids(self) -> tuple[int, ...]:
+        return self._unused_ids
+
+    @functools.cached_property
+    def _unused_ids(self) -> tuple[int, ...]:
         return tuple(index for index, piece in enumerate(self._raw_pieces) if not piece and index != self.end_id)
 
     def token_id(self, token: str) -> int | None:
@@ -119,15 +128,18 @@ class TokenizerVocabulary:
         """The text of each id in UTF-8, escaped where the vocabulary is not of bytes."""
         added = {token["id"]: token for token in self._parsed.get("added_tokens") or ()}
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        if max(ids.values()) >= _MAX_SIZE:
+            raise DataError(f"a {TOKENIZER_FILE} has the id {max(ids.values()):,}: at most {_MAX_SIZE - 1:,}")
         pieces = [b""] * (1 + max(ids.values()))
         for token, index in ids.items():
             if index not in added:
                 pieces[index] = _text_of_bytes(token) if self._is_of_bytes else _text_of_spaced(token)
             elif not added[index]["special"]:
                 pieces[index] = token.encode() if self._is_of_bytes else _spaced(token)
-        unknown = self._parsed["model"].get("unk_token")
-        if unknown in ids:
-            pieces[ids[unknown]] = b""
+        model = self._parsed["model"]
+        unknown = ids.get(model.get("unk_token"), model.get("unk_id"))
+        if unknown is not None:
+            pieces[unknown] = b""
         return pieces
 
 
@@ -148,14 +160,22 @@ def load(path: str, start_token: str | None = None, end_token: str | None = None
     file = epath.Path(path)
     try:
         file = file / TOKENIZER_FILE if file.is_dir() else file
-        model = file.read_bytes()
-        loaded = TokenizerVocabulary(model, 0, 0)
-        # Parses all of it.
-        _ = loaded.size
-    # The library has one error for all: Exception.
+        loaded = TokenizerVocabulary(file.read_bytes(), 0, 0)
+        start_id, end_id = _special_ids(named, loaded, _config(file.parent / _CONFIG_FILE), start_token, end_token)
+        made = dataclasses.replace(loaded, start_id=start_id, end_id=end_id)
+        _check_loses_nothing(named, made)
+    except DataError:
+        raise
+    # The library has one error for all, Exception; and of a file that is none, anything may be missing.
     except Exception as error:
         raise DataError(f"{named}: cannot be read as a {TOKENIZER_FILE} ({first_line(error)})") from None
-    config = _config(file.parent / _CONFIG_FILE)
+    return made
+
+
+def _special_ids(
+    named: str, loaded: TokenizerVocabulary, config: dict[str, Any], start_token: str | None, end_token: str | None
+) -> tuple[int, int]:
+    """The ids of what stands before a document's first token, and of what ends a document; see `load`."""
     ends = [end_token] if end_token else [_content(config.get("eos_token")), *_KNOWN_ENDS]
     end_id = _first_id(loaded, ends)
     if end_id is None:
@@ -165,9 +185,7 @@ def load(path: str, start_token: str | None = None, end_token: str | None = None
     start_id = _first_id(loaded, starts)
     if start_id is None and start_token:
         raise DataError(f"{named} has no token {start_token!r}; name another one with --start_token=TOKEN")
-    made = TokenizerVocabulary(model, end_id if start_id is None else start_id, end_id)
-    _check_loses_nothing(named, made)
-    return made
+    return end_id if start_id is None else start_id, end_id
 
 
 def check_installed(named: str) -> None:
@@ -269,7 +287,7 @@ def _check_loses_nothing(named: str, made: TokenizerVocabulary) -> None:
     """Raises DataError where a text would not come back from its tokens."""
     parsed = json.loads(made.model)
     added = parsed.get("added_tokens") or ()
-    stripping = [token["content"] for token in added if not token["special"] and (token["lstrip"] or token["rstrip"])]
+    stripping = [token for token in added if not token["special"] and (token.get("lstrip") or token.get("rstrip"))]
     special = "".join(token["content"] for token in added if token["special"])
     text = vocabulary.HARD_TEXT + special + vocabulary.HARD_TEXT
     known = {piece[0] for piece in made._raw_pieces if len(piece) == 1}

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import numpy as np
 from etils import epath
 
 from memorizing.commands import experiment_flags
 from memorizing.config.loading import load_experiment
+from memorizing.config.runs import open_run
 from memorizing.errors import UserError
+from memorizing.models.stack import unstack
 from memorizing.runtime.workdir import CONFIG, read_config, resolve
-from memorizing.training.checkpoint import read_arrays
+from memorizing.training.checkpoint import paths, read_arrays
 from memorizing.training.pretrained.export import DTYPE_NAMES, export
 from memorizing.training.pretrained.run_folder import Origin, read_origin
+from memorizing.training.transfer import merge_lora
 
 # Runs that began with each other, one after the other.
 _MOST_RUNS = 100
@@ -44,7 +48,7 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
     given = options.workdir or experiment_flags.DEFAULT_WORKDIR
     origin = _origin(resolve(given))
     kinds = {name: kind for kind, name in DTYPE_NAMES.items()}
-    params = read_arrays(resolve(given), options.step, only=("params/",))
+    params = _single_layers(given, options.step)
     written = export(origin, params, options.to, kinds.get(options.dtype))
     own = f", and {len(written.own)} of the memory" if written.own else ""
     print(
@@ -52,6 +56,17 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
         f"{written.num_bytes / 1e6:,.1f} MB"
     )
     return 0
+
+
+def _single_layers(workdir: str, step: int | None) -> dict[str, np.ndarray]:
+    """The parameters of a run, of single layers by path; low-rank changes become part of what they change."""
+    arrays = read_arrays(resolve(workdir), step, only=("params/",))
+    if not any("/lora_" in path for path in arrays):
+        return arrays
+    finished = open_run(workdir, step)
+    config, params = merge_lora(finished.experiment.model, finished.params)
+    merged = {path: np.asarray(leaf) for path, leaf in paths({"params": params}).items()}
+    return unstack(merged, config.stack.stacked_layers)
 
 
 def _origin(workdir: epath.Path) -> Origin:

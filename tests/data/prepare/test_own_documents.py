@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import pathlib
+import subprocess
 
 import pytest
 import tokenizer_files
 from raw_corpora import write
 
-from memorizing import main
+from memorizing import batch, main
+from memorizing.data.errors import DataError
 from memorizing.data.streams.sources import CachedCorpus
 from memorizing.data.tasks import task_name, tensorflow_start
 from memorizing.data.tokens import token_cache
+from memorizing.evaluation.windows import Windows
+from memorizing.synthetic import RepeatedPassages
 
 HARD_TEXT = "\tX  =  '\u2581 \x01 e\u0301 漢 \ufb01 \U0001f600'\r\n\n\n   </s> \u2028 <|endoftext|>  "
 
@@ -87,6 +91,47 @@ def test_a_vocabulary_alone_is_a_task_of_the_source(folder, tmp_path):
     corpus = CachedCorpus("bytes", source=str(folder), path=path)
     assert corpus.identity.startswith("text_bytes-") and corpus.num_eval_documents == 1
     assert corpus == CachedCorpus("bytes", source=str(folder), path=path)
+
+
+def test_documents_that_no_cache_knows_are_read_whole_with_the_vocabulary_of_a_cache(folder, tmp_path):
+    path = str(tmp_path / "cache")
+    made = tokenizer_files.of_bytes(tmp_path / "made")
+    assert prepare("--task=text_hf400", f"--source={folder}", f"--output={path}", f"--vocabulary={made}") == 0
+    write(tmp_path, {"new/b.txt": "b" * 20, "new/a.md": "# a\n", "new/c.txt": ""})
+    corpus = CachedCorpus("text_hf400", path=path)
+    told: list[str] = []
+    own = batch.with_documents(corpus, str(tmp_path / "new"), told.append)
+    assert own is not None and own.vocab_size == corpus.vocab_size and own.start_id == corpus.start_id
+    text = batch.text_of(own)
+    assert text is not None and text.vocabulary.digest == corpus.vocabulary.digest
+    assert list(text.document_keys()) == ["a.md", "b.txt"] and own.document_bytes.tolist() == [4, 20]
+    read: dict[int, list[int]] = {}
+    for segment, documents, _ in own.evaluation_batches(2, 8):
+        for row, document in enumerate(documents):
+            read.setdefault(int(document), []).extend(segment.targets[row, 0][segment.is_real[row, 0]].tolist())
+    for index, expected in enumerate(("# a\n", "b" * 20)):
+        assert read[index] == text.document_tokens(index).tolist() and read[index][-1] == text.vocabulary.end_id
+        assert text.vocabulary.decode(read[index]) == expected
+    (line,) = told
+    assert ": 2 documents, " in line and line.endswith(" tokens; left out: empty: 1")
+    in_windows = batch.with_documents(Windows(corpus, width=8, stride=4), str(tmp_path / "new"), told.append)
+    assert isinstance(in_windows, Windows) and in_windows.source.identity == own.identity
+    assert batch.with_documents(RepeatedPassages(), str(tmp_path / "new"), told.append) is None
+
+
+def test_a_missing_cache_is_made_with_the_vocabulary_that_is_named(folder, monkeypatch):
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 2, stderr="memorizing: told")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    named = CachedCorpus("hf400", source=str(folder), vocabulary_file="tokenizer.json")
+    with pytest.raises(DataError, match="the corpus of text_hf400 could not be prepared: told"):
+        named.prepare()
+    assert {"--task=text_hf400", f"--source={folder}", "--vocabulary=tokenizer.json"} < {*ran[0]}
+    assert named.cache_path != CachedCorpus("hf400", source=str(folder), vocabulary_file="other.json").cache_path
 
 
 def test_what_a_cache_is_made_from_is_told(folder, tmp_path, capsys):

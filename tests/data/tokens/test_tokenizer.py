@@ -102,7 +102,9 @@ def test_a_normal_form_is_left_out(files, loaded, tmp_path):
     assert used.encode("été").tolist() == made.encode("été").ids
 
 
-@pytest.mark.parametrize("change", ["lower case", "no bytes", "strips", "no model", "no JSON", "no end", "no file"])
+@pytest.mark.parametrize(
+    "change", ["lower case", "no bytes", "strips", "no model", "empty template", "no JSON", "no end", "no file"]
+)
 def test_what_loses_something_is_refused_in_a_line(files, tmp_path, change):
     path = tmp_path / "tokenizer.json"
     made = tokenizers.Tokenizer.from_file(files["bytes"])
@@ -114,6 +116,9 @@ def test_what_loses_something_is_refused_in_a_line(files, tmp_path, change):
     if change == "no model":
         del parsed["model"]
     text = json.dumps(parsed)
+    if change == "empty template":
+        parsed["post_processor"] = {"type": "TemplateProcessing", "single": []}
+        text = json.dumps(parsed)
     if change == "no end":
         text = text.replace("<|endoftext|>", "<end?>")
     path.write_text("{" if change == "no JSON" else text)
