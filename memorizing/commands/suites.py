@@ -13,7 +13,7 @@ import jax
 from memorizing.commands import experiment_flags
 from memorizing.commands.results import write_files
 from memorizing.config.runs import open_run
-from memorizing.errors import UserError
+from memorizing.errors import Range, UserError
 from memorizing.evaluation.evaluator import Evaluator, num_rows_side_by_side
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.evaluation.suites import controls, long_ppl, summary
@@ -23,6 +23,8 @@ from memorizing.runtime.tables import align
 from memorizing.synthetic.recall import catalogue
 
 LONGEST = 2**20
+# The memory of another document takes another one.
+SAMPLES = Range(2, 2**20)
 LONG_PPL = "long_ppl"
 
 
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--samples",
-        type=experiment_flags.SIDE_BY_SIDE.of(int),
+        type=SAMPLES.of(int),
         default=32,
         metavar="N",
         help="with --suite: of each task at each length (default: 32)",
