@@ -282,7 +282,7 @@ class _Reading:
 
 
 def _num_tokens(source: DataSource) -> int | None:
-    """Tokens of all held-out documents; None where they are no text, whose samples are not known before they are read."""
+    """Tokens of all held-out documents; None where they are no text and so not known before they are read."""
     text = text_of(source)
     if text is None:
         return None

@@ -136,7 +136,7 @@ def _metrics(path: epath.Path) -> list[Line]:
 
 
 def _checked(path: epath.Path, lines: list[Line], numbers: Sequence[str], text: str) -> list[Line]:
-    """The lines of a file. Raises UserError where one has something else in the place of a finite number, or of text."""
+    """The lines of a file. Raises UserError where one has something else in the place of a finite number or text."""
     for index, line in enumerate(lines, start=1):
         wrong = [name for name in numbers if name in line and finite(line[name]) is None]
         wrong += [] if isinstance(line[text], str) else [text]
