@@ -185,7 +185,7 @@ class Evaluator:
         self._on_step = on_step
         # Ablations whose program there is.
         self._compiled: set[Ablation] = set()
-        # By identity of a source, how many tokens it has.
+        # By identity of a source, how many tokens it has, as far as a bar has shown that.
         self._num_tokens: dict[str, int] = {}
         self._rows = RowPlacement(mesh, num_rows)
         abstract = jax.eval_shape(init_context)
@@ -239,13 +239,12 @@ class Evaluator:
 
         segments = source.evaluation_batches(*size, *rows)
         is_compiled = ablation in self._compiled
-        with ReadingBar(source, _named(ablation), is_compiled, self._num_tokens.get(source.identity)) as reading:
+        with ReadingBar(source, _named(ablation), is_compiled, self._num_tokens) as reading:
             context = (self._init_context(), self._init_context()) if others else self._init_context()
             for result, _ in read_segments(step, context, segments):
                 sums.add(*result)
                 reading.has_read(sums.num_tokens)
         self._compiled.add(ablation)
-        self._num_tokens[source.identity] = sums.num_tokens
         return sums.result(source)
 
 

@@ -74,31 +74,35 @@ def document_segments(tokens: np.ndarray, start_id: int, segment_length: int) ->
 class ReadingBar:
     """The bar of an evaluation, on a terminal: compiling, then reading, with the time left where that can be known."""
 
-    def __init__(self, source: DataSource, what: str, is_compiled: bool, num_tokens: int | None) -> None:
+    def __init__(self, source: DataSource, what: str, is_compiled: bool, known: dict[str, int]) -> None:
         """
         Args:
           source: what is read.
           what: the same in words.
           is_compiled: whether there is a program for it.
-          num_tokens: that the source has; None if it was not read before.
+          known: by identity of a source, how many tokens it has; this one is added.
         """
         self._what = what
         self._bar = Bar(f"{'reading' if is_compiled else 'compiling the evaluation of'} {self._what}")
-        self._total = num_tokens
-        if num_tokens is None and self._bar.is_live:
-            self._total = _num_tokens(source)
+        self._source = source
+        self._known = known
         self._done = 0
 
     def __enter__(self) -> ReadingBar:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._bar.is_live and error is None:
+            self._known[self._source.identity] = self._done
         self._bar.close()
 
     def has_read(self, num_tokens: int) -> None:
         """So many tokens were scored so far."""
+        if not self._bar.is_live:
+            return
         if not self._done:
-            self._bar.describe(f"reading {self._what}", self._total)
+            total = self._known.get(self._source.identity) or _num_tokens(self._source)
+            self._bar.describe(f"reading {self._what}", total)
         self._bar.advance(num_tokens - self._done)
         self._done = num_tokens
 
