@@ -203,8 +203,9 @@ def _few(series: Sequence[Series]) -> Sequence[Series]:
 def _by_position(label: str, evaluation: Mapping[str, Any]) -> Series:
     """Loss against position; the first bin stands in its middle, the others half their start further."""
     x, y, low, high = [], [], [], []
-    bins = evaluation.get("by_position")
-    for place in bins if isinstance(bins, list) else []:
+    given = evaluation.get("by_position")
+    bins = given if isinstance(given, list) else []
+    for place in bins:
         start, loss = finite(_mapping(place).get("from")), finite(_mapping(place).get("loss"))
         # Where nothing was scored there is nothing to show.
         if start is None or loss is None or not place.get("tokens"):
