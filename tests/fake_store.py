@@ -3,8 +3,8 @@
     with FakeStore("bucket") as store:
         subprocess.run(..., env={**os.environ, **store.environment})
 
-It follows the rules that a run depends on: an object is there as a whole or not at all, has a generation that grows with
-every write, and is listed as soon as it was written; there are no folders, only names with slashes.
+It follows the rules that a run depends on: an object is there as a whole or not at all, has a generation that grows
+with every write, and is listed as soon as it was written; there are no folders, only names with slashes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Everything that a run writes and reads, in an object store: a program of its own, as its clients read the environment.
+"""Everything that a run writes and reads, in an object store.
+
+A program of its own, since the clients of a store read the environment.
 
     python remote_run.py gs://BUCKET/FOLDER
 

@@ -17,7 +17,7 @@ from memorizing.array_typing import Logits, PerToken, RowFlags, Tree
 from memorizing.batch import Batch, DataSource, EvaluationBatch, text_of
 from memorizing.context import Context
 from memorizing.evaluation.another_document import OtherDocuments, with_memories_of
-from memorizing.evaluation.reading import inputs_of, read_segments
+from memorizing.evaluation.reading import ReadingBar, inputs_of, read_segments
 from memorizing.models import language_model
 from memorizing.models.language_model import LMConfig
 from memorizing.models.losses import next_token_nats
@@ -25,7 +25,6 @@ from memorizing.models.memory import external_memory
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE
 from memorizing.runtime import sharding
 from memorizing.runtime.metrics import Values, perplexity
-from memorizing.runtime.progress import Bar
 from memorizing.runtime.sharding import RowPlacement
 
 # What may be done to the context before a segment, to measure what it is worth.
@@ -200,7 +199,7 @@ class Evaluator:
         self._on_step = on_step
         # Ablations whose program there is.
         self._compiled: set[Ablation] = set()
-        # By identity of a source, how many tokens it has.
+        # By identity of a source, how many tokens it has, as far as a bar has shown that.
         self._num_tokens: dict[str, int] = {}
         self._rows = RowPlacement(mesh, num_rows)
         abstract = jax.eval_shape(init_context)
@@ -233,12 +232,11 @@ class Evaluator:
         """
         sums = _Sums(self._segment_length)
         is_compiled = ablation in self._compiled
-        with _Reading(source, ablation, is_compiled, self._num_tokens.get(source.identity)) as reading:
+        with ReadingBar(source, _named(ablation), is_compiled, self._num_tokens) as reading:
             for segment in self.read(params, buffers, source, ablation):
                 sums.add(*segment)
                 reading.has_read(sums.num_tokens)
         self._compiled.add(ablation)
-        self._num_tokens[source.identity] = sums.num_tokens
         return sums.result(source)
 
     def read(
@@ -271,43 +269,9 @@ class Evaluator:
             yield ReadSegment(*result)
 
 
-class _Reading:
-    """The bar of an evaluation, on a terminal: compiling, then reading, with the time left where that can be known."""
-
-    def __init__(self, source: DataSource, ablation: Ablation, is_compiled: bool, num_tokens: int | None) -> None:
-        """
-        Args:
-          source, ablation: what is read, and how.
-          is_compiled: whether there is a program for it.
-          num_tokens: that the source has; None if it was not read before.
-        """
-        self._what = "held-out documents" + ("" if ablation == "none" else f", {ablation.replace('_', ' ')}")
-        self._bar = Bar(f"{'reading' if is_compiled else 'compiling the evaluation of'} {self._what}")
-        self._total = num_tokens
-        if num_tokens is None and self._bar.is_live:
-            self._total = _num_tokens(source)
-        self._done = 0
-
-    def __enter__(self) -> _Reading:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def has_read(self, num_tokens: int) -> None:
-        """So many tokens were scored so far."""
-        if not self._done:
-            self._bar.describe(f"reading {self._what}", self._total)
-        self._bar.advance(num_tokens - self._done)
-        self._done = num_tokens
-
-
-def _num_tokens(source: DataSource) -> int | None:
-    """Tokens of all held-out documents; None where they are no text, whose samples are not known before they are read."""
-    text = text_of(source)
-    if text is None:
-        return None
-    return sum(len(text.document_tokens(index)) for index in range(source.num_eval_documents))
+def _named(ablation: Ablation) -> str:
+    """What is read, in words."""
+    return "held-out documents" if ablation == "none" else f"held-out documents, {ablation.replace('_', ' ')}"
 
 
 class ReachingTask(DataSource, Protocol):

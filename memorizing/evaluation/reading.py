@@ -8,8 +8,9 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from memorizing.batch import Batch
+from memorizing.batch import Batch, DataSource, text_of
 from memorizing.context import Inputs
+from memorizing.runtime.progress import Bar
 
 Segment = TypeVar("Segment")
 Result = TypeVar("Result")
@@ -68,3 +69,47 @@ def document_segments(tokens: np.ndarray, start_id: int, segment_length: int) ->
             is_real=is_real[:, own],
             start_of_document=np.array([start == 0]),
         )
+
+
+class ReadingBar:
+    """The bar of an evaluation, on a terminal: compiling, then reading, with the time left where that can be known."""
+
+    def __init__(self, source: DataSource, what: str, is_compiled: bool, known: dict[str, int]) -> None:
+        """
+        Args:
+          source: what is read.
+          what: the same in words.
+          is_compiled: whether there is a program for it.
+          known: by identity of a source, how many tokens it has; this one is added.
+        """
+        self._what = what
+        self._bar = Bar(f"{'reading' if is_compiled else 'compiling the evaluation of'} {self._what}")
+        self._source = source
+        self._known = known
+        self._done = 0
+
+    def __enter__(self) -> ReadingBar:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._bar.is_live and error is None:
+            self._known[self._source.identity] = self._done
+        self._bar.close()
+
+    def has_read(self, num_tokens: int) -> None:
+        """So many tokens were scored so far."""
+        if not self._bar.is_live:
+            return
+        if not self._done:
+            total = self._known.get(self._source.identity) or _num_tokens(self._source)
+            self._bar.describe(f"reading {self._what}", total)
+        self._bar.advance(num_tokens - self._done)
+        self._done = num_tokens
+
+
+def _num_tokens(source: DataSource) -> int | None:
+    """Tokens of all held-out documents; None where they are no text and so not known before they are read."""
+    text = text_of(source)
+    if text is None:
+        return None
+    return sum(len(text.document_tokens(index)) for index in range(source.num_eval_documents))

@@ -68,7 +68,7 @@ def is_live() -> bool:
 
 
 class _TimeLeft(rich.progress.TimeRemainingColumn):
-    """'0:01:20 left', and nothing where that cannot be known: beside the time that has passed it would be taken for it."""
+    """'0:01:20 left', and nothing where that is not known: `left` alone would stand behind the time that has passed."""
 
     def render(self, task: rich.progress.Task) -> rich.text.Text:
         time_left = super().render(task)

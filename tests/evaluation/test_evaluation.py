@@ -105,7 +105,6 @@ class Documents:
 
     lengths: tuple[int, ...] = (23, 5, 16, 1, 40)
     document_bytes: tuple[int, ...] = (46, 10, 32, 2, 80)
-    identity: str = "documents"
 
     def document(self, index: int) -> np.ndarray:
         return np.random.default_rng(index).integers(1, VOCAB, self.lengths[index], np.int32)

@@ -149,6 +149,19 @@ def test_inspections_are_linked_by_their_place_beside_the_page(source: str, work
     assert (workdir / urllib.parse.unquote(link)).is_file()
 
 
+def test_results_of_other_kinds_than_they_should_be_are_left_out(tmp_path: pathlib.Path):
+    strange = [{"from": 0, "loss": 1, "tokens": 1, "interval": [None, "x", 3]}, 7, {"from": "x"}]
+    given = {"a": {"loss": 1, "by_position": strange, "perplexity": 10**400}, "b": {"loss": "x"}, "c": 3, "step": []}
+    workdir = written_run.write(tmp_path / "run")
+    (workdir / "evaluation.json").write_text(json.dumps(given | {"accuracy": {"x": 3, "y": {"1": 2}}}))
+    lines = '{"step": 1, "kind": "train", "loss": "x"}\n{"step": 2, "kind": "evaluation"}\n'
+    (workdir / "metrics.jsonl").write_text(lines)
+    for command in ("report", "status", "runs"):
+        assert main._run([command, str(workdir)]) == 0
+    text = Page((workdir / "report.html").read_text()).text
+    assert "a: 1 at 1" in text
+
+
 def test_a_long_run_is_drawn_with_as_many_points_as_can_be_seen():
     steps = [float(step) for step in range(10 * MOST_POINTS)]
     thin = thinned(Series("loss", steps, steps))

@@ -6,9 +6,11 @@ import io
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from memorizing.evaluation.reading import ReadingBar
 from memorizing.runtime.metrics import Progress
 from memorizing.runtime.progress import bar
 
@@ -100,3 +102,20 @@ def test_a_process_that_leaves_it_to_another_shows_nothing(monkeypatch: pytest.M
     progress.say("a line")
     progress.close()
     assert terminal.getvalue() == ""
+
+
+def test_the_second_reading_of_samples_has_a_time_left(monkeypatch: pytest.MonkeyPatch):
+    """How many there are is known once they were read."""
+    terminal = terminal_of(monkeypatch)
+    samples, known = SimpleNamespace(identity="samples", num_eval_documents=2), {}
+    with ReadingBar(samples, "samples", is_compiled=False, known=known) as reading:
+        reading.has_read(40)
+        reading.has_read(80)
+    assert known == {"samples": 80}
+    with ReadingBar(samples, "samples again", is_compiled=True, known=known) as reading:
+        reading.has_read(20)
+        reading.has_read(40)
+        time.sleep(0.4)
+    text = seen(terminal)
+    assert "compiling the evaluation of samples" in text and "reading samples again" in text
+    assert " 50%" in text and re.search(r"\d left", text)

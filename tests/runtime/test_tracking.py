@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 import sys
+import time
 
 import pytest
 from etils import epath
@@ -30,6 +31,9 @@ def test_weights_and_biases_gets_metrics_and_configuration_offline(
     # What the library keeps for the user.
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "of_the_user"))
+    # Its service may be slow to start on a busy machine.
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "300")
     monkeypatch.setenv("SOME_TOKEN", "do-not-tell-this")
     monkeypatch.setattr(sys, "argv", ["memorizing", "train"])
     workdir = epath.Path(tmp_path / "run")
@@ -39,8 +43,12 @@ def test_weights_and_biases_gets_metrics_and_configuration_offline(
     write(workdir, 10, 20)
     files = [path for path in (tmp_path / "run" / "wandb").rglob("*.wandb")]
     assert len(files) == 2 and len({path.name for path in files}) == 1
+    # Its service writes the last of it a moment after the run was ended.
+    ends = time.monotonic() + 60
+    while not all(b"train/layer_01/gate/0" in path.read_bytes() for path in files):
+        assert time.monotonic() < ends, "the metrics are there"
+        time.sleep(0.1)
     contents = [path.read_bytes() for path in files]
-    assert all(b"train/layer_01/gate/0" in content for content in contents)
     assert b"LoopConfig.num_steps" in contents[0] and b"77" in contents[0]
     everything = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"do-not-tell-this" not in everything

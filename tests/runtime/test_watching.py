@@ -85,6 +85,8 @@ def test_the_speed_of_a_step_that_compiled_is_none(tmp_path: pathlib.Path):
         ("metrics.jsonl", '{"step": "x", "kind": "train"}\n', "metrics.jsonl is damaged in line 1 (step is 'x')"),
         ("events.jsonl", "\xff\n", "events.jsonl is damaged in line 1"),
         ("events.jsonl", '{"time": "now", "event": "start"}\n', "events.jsonl is damaged in line 1 (time is 'now')"),
+        ("events.jsonl", '{"time": 1e999, "event": "start"}\n', "events.jsonl is damaged in line 1 (time is 'inf')"),
+        ("events.jsonl", '{"time": 1, "event": []}\n', "events.jsonl is damaged in line 1 (event is '[]')"),
         ("config.gin", "STEPS = 3\n", "config.gin is not as it was written"),
         ("experiment.json", "{}", "experiment.json is damaged"),
         ("experiment.json", "[" * 100_000, "experiment.json is damaged"),

@@ -10,7 +10,7 @@ from memorizing.commands.watching import figures
 from memorizing.errors import UserError
 from memorizing.runtime.events import goodput_of
 from memorizing.runtime.tables import align
-from memorizing.runtime.watching.records import RunRecords, read_run
+from memorizing.runtime.watching.records import RunRecords, number, read_run
 from memorizing.runtime.watching.status import Status, status_of
 from memorizing.runtime.workdir import resolve
 
@@ -83,9 +83,9 @@ def _held_out(records: RunRecords) -> str:
     if not evaluations:
         return ""
     last = evaluations[-1]
-    parts = [f"loss {figures.loss(last['loss'])}", f"perplexity {last['perplexity']:.3f}"]
-    if "bits_per_byte" in last:
-        parts.append(f"{last['bits_per_byte']:.4f} bits per byte")
+    forms = {"loss": "loss {:.4f}", "perplexity": "perplexity {:.3f}", "bits_per_byte": "{:.4f} bits per byte"}
+    values = {name: number(last.get(name)) for name in forms}
+    parts = [forms[name].format(value) for name, value in values.items() if value is not None]
     return f"{', '.join(parts)} (step {last['step']})"
 
 

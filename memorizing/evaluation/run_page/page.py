@@ -72,7 +72,7 @@ def _facts(run: RunRecords, status: Status) -> dict[str, str]:
         "memory": "" if status.memory_gib is None else f"{status.memory_gib:.2f} GiB at most on a device",
         "time left": "" if status.seconds_left is None else duration(status.seconds_left),
         "checkpoints": ", ".join(map(str, run.checkpoints)),
-        "devices": f"{start['devices']} of kind {start['device_kind']}" if "device_kind" in start else "",
+        "devices": f"{start.get('devices', '?')} of kind {start['device_kind']}" if "device_kind" in start else "",
         "data": str(run.identity.get("data", "")),
         "folder": str(run.workdir),
         "version": f"memorizing {start['version']}" if "version" in start else "",

@@ -9,11 +9,10 @@ import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from memorizing.errors import is_number
 from memorizing.evaluation.run_page.charts import Axis, Series, lines, parts
 from memorizing.runtime.events import goodput_of
 from memorizing.runtime.tables import duration
-from memorizing.runtime.watching.records import EVALUATIONS, RunRecords
+from memorizing.runtime.watching.records import EVALUATIONS, RunRecords, finite, number
 from memorizing.runtime.watching.settings import value_of
 
 # Where `inspect` writes its pages, a folder a document.
@@ -69,7 +68,7 @@ def evaluations(run: RunRecords) -> str:
     for index, (name, content) in enumerate(run.evaluations.items()):
         found = content.get("evaluations") if name == EVALUATIONS[1] else content
         named = {key: value for key, value in _mapping(found).items() if key not in _NO_EVALUATIONS}
-        usable = {key: value for key, value in named.items() if is_number(_mapping(value).get("loss"))}
+        usable = {key: value for key, value in named.items() if number(_mapping(value).get("loss")) is not None}
         if not usable:
             continue
         body += f"<h3>{_source(name, content)}</h3>{_evaluation_table(usable)}"
@@ -179,9 +178,9 @@ def _points(
     left_out = {*without}
     found = {}
     for line in run.lines(kind):
-        value = line.get(name)
-        if is_number(value) and math.isfinite(value) and line["step"] not in left_out:
-            found[float(line["step"])] = float(value)
+        value = finite(line.get(name))
+        if value is not None and line["step"] not in left_out:
+            found[float(line["step"])] = value
     return list(found), list(found.values())
 
 
@@ -204,27 +203,31 @@ def _few(series: Sequence[Series]) -> Sequence[Series]:
 def _by_position(label: str, evaluation: Mapping[str, Any]) -> Series:
     """Loss against position; the first bin stands in its middle, the others half their start further."""
     x, y, low, high = [], [], [], []
-    bins = evaluation.get("by_position")
-    for place in bins if isinstance(bins, list) else []:
-        start, loss = _mapping(place).get("from"), _mapping(place).get("loss")
+    given = evaluation.get("by_position")
+    bins = given if isinstance(given, list) else []
+    for place in bins:
+        start, loss = finite(_mapping(place).get("from")), finite(_mapping(place).get("loss"))
         # Where nothing was scored there is nothing to show.
-        if not (is_number(start) and is_number(loss) and place.get("tokens")):
+        if start is None or loss is None or not place.get("tokens"):
             continue
-        ends = place.get("interval") or (math.nan, math.nan)
         x.append(start * 1.5 if start else _middle_of_first(bins))
         y.append(loss)
-        low.append(ends[0])
-        high.append(ends[1])
+        ends = place.get("interval")
+        both = [finite(end) for end in ends] if isinstance(ends, list) else []
+        is_interval = len(both) == 2 and None not in both
+        low.append(both[0] if is_interval else math.nan)
+        high.append(both[1] if is_interval else math.nan)
     return Series(label, x, y, low, high)
 
 
-def _middle_of_first(bins: Sequence[Mapping[str, Any]]) -> float:
-    return bins[1]["from"] / 2 if len(bins) > 1 else 1.0
+def _middle_of_first(bins: Sequence[Any]) -> float:
+    second = finite(_mapping(bins[1]).get("from")) if len(bins) > 1 else None
+    return second / 2 if second else 1.0
 
 
 def _evaluation_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     heads = {"loss": f"loss ({_NATS})", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-    used = [name for name in heads if any(is_number(each.get(name)) for each in evaluations.values())]
+    used = [name for name in heads if any(number(each.get(name)) is not None for each in evaluations.values())]
     rows = [(label, *(_shown(each.get(name)) for name in used)) for label, each in evaluations.items()]
     return table("Held-out documents, each once, whole.", ("model", *(heads[name] for name in used)), rows)
 
@@ -245,7 +248,7 @@ def _accuracies(accuracies: Mapping[str, Any]) -> str:
 def _source(name: str, content: Mapping[str, Any]) -> str:
     what = "By memorizing evaluate" if name == EVALUATIONS[1] else "At the end of training"
     step = content.get("step")
-    return html.escape(f"{what}, step {step}" if is_number(step) else what)
+    return html.escape(what if number(step) is None else f"{what}, step {step}")
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -254,9 +257,10 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _shown(value: Any) -> str:
     """A figure to four decimals, small ones to four digits."""
-    if not is_number(value):
+    known = number(value)
+    if known is None:
         return ""
-    return f"{value:,.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.4g}"
+    return f"{known:,.4f}" if abs(known) >= 0.01 or known == 0 else f"{known:.4g}"
 
 
 def _as_text(value: Any) -> str:

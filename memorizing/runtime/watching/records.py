@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -94,7 +95,6 @@ def read_run(workdir: epath.Path) -> RunRecords:
             damage.append(first_line(error))
             return default
 
-    path_of_metrics = workdir / METRICS
     evaluations = {}
     for name in EVALUATIONS:
         path = workdir / name
@@ -104,10 +104,8 @@ def read_run(workdir: epath.Path) -> RunRecords:
         workdir,
         settings=read(CONFIG, lambda: settings_of(read_config(workdir)), {}),
         identity=read(EXPERIMENT, lambda: read_record(workdir / EXPERIMENT), {}),
-        metrics=read(
-            METRICS, lambda: _checked(path_of_metrics, read_lines(path_of_metrics, METRIC_NAMES), ("step",)), []
-        ),
-        events=read(EVENTS, lambda: _checked(workdir / EVENTS, read_events(workdir), _OF_EVENTS), []),
+        metrics=read(METRICS, lambda: _metrics(workdir / METRICS), []),
+        events=read(EVENTS, lambda: _checked(workdir / EVENTS, read_events(workdir), _OF_EVENTS, "event"), []),
         checkpoints=_checkpoints(workdir / CHECKPOINTS, damage),
         evaluations=evaluations,
         writer=workdir_lock.writer(workdir),
@@ -119,12 +117,31 @@ def read_run(workdir: epath.Path) -> RunRecords:
 _OF_EVENTS = ("time", "seconds", "step", "count", "tokens")
 
 
-def _checked(path: epath.Path, lines: list[Line], numbers: Sequence[str]) -> list[Line]:
-    """The lines of a file. Raises UserError where one of these names has something else than a number."""
-    for number, line in enumerate(lines, start=1):
-        wrong = [name for name in numbers if name in line and not is_number(line[name])]
+def number(value: Any) -> float | None:
+    """A value that was read as a number; None where it is none, or one that no float holds."""
+    try:
+        return float(value) if is_number(value) else None
+    except OverflowError:
+        return None
+
+
+def finite(value: Any) -> float | None:
+    """The same, but for infinite ones."""
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else None
+
+
+def _metrics(path: epath.Path) -> list[Line]:
+    return _checked(path, read_lines(path, METRIC_NAMES), ("step",), "kind")
+
+
+def _checked(path: epath.Path, lines: list[Line], numbers: Sequence[str], text: str) -> list[Line]:
+    """The lines of a file. Raises UserError where one has something else in the place of a finite number or text."""
+    for index, line in enumerate(lines, start=1):
+        wrong = [name for name in numbers if name in line and finite(line[name]) is None]
+        wrong += [] if isinstance(line[text], str) else [text]
         if wrong:
-            raise UserError(f"{path} is damaged in line {number} ({wrong[0]} is {line[wrong[0]]!r})")
+            raise UserError(f"{path} is damaged in line {index} ({wrong[0]} is {str(line[wrong[0]])[:40]!r})")
     return lines
 
 

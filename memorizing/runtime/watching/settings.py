@@ -5,6 +5,7 @@ Text is compared with text: nothing that a configuration names is imported or bu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -47,11 +48,12 @@ def value_of(settings: Mapping[str, str], name: str) -> str | None:
 
 
 def number_of(settings: Mapping[str, str], name: str) -> float | None:
-    """The value of a setting as a number; None if it is not set, or none."""
+    """The value of a setting as a finite number; None if it is not set, or none."""
     try:
-        return float(value_of(settings, name) or "")
+        value = float(value_of(settings, name) or "")
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def differing(runs: Sequence[Mapping[str, str]]) -> list[str]:

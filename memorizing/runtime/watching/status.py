@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from memorizing.errors import is_number
 from memorizing.runtime.json_lines import Line
-from memorizing.runtime.watching.records import RunRecords
+from memorizing.runtime.watching.records import RunRecords, number
 from memorizing.runtime.watching.settings import number_of
 
 # What the last event of a run says of it where no process writes there.
@@ -95,5 +94,4 @@ def _last(lines: list[Line]) -> Line:
 
 
 def _number(line: Line, name: str) -> float | None:
-    value = line.get(name)
-    return float(value) if is_number(value) else None
+    return number(line.get(name))
