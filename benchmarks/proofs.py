@@ -90,7 +90,7 @@ PROOFS = {
     ),
     "routing": Proof(
         "routing_topics",
-        600,
+        400,
         (
             Variant("routing"),
             Variant("routing, strictly causal", ("RoutingAttention.strictly_causal=True",)),
