@@ -62,6 +62,9 @@ class FakeStore:
             # It has no buckets of other kinds, about which it could be asked in another protocol.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "GOOGLE_CLOUD_PROJECT": "project",
+            # Nor is there a machine of Google's to ask who this is.
+            "NO_GCE_CHECK": "true",
+            "FSSPEC_GCS_TOKEN": "anon",
         }
 
     def write(self, name: str, content: bytes) -> Stored:
