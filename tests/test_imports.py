@@ -25,7 +25,8 @@ MODULES = sorted(
 # Leaves that know pytrees, not modules.
 LEAVES = {
     "runtime.sharding": {"array_typing", "errors"},
-    "training.optimizer": {"array_typing", "errors"},
+    # Groups of parameters speak of layers by name.
+    "training.optimizer": {"array_typing", "errors", "models.stack"},
     "models.memory.search": {"errors"},
     "models.losses": {"array_typing"},
 }
