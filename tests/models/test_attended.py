@@ -18,7 +18,10 @@ from memorizing.models.attention.sparse.routing import RoutingAttention
 from memorizing.models.layers import Einsum
 
 DIMS = LayerDims(16, 2, 8, 32, 0.0, 4.0, jnp.dtype("float32"))
-OF_CONTRACT = {part for each in MECHANISMS for part in each.config.stack.mechanisms if part.tells_attention}
+# Each once, in an order that is the same in every process.
+OF_CONTRACT = dict.fromkeys(
+    part for each in MECHANISMS for part in each.config.stack.mechanisms if part.tells_attention
+)
 TELLING = [
     *OF_CONTRACT,
     SparseAttention(sees="split", stride=4),
