@@ -339,8 +339,12 @@ def _named_checksums(tree: Tree) -> dict[str, int]:
 
 
 def _by_path(of_leaf: Callable[[jax.Array], jax.Array], tree: Tree) -> dict[str, np.ndarray]:
-    """What a function says of every leaf. Leaves are taken one by one: what is computed on the way can be as large."""
-    return jax.device_get({path: of_leaf(leaf) for path, leaf in paths(tree).items()})
+    """What a function says of every leaf.
+
+    Leaves are taken one by one, each waited for: what is computed on the way can be as large, and many small programs
+    that reduce over a mesh at once can block each other.
+    """
+    return {path: jax.device_get(of_leaf(leaf)) for path, leaf in paths(tree).items()}
 
 
 @jax.jit
