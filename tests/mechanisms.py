@@ -65,7 +65,7 @@ class Mechanism:
     continuous_cache: ContinuousCache | None = None
     order_of_sums_depends_on_later_tokens: bool = False
     later_tokens_decide_what_is_seen: bool = False
-    parts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parts: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def config(self) -> LMConfig:
@@ -198,7 +198,7 @@ MECHANISMS = (
     ),
     Mechanism(
         "sliding window and first positions",
-        attention=XLAttention(window=4, same_length=True, num_sinks=3),
+        attention=XLAttention(window=LENGTH, same_length=True, num_sinks=3),
     ),
     Mechanism(
         "adaptive span",

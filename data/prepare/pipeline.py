@@ -163,8 +163,9 @@ def make_vocabulary(settings: Settings, output: str, workers: Workers, progress:
       DataError: a setting, the source or the output cannot be used.
     """
     if settings.task.num_pieces is None or settings.task.kind != task_name.SENTENCEPIECE:
+        reason = "bytes need no vocabulary" if settings.task.num_pieces is None else "it is another's vocabulary"
         raise DataError(
-            f"--vocab --task={settings.task}: only a SentencePiece vocabulary is trained; "
+            f"--vocab --task={settings.task}: {reason}, only those of SentencePiece are trained; "
             f"give {settings.task.corpus}_spm32000"
         )
     preparation = _Preparation(settings, workers, progress)

@@ -276,6 +276,8 @@ def _label(groups: Sequence[ParameterGroup], group: ParameterGroup) -> str:
 
 def _check_groups(groups: tuple[ParameterGroup, ...], stacked: Collection[str], params: Tree) -> None:
     """Raises UserError for a group without parameters."""
+    if not groups:
+        return
     found = set()
     for layers, tree in params.items():
         found |= {*jax.tree.leaves(_groups_of(groups, stacked, layers, tree))}

@@ -186,6 +186,7 @@ def test_plan_prints_the_run_of_a_gin_file(capsys: pytest.CaptureFixture) -> Non
         "sparse",
         "Reformer",
         "routing",
+        "adaptive span",
         "RMT",
     ]
     assert counts["lengths"][0] == 512 and counts["lengths"][-1] == 2_048_000

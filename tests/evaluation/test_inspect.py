@@ -46,6 +46,8 @@ from memorizing.runtime.sharding import MeshConfig
 
 # What is inspected are the look-ups of a layer.
 WITH_MEMORY = [mechanism for mechanism in MECHANISMS if "layer_01" in mechanism.config.memory_sizes]
+# The others, in one softmax, are looked into in test_joint_memory.py.
+GATED = [mechanism for mechanism in WITH_MEMORY if isinstance(mechanism.config.stack.mechanisms[1], KNNAttention)]
 SMALL, LARGE = 2 * LENGTH, 5 * LENGTH
 LOCAL_CORES = (FullCore, XLCore, SparseCore)
 
@@ -120,19 +122,20 @@ def test_logits_are_equal_as_long_as_the_smaller_memory_holds_everything(remembe
     assert (np.abs(small - large)[covered:].max(axis=(1, 2, 3)) > 1e-3).all()
 
 
-def test_neighbours_are_the_nearest_of_what_was_stored_and_what_was_attended_to(remembering: Mechanism):
+@pytest.mark.parametrize("gated", GATED, ids=lambda mechanism: mechanism.name)
+def test_neighbours_are_the_nearest_of_what_was_stored_and_what_was_attended_to(gated: Mechanism):
     """In the second document distances lead to its own nearest keys.
 
     And their values, by scale and scores, to the layer's output.
     """
-    _, seen, handed = two_documents(remembering, SMALL)
-    ((_, attention),) = remembering.config.attention_at
-    layout = remembering.config.recurrent_tokens
+    _, seen, handed = two_documents(gated, SMALL)
+    ((_, attention),) = gated.config.attention_at
+    layout = gated.config.recurrent_tokens
     own = slice(layout.num_tokens, layout.num_tokens + LENGTH) if layout else slice(None)
     mine = range(FIRST, FIRST + SECOND)
     keys, values, queries = (np.concatenate([seen[i]["KNNCore"][name][0, own] for i in mine]) for name in "kvq")
-    gate = nn.sigmoid(remembering.model.params["layer_01"]["attention"]["core"]["gate"])[:, None]
-    local = type(attention.local.core(remembering.config.dims)).__name__
+    gate = nn.sigmoid(gated.model.params["layer_01"]["attention"]["core"]["gate"])[:, None]
+    local = type(attention.local.core(gated.config.dims)).__name__
     for index in mine[1:]:
         slots, scores = handed[index].slots[0], handed[index].scores[0]
         # Clock `index`: as many segments, of both documents, came before.

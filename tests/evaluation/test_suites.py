@@ -219,7 +219,7 @@ def test_perplexity_of_key_tokens(run, tmp_path: pathlib.Path, capsys: pytest.Ca
         (["--suite=ruler", "--lengths=2"], r"nothing of it fits 2 segments of 8 tokens.*larger --lengths"),
         (["--suite=mqar", "--lengths=two"], r"--lengths=two: numbers of segments"),
         (["--suite=mqar", "--samples=1"], r"--samples=1.*from 2 to"),
-        (["--suite=mqar", "--memory_sizes=0"], r"leave out --compare and --memory_sizes"),
+        (["--suite=mqar", "--memory_sizes=0"], r"leave out --compare, --memory_sizes and --windows"),
         (["--suite=mqar,long_ppl"], r"long_ppl reads the run's own documents and stands alone"),
         (["--suite=mqar", "--key_tokens=x"], r"is for --suite=long_ppl"),
     ],

@@ -126,12 +126,13 @@ def test_reset_does_not_touch_what_is_stored(mechanism: Mechanism):
         state = context[group.name]
         reset = context_lib.reset_rows(state, group.attention.fresh_state(), np.ones(ROWS, bool))
         before, after = (jax.tree_util.tree_leaves_with_path(tree) for tree in (state, reset))
-        for (path, old), (_, new) in zip(before, after, strict=True):
-            # A flag, or a count for each row.
-            if old.dtype == bool or old.ndim == 1:
-                assert not np.asarray(new).any(), jax.tree_util.keystr(path)
+        fresh = jax.tree.leaves(group.attention.fresh_state(), is_leaf=lambda leaf: leaf is None)
+        for (path, old), (_, new), value in zip(before, after, fresh, strict=True):
+            if value is None:
+                assert old.dtype != bool and new is old, jax.tree_util.keystr(path)
             else:
-                assert new is old, jax.tree_util.keystr(path)
+                # A flag, or a count for each row.
+                assert (np.asarray(new) == value).all(), jax.tree_util.keystr(path)
 
 
 # Law 5: nothing leaks.

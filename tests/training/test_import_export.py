@@ -97,10 +97,13 @@ def test_an_imported_run_reads_and_writes_at_once(run: pathlib.Path):
     assert model.vocabulary.name == "hf400"
 
 
-def test_the_settings_are_the_model_and_a_window_with_sinks(run: pathlib.Path):
+def test_the_settings_are_the_model_and_a_memory_beside_a_window_with_sinks(run: pathlib.Path):
     config = open_run(str(run)).experiment.model
     assert (config.num_kv_heads, config.norm, config.head, config.norm_epsilon) == (2, "rms_llama", "tied", 1e-5)
-    assert (config.attention.window, config.attention.num_sinks) == (32, 4)
+    memory = config.attention
+    assert (memory.local.window, memory.local.num_sinks) == (32, 4)
+    # As long as Llama's configuration says where a model does not.
+    assert (memory.memory_size, memory.mixing, memory.trained_length) == (8192, "full", 2048)
 
 
 def test_a_training_starts_from_it_and_is_exported(
@@ -109,7 +112,9 @@ def test_a_training_starts_from_it_and_is_exported(
     """With a memory, whose parameters stand beside the others, and with low-rank changes, which do not."""
     workdir = epath.Path(tmp_path / "tuned")
     bindings = [
+        "LMConfig.attention=@XLAttention()",
         "LMConfig.attention_at=((1, @JointMemoryAttention()),)",
+        "JointMemoryAttention.mixing=learned",
         "JointMemoryAttention.local=@XLAttention()",
         "JointMemoryAttention.memory_size=64",
         "JointMemoryAttention.num_neighbors=4",

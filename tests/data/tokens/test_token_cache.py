@@ -1,5 +1,6 @@
 """The token cache as a folder on disk, and the source that a run is configured with; without TensorFlow."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -39,8 +40,9 @@ def test_documents_come_back_from_any_shard_in_any_order(tmp_path, documents_per
 
 @pytest.mark.parametrize(("size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
 def test_ids_are_stored_in_the_smallest_type_that_holds_them(tmp_path, size, dtype):
+    @dataclasses.dataclass(frozen=True)
     class Wide(ByteVocabulary):
-        pass
+        size: int
 
     # Id 0 is a word like any other.
     tokens = np.asarray([size - 1, 0, 1], np.int32)
