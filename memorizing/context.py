@@ -173,7 +173,7 @@ class Segment:
         Args:
           name: of the entry in the KV cache.
           new: [carried; positions of the activations]; in a decode step only the latter.
-          carried: what stands before `new`, if it was not joined with it; in a decode step it is not used.
+          carried: what stands before `new`, if it was not joined with it; in a decode step the cache has it.
         """
         if carried is not None and not self.is_decode_step:
             new = jnp.concatenate([carried, new], axis=1)

@@ -197,8 +197,8 @@ class XLCore(nn.Module):
         cached_keys = hide(state.keys, state.valid)
         cached_values = hide(state.values, state.valid)
         # [B, S, K, H], S = sinks + W + T
-        all_keys = segment.with_kv_cache("keys", _after(state.sinks, "keys", cached_keys, keys, segment))
-        all_values = segment.with_kv_cache("values", _after(state.sinks, "values", cached_values, values, segment))
+        all_keys = segment.with_kv_cache("keys", keys, _behind_sinks(state.sinks, "keys", cached_keys))
+        all_values = segment.with_kv_cache("values", values, _behind_sinks(state.sinks, "values", cached_values))
         num_queries = queries.shape[1]
         num_keys = all_keys.shape[1]
 
@@ -313,17 +313,12 @@ def _with_segment(
     )
 
 
-def _after(
+def _behind_sinks(
     sinks: Sinks | tuple[()],
     name: str,
     cached: Shaped[Array, "B W *rest"],
-    new: Shaped[Array, "B T *rest"],
-    segment: Segment,
-) -> Shaped[Array, "B S *rest"]:
-    """[sinks; cached; new] for `Segment.with_kv_cache`; in a decode step only `new`: the KV cache has the others."""
-    if segment.is_decode_step:
-        return new
-    parts = [cached, new]
-    if isinstance(sinks, Sinks):
-        parts.insert(0, hide(getattr(sinks, name), sinks.valid))
-    return jnp.concatenate(parts, axis=1)
+) -> Shaped[Array, "B _ *rest"]:
+    """[sinks; cached], or what is cached alone where no sinks are kept."""
+    if not isinstance(sinks, Sinks):
+        return cached
+    return jnp.concatenate([hide(getattr(sinks, name), sinks.valid), cached], axis=1)
