@@ -17,15 +17,16 @@ from collections.abc import Iterator
 assert "jax" not in sys.modules, "devices are chosen when JAX is imported: conftest.py has to come first"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-# Every program is compiled once for a worker, also for the processes that its tests start.
-CACHE = tempfile.mkdtemp(prefix="memorizing-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-# Compiling is most of the suite's time, and the older way to emit fused loops takes half as long as the newer one. An
-# XLA that does not know a flag would abort.
+# Every program is compiled once, for all workers and for the processes that tests start.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    CACHE = tempfile.mkdtemp(prefix="memorizing-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+# Compiling is most of the suite's time: the older way to emit fused loops takes half as long as the newer one, and code
+# in one piece less than in parts that threads would share. An XLA that does not know a flag would abort.
 if "XLA_FLAGS" not in os.environ:
-    flags = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+    flags = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"}
     trial = [sys.executable, "-c", "import jax; jax.devices()"]
     if subprocess.run(trial, env=os.environ | flags, capture_output=True).returncode == 0:
         os.environ |= flags
