@@ -37,7 +37,7 @@ COMMANDS = {
     "train": ("memorizing.commands.train", "train a model and evaluate it"),
     "import": ("memorizing.commands.import_model", "make a run of a pretrained model"),
     "export": ("memorizing.commands.export_model", "write a run's parameters in Hugging Face's format"),
-    "generate": ("memorizing.commands.generate", "read a text into memory and write on"),
+    "generate": ("memorizing.commands.writing.generate", "read a text into memory and write on"),
     "evaluate": ("memorizing.commands.evaluate", "a finished run on held-out documents, with several memories"),
     "inspect": ("memorizing.commands.inspect", "see what the memory of a run looks up"),
     "status": ("memorizing.commands.watching.status", "how a run is doing, also while it trains"),
