@@ -38,6 +38,7 @@ COMMANDS = {
     "import": ("memorizing.commands.import_model", "make a run of a pretrained model"),
     "export": ("memorizing.commands.export_model", "write a run's parameters in Hugging Face's format"),
     "generate": ("memorizing.commands.writing.generate", "read a text into memory and write on"),
+    "serve": ("memorizing.commands.writing.serve", "a run as a service, with sessions, for many at once"),
     "evaluate": ("memorizing.commands.evaluate", "a finished run on held-out documents, with several memories"),
     "inspect": ("memorizing.commands.inspect", "see what the memory of a run looks up"),
     "status": ("memorizing.commands.watching.status", "how a run is doing, also while it trains"),
