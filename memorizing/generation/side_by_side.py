@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Int
 
 from memorizing.array_typing import Tree
@@ -54,7 +53,7 @@ class SideBySide:
         self._decoder, self._weights = decoder, weights
         # By place, the prefilled KV cache of the segment that is open there.
         self._opened: dict[int, KVCache] = {}
-        # Of all places, leaves [R, ...]; from the first text on, since its arrays say where they lie.
+        # Of all places, leaves [R, ...]; from the first text on, whose arrays say what they are.
         self._contexts: Context | None = None
         self._kv_caches: KVCache | None = None
 
@@ -83,7 +82,7 @@ class SideBySide:
             inputs[place] = np.asarray(step.inputs)
             index[place], position[place] = step.index, step.position
             samplings[place] = writers[place].sampling
-        tokens, self._kv_caches = self._step(
+        tokens, self._kv_caches = _programs(self._decoder).step(
             *self._weights, inputs, index, self._kv_caches, self._contexts, position, _stacked(samplings)
         )
         drawn = np.asarray(tokens)
@@ -91,27 +90,40 @@ class SideBySide:
 
     def _put(self, place: int, context: Context, kv_cache: KVCache) -> None:
         """Copies an open segment, and the context before it, to its place."""
-        one = (context, kv_cache)
+        programs, one = _programs(self._decoder), (context, kv_cache)
         if self._contexts is None:
-            self._shardings = jax.tree.map(lambda leaf: _of_all_places(leaf.sharding), one)
-            everywhere = self._decoder.compiled(
-                functools.partial(_repeated, self.num_places), out_shardings=self._shardings
-            )
-            self._contexts, self._kv_caches = everywhere(one)
+            everything = programs.repeat(self.num_places, one)
         else:
-            everything = (self._contexts, self._kv_caches)
-            self._contexts, self._kv_caches = self._replace(everything, one, np.int32(place))
+            everything = programs.replace((self._contexts, self._kv_caches), one, np.int32(place))
+        self._contexts, self._kv_caches = everything
 
-    @functools.cached_property
-    def _replace(self) -> Any:
-        return self._decoder.compiled(_replaced, donate_argnums=0, out_shardings=self._shardings)
 
-    @functools.cached_property
-    def _step(self) -> Any:
-        """`Decoder.decode` at every place; the KV caches are donated."""
-        _, of_kv_caches = self._shardings
-        step = functools.partial(_step, self._decoder.config, self._decoder.segment_length)
-        return self._decoder.compiled(step, donate_argnums=4, out_shardings=(None, of_kv_caches))
+class Programs:
+    """What a decoder compiles to for texts that are written at once.
+
+    Attributes:
+      repeat: `(R, tree) -> tree`, the same at every place.
+      replace: `(tree of all places, tree, place) -> tree of all places`; the first is donated.
+      step: `(params, buffers, inputs [R, 1], index [R], KV caches, contexts, position [R], samplings) -> (tokens [R, 1],
+        KV caches)`, `Decoder.decode` at every place; the KV caches are donated.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.repeat = decoder.compiled(_repeated, static_argnums=0)
+        self.replace = decoder.compiled(_replaced, donate_argnums=0)
+        step = functools.partial(_step, decoder.config, decoder.segment_length)
+        self.step = decoder.compiled(step, donate_argnums=4)
+
+
+# Compiled once a process, as what a decoder is.
+_programs = functools.lru_cache(maxsize=8)(Programs)
+
+
+def _step(self) -> Any:
+    """`Decoder.decode` at every place; the KV caches are donated."""
+    _, of_kv_caches = self._shardings
+    step = functools.partial(_step, self._decoder.config, self._decoder.segment_length)
+    return self._decoder.compiled(step, donate_argnums=4, out_shardings=(None, of_kv_caches))
 
 
 def _step(
@@ -146,10 +158,3 @@ def _repeated(num_places: int, one: Tree) -> Tree:
 
 def _replaced(everything: Tree, one: Tree, place: Int[Array, ""]) -> Tree:
     return jax.tree.map(lambda leaves, leaf: leaves.at[place].set(leaf), everything, one)
-
-
-def _of_all_places(sharding: Sharding) -> Sharding:
-    """Where the arrays of all places lie: every place as one array does that lies so."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-    return sharding
