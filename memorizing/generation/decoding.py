@@ -71,13 +71,14 @@ class Decoder:
         """The context of rows that have read nothing."""
         return self._init_of(num_rows)()
 
-    # A decoder lives as long as the process.
+    # A decoder lives as long as the process, and so does what its methods keep.
     @functools.cache  # noqa: B019
     def _init_of(self, num_rows: int) -> Callable[[], Context]:
         """Makes that context; compiled once for each number of rows."""
         init_context = functools.partial(self.config.init_context, num_rows, self.segment_length)
         return self.compiled(init_context, out_shardings=self._shardings(num_rows))
 
+    @functools.cache  # noqa: B019
     def abstract_context(self, num_rows: int) -> Context:
         """Shapes and dtypes of a context."""
         return jax.eval_shape(functools.partial(self.config.init_context, num_rows, self.segment_length))
@@ -91,6 +92,7 @@ class Decoder:
         """One row at the start of a document, before which `start_id` stands."""
         return TextState(self.init(1), np.full((1, 1), start_id, np.int32), 0)
 
+    @functools.cache  # noqa: B019
     def _shardings(self, num_rows: int) -> Any:
         if self._mesh is None:
             return None
