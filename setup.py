@@ -81,11 +81,13 @@ setup(
         "prep": ["apache-beam>=2.77"],
         # Models and vocabularies of others.
         "pretrained": ["gguf", "tokenizers"],
-        # The two of Kubernetes check what `launch gke` emits.
+        "serve": ["starlette>=0.40", "uvicorn>=0.30"],
+        # httpx asks what is served; the two of Kubernetes check what `launch gke` emits.
         "test": [
             "backports.zstd; python_version < '3.14'",
             "beartype",
             "gcsfs",
+            "httpx",
             "hypothesis",
             "kubeflow-trainer-api",
             "kubernetes-validate",
@@ -94,7 +96,9 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "starlette>=0.40",
             "tokenizers",
+            "uvicorn>=0.30",
         ],
         "tpu": ["jax[tpu]"],
         "wandb": ["wandb"],

@@ -62,22 +62,23 @@ class Decoder:
         self.config = config
         self.segment_length = segment_length
         self._mesh = mesh
-        self.read = self._compiled(functools.partial(_read, config), donate_argnums=4)
-        self.prepare = self._compiled(functools.partial(_prepare, config), donate_argnums=0)
-        self.prefill = self._compiled(functools.partial(_prefill, config))
-        self.decode = self._compiled(functools.partial(_decode, config, segment_length), donate_argnums=4)
+        self.read = self.compiled(functools.partial(_read, config), donate_argnums=4)
+        self.prepare = self.compiled(functools.partial(_prepare, config), donate_argnums=0)
+        self.prefill = self.compiled(functools.partial(_prefill, config))
+        self.decode = self.compiled(functools.partial(decode_step, config, segment_length), donate_argnums=4)
 
     def init(self, num_rows: int) -> Context:
         """The context of rows that have read nothing."""
         return self._init_of(num_rows)()
 
-    # A decoder lives as long as the process.
+    # A decoder lives as long as the process, and so does what its methods keep.
     @functools.cache  # noqa: B019
     def _init_of(self, num_rows: int) -> Callable[[], Context]:
         """Makes that context; compiled once for each number of rows."""
         init_context = functools.partial(self.config.init_context, num_rows, self.segment_length)
-        return self._compiled(init_context, out_shardings=self._shardings(num_rows))
+        return self.compiled(init_context, out_shardings=self._shardings(num_rows))
 
+    @functools.cache  # noqa: B019
     def abstract_context(self, num_rows: int) -> Context:
         """Shapes and dtypes of a context."""
         return jax.eval_shape(functools.partial(self.config.init_context, num_rows, self.segment_length))
@@ -91,14 +92,15 @@ class Decoder:
         """One row at the start of a document, before which `start_id` stands."""
         return TextState(self.init(1), np.full((1, 1), start_id, np.int32), 0)
 
+    @functools.cache  # noqa: B019
     def _shardings(self, num_rows: int) -> Any:
         if self._mesh is None:
             return None
         axes = self.config.context_axes()
         return sharding.tree_shardings(self._mesh, self.abstract_context(num_rows), axes, sharding.STATE_RULES)
 
-    def _compiled(self, function: Callable, **options: Any) -> Callable:
-        """The function, compiled for the mesh."""
+    def compiled(self, function: Callable, **options: Any) -> Callable:
+        """A function, compiled for the mesh that the weights and contexts lie on."""
         compiled = jax.jit(function, **options)
         if self._mesh is None:
             return compiled
@@ -122,6 +124,24 @@ class Drawn(NamedTuple):
 
     tokens: Int[Array, "B"]
     logits: Float[Array, "B V"]
+
+
+class DecodeStep(NamedTuple):
+    """What the next token is drawn from, but for the weights and how it is drawn: arguments of `Decoder.decode`.
+
+    Attributes:
+      inputs: int32 [B], the pending tokens.
+      index: where in the segment they stand.
+      kv_cache: of the segment's earlier positions.
+      context: of the segments before.
+      position: of the tokens that will be drawn, in their document.
+    """
+
+    inputs: Any
+    index: np.int32
+    kv_cache: KVCache
+    context: Context
+    position: np.int32
 
 
 class TextState(NamedTuple):
@@ -219,20 +239,37 @@ class TextDecoder:
         """
         arrays = sampling.arrays(allowed, seed)
         for _ in range(num_tokens):
-            kv_cache, index = self._next_place()
-            self._inputs.append(self._pending)
-            drawn, self._kv_cache = self._decoder.decode(
-                *self._weights,
-                self._pending,
-                np.int32(index),
-                kv_cache,
-                self._context,
-                np.int32(self.num_tokens),
-                arrays,
-            )
-            self._pending = drawn.tokens
-            self.num_tokens += 1
+            step = self.next_step()
+            drawn, kv_cache = self._decoder.decode(*self._weights, *step, arrays)
+            self.accept(drawn.tokens, kv_cache)
             yield drawn
+
+    def next_step(self) -> DecodeStep:
+        """What the next token is drawn from; a full segment is closed first, and the next one opened."""
+        if len(self._inputs) == self._decoder.segment_length:
+            inputs = np.stack([np.asarray(column) for column in self._inputs], axis=1)
+            # Targets only matter to the scores, which nobody asks for here.
+            _, context = self._decoder.read(*self._weights, inputs, inputs, self._context)
+            self._context = self._decoder.prepare(context)
+            self._inputs, self._kv_cache = [], None
+        if self._kv_cache is None:
+            self._prefill(np.zeros((len(self._pending), 0), np.int32))
+        assert self._kv_cache is not None, "prefilled above"
+        index, position = np.int32(len(self._inputs)), np.int32(self.num_tokens)
+        return DecodeStep(self._pending, index, self._kv_cache, self._context, position)
+
+    def accept(self, tokens: Any, kv_cache: KVCache | None = None) -> None:
+        """Takes what was drawn from `next_step`.
+
+        Args:
+          tokens: int32 [B], they become the pending ones.
+          kv_cache: after that step; None where the caller keeps it for as long as the segment is open.
+        """
+        self._inputs.append(self._pending)
+        self._pending = tokens
+        if kv_cache is not None:
+            self._kv_cache = kv_cache
+        self.num_tokens += 1
 
     def fork(self, num_rows: int) -> TextDecoder:
         """Rows that have all read what the only row of this one has; they go their own ways."""
@@ -247,6 +284,11 @@ class TextDecoder:
         return TextDecoder(self._decoder, self._weights, state._replace(context=context, inputs=inputs))
 
     @property
+    def num_open(self) -> int:
+        """Tokens of the open segment that are read, from 0 to T."""
+        return len(self._inputs)
+
+    @property
     def state(self) -> TextState:
         """For another one to go on from, as long as this one does not go on itself."""
         inputs = np.stack([*map(np.asarray, self._inputs), np.asarray(self._pending)], axis=1).astype(np.int32)
@@ -254,22 +296,6 @@ class TextDecoder:
 
     def _read_segment(self, context: Context, segment: tuple[HostTokens, HostTokens]) -> tuple[PerToken, Context]:
         return self._decoder.read(*self._weights, *segment, context)
-
-    def _next_place(self) -> tuple[KVCache, int]:
-        """The KV cache, and where in the segment the pending token stands.
-
-        A full segment is closed first, and the next one opened.
-        """
-        if len(self._inputs) == self._decoder.segment_length:
-            inputs = np.stack([np.asarray(column) for column in self._inputs], axis=1)
-            # Targets only matter to the scores, which nobody asks for here.
-            _, context = self._decoder.read(*self._weights, inputs, inputs, self._context)
-            self._context = self._decoder.prepare(context)
-            self._inputs, self._kv_cache = [], None
-        if self._kv_cache is None:
-            self._prefill(np.zeros((len(self._pending), 0), np.int32))
-        assert self._kv_cache is not None, "prefilled above"
-        return self._kv_cache, len(self._inputs)
 
     def _prefill(self, targets: HostTokens) -> PerToken:
         """Makes the KV cache of the open segment's inputs; returns the -log p of the targets, [B, T] on the device."""
@@ -310,7 +336,7 @@ def _prefill(
     return next_token_nats(output.logits, targets), output.report.kv_cache
 
 
-def _decode(
+def decode_step(
     config: LMConfig,
     segment_length: int,
     params: Tree,
@@ -322,6 +348,7 @@ def _decode(
     position: Int[Array, ""],
     sampling: SamplingArrays,
 ) -> tuple[Drawn, KVCache]:
+    """`Decoder.decode`, not compiled."""
     decoding = Decoding(index + config.layout(segment_length).num_read, kv_cache)
     segment = _whole(inputs[:, None], segment_length)
     output = language_model.apply(config, params, buffers, segment, context, decoding=decoding)

@@ -24,8 +24,9 @@ from memorizing.batch import Vocabulary
 from memorizing.errors import UserError
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.generation import session_file
-from memorizing.generation.decoding import Decoder, Drawn, TextDecoder, Weights
+from memorizing.generation.decoding import Decoder, Drawn, TextDecoder, TextState, Weights
 from memorizing.generation.sampling import Sampling
+from memorizing.generation.side_by_side import SideBySide
 from memorizing.runtime import sharding
 from memorizing.runtime.metrics import perplexity
 
@@ -117,18 +118,34 @@ class TextModel:
         Raises:
           UserError: the file cannot be read, or was saved with another model.
         """
-        if path is None:
-            state = self._decoder.start(self.vocabulary.start_id)
-        else:
-            experiment = self.run.experiment
-            state = session_file.load(
-                path,
-                self._decoder.abstract_context(1),
-                self.identity,
-                experiment.model.vocab_size,
-                experiment.batch.segment_length,
-            )
-        return Session(self, TextDecoder(self._decoder, self._weights, state))
+        return Session(self, self.reader(self.start() if path is None else self.load(path)))
+
+    def start(self) -> TextState:
+        """What is known of a text of which nothing has been read."""
+        return self._decoder.start(self.vocabulary.start_id)
+
+    def load(self, path: str) -> TextState:
+        """What a file says that `save` has written, on the host. Raises UserError as `session` does."""
+        experiment = self.run.experiment
+        return session_file.load(
+            path,
+            self._decoder.abstract_context(1),
+            self.identity,
+            experiment.model.vocab_size,
+            experiment.batch.segment_length,
+        )
+
+    def save(self, path: str, state: TextState) -> None:
+        """Writes what is known of a text to a file. Raises UserError if it cannot be written."""
+        session_file.save(path, state, self.identity)
+
+    def reader(self, state: TextState) -> TextDecoder:
+        """One row that goes on from a state."""
+        return TextDecoder(self._decoder, self._weights, state)
+
+    def side_by_side(self, num_places: int) -> SideBySide:
+        """Places for so many texts that are written at once."""
+        return SideBySide(self._decoder, self._weights, num_places)
 
     @property
     def memory(self) -> str:
@@ -138,6 +155,11 @@ class TextModel:
         kinds = sorted({type(group.attention).__name__ for group in config.groups})
         memory = f", a memory of {' and '.join(f'{size:,}' for size in sizes)} tokens" if sizes else ""
         return f"{', '.join(kinds)}, segments of {length} tokens{memory}"
+
+    @property
+    def session_bytes(self) -> int:
+        """Of what is carried from segment to segment, and so of a session."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._decoder.abstract_context(1)))
 
     @functools.cached_property
     def identity(self) -> session_file.Identity:
@@ -218,7 +240,7 @@ class Session:
 
     def save(self, path: str) -> None:
         """Writes the session to a file, for `TextModel.session`. Raises UserError if it cannot be written."""
-        session_file.save(path, self._decoder.state, self._model.identity)
+        self._model.save(path, self._decoder.state)
 
 
 def check_amounts(num_tokens: int, num_samples: int, seed: int) -> None:

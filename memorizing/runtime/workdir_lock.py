@@ -67,6 +67,7 @@ class WorkdirLock:
         beat_seconds: float = _BEAT_SECONDS,
         limit_seconds: float = _LIMIT_SECONDS,
         say: Callable[[str], None] = lambda _: None,
+        flag: str = "--workdir",
     ) -> None:
         """
         Args:
@@ -75,8 +76,10 @@ class WorkdirLock:
           beat_seconds: how often a holder says that it lives.
           limit_seconds: silence after which a process on another machine counts as dead.
           say: told why this takes long, if it does.
+          flag: that names the folder.
         """
         self._workdir = workdir
+        self._flag = flag
         self._beat_seconds = beat_seconds
         self._limit_seconds = limit_seconds
         self._say = say
@@ -144,7 +147,8 @@ class WorkdirLock:
                 is_first = claim.record.get("holds") or claim.path.name < self._path.name
                 if is_first and self._is_known_to_live(claim):
                     raise UserError(
-                        f"{claim} is writing into {self._workdir}: wait until it has ended, or choose another --workdir"
+                        f"{claim} is writing into {self._workdir}: wait until it has ended, or choose another "
+                        f"{self._flag}"
                     )
             if not has_said and not all(map(self._is_known_to_live, others)):
                 has_said = True
@@ -235,12 +239,13 @@ class WorkdirLock:
 
 
 @contextlib.contextmanager
-def held(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def held(workdir: epath.Path, say: Callable[[str], None], flag: str = "--workdir") -> Iterator[Callable[[], None]]:
     """Holds a workdir, which is made if there is none.
 
     Args:
       workdir: the folder.
       say: told why this takes long, if it does.
+      flag: that names the folder.
 
     Yields:
       `WorkdirLock.check`.
@@ -248,12 +253,12 @@ def held(workdir: epath.Path, say: Callable[[str], None]) -> Iterator[Callable[[
     Raises:
       UserError: another process is writing into it, or it cannot be written.
     """
-    lock = WorkdirLock(workdir, say=say)
+    lock = WorkdirLock(workdir, say=say, flag=flag)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{flag}={workdir}: cannot be written ({error.strerror or error})") from error
     try:
         yield lock.check
     finally:

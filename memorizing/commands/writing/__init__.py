@@ -1,0 +1,1 @@
+"""Commands that read texts into a memory, and write on."""

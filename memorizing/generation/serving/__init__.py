@@ -1,0 +1,1 @@
+"""Sessions as a service: many readers and writers of one model, by HTTP."""
