@@ -309,7 +309,7 @@ KNN = MECHANISMS[0].__module__
         (relative_imports, "memorizing/models/stack.py", "from . import layers"),
         (jax_in_the_launcher, "launch/gke.py", "def f():\n    import jax.numpy as jnp"),
         (mechanisms_named, "memorizing/training/loop.py", "def f(x):\n    return isinstance(x, lib.KNNAttention)"),
-        (mechanisms_named, "memorizing/cost/plan.py", "from memorizing.models.attention import KNNState as State"),
+        (mechanisms_named, "memorizing/cost/plan.py", "from memorizing.models.attention import KNNCore as Core"),
         (mechanisms_named, "memorizing/cost/plan.py", f"from {KNN} import anything"),
         (mechanisms_named, "memorizing/cost/plan.py", "type(x).__name__ == 'KNNAttention'"),
         (mechanisms_named, "benchmarks/step.py", "XLCore()"),
