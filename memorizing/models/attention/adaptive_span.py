@@ -25,10 +25,10 @@ from memorizing.models.attention.base import (
     Example,
     LayerDims,
     attend_flops,
-    position_bias,
     projection_flops,
 )
 from memorizing.models.attention.local import hide, push, visible_keys
+from memorizing.models.attention.relative_bias import position_bias
 from memorizing.models.attention.xl import XLState
 from memorizing.models.layers import parameter
 from memorizing.models.positions import check_buckets

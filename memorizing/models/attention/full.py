@@ -14,10 +14,10 @@ from memorizing.models.attention.base import (
     Attention,
     LayerDims,
     attend_flops,
-    position_bias,
     projection_flops,
 )
 from memorizing.models.attention.local import Attended, at_positions, local_attention, visible_keys
+from memorizing.models.attention.relative_bias import position_bias
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.positions import LayerPositions, Rotary, check_buckets
 

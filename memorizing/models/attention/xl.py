@@ -24,7 +24,6 @@ from memorizing.models.attention.base import (
     Example,
     LayerDims,
     attend_flops,
-    position_bias,
     projection_flops,
 )
 from memorizing.models.attention.local import (
@@ -36,6 +35,7 @@ from memorizing.models.attention.local import (
     turned_queries,
     visible_keys,
 )
+from memorizing.models.attention.relative_bias import position_bias
 from memorizing.models.positions import LayerPositions, Rotary, check_buckets
 
 

@@ -25,9 +25,9 @@ from memorizing.models.attention.base import (
     Example,
     LayerDims,
     attend_flops,
-    distance_bias,
     projection_flops,
 )
+from memorizing.models.attention.relative_bias import distance_bias
 from memorizing.models.attention.sparse import dense
 from memorizing.models.partial_softmax import Partial
 from memorizing.models.positions import check_buckets

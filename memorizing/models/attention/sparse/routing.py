@@ -27,13 +27,13 @@ from memorizing.models.attention.base import (
     Example,
     LayerDims,
     attend_flops,
-    distance_bias,
     logit_scale,
     matmul_flops,
     normalize,
     project_from_heads,
     project_to_heads,
 )
+from memorizing.models.attention.relative_bias import distance_bias
 from memorizing.models.attention.sparse import buckets, clusters, dense
 from memorizing.models.attention.sparse.clusters import Clusters
 from memorizing.models.attention.sparse.factorized import SparseAttention
