@@ -21,21 +21,19 @@ from memorizing.context import Layout, Report, Segment
 from memorizing.errors import Count, Factor, Range
 from memorizing.models import masks, partial_softmax, positions
 from memorizing.models.attention.base import (
-    Attention,
     Example,
     LayerDims,
     attend_flops,
     projection_flops,
 )
 from memorizing.models.attention.local import hide, push, visible_keys
-from memorizing.models.attention.relative_bias import position_bias
+from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.xl import XLState
 from memorizing.models.layers import parameter
-from memorizing.models.positions import check_buckets
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveSpanAttention(Attention):
+class AdaptiveSpanAttention(BiasedAttention):
     """Every position sees at most the last W up to itself, every head as far as its learned span reaches.
 
     The paper keeps z within [0, W] by clipping it after each step; here it is W sigmoid(a) with a learned a. Shapes are
@@ -46,7 +44,7 @@ class AdaptiveSpanAttention(Attention):
       ramp: R, in positions, over which the mask falls from 1 to 0.
       initial_span: of every head, as a share of W.
       span_loss: weight of the mean span of the heads, in positions, in the loss; the paper has 2e-6.
-      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      num_buckets, max_distance: see `BiasedAttention`.
     """
 
     can_decode: ClassVar[bool] = True
@@ -55,11 +53,6 @@ class AdaptiveSpanAttention(Attention):
     ramp: Count = 32
     initial_span: Annotated[float, Range(0, 1, without_ends=True)] = 0.1
     span_loss: Factor = 2e-6
-    num_buckets: Annotated[int, Range(2, 2**16)] = 32
-    max_distance: Count = 128
-
-    def __post_init__(self) -> None:
-        check_buckets("AdaptiveSpanAttention", self.num_buckets, self.max_distance)
 
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> XLState:
         shape = (batch_size, self.window, dims.num_heads, dims.head_dim)
@@ -122,14 +115,7 @@ class AdaptiveSpanCore(nn.Module):
         mask = visible_keys(segment, num_queries, state.valid)
         near = masks.within(config.window, layout.size, num_keys)
         mask &= segment.select(near, num_queries)[None]
-        bias = position_bias(
-            self.dims,
-            config.num_buckets,
-            config.max_distance,
-            segment,
-            num_queries,
-            num_keys,
-        )
+        bias = config.position_bias(self.dims, segment, num_queries, num_keys)
         initial = math.log(config.initial_span / (1 - config.initial_span))
         shape = (self.dims.num_heads,)
         span = parameter(self, "span", nn.initializers.constant(initial), shape, ("heads",))

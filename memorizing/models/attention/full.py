@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 
 from memorizing.array_typing import HeadScale, Keys, Queries, Values
 from memorizing.context import Layout, Report, Segment
-from memorizing.errors import Count, Range
 from memorizing.models.attention.base import (
-    Attention,
     LayerDims,
     attend_flops,
     projection_flops,
 )
 from memorizing.models.attention.local import Attended, at_positions, local_attention, visible_keys
-from memorizing.models.attention.relative_bias import position_bias
+from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.positions import LayerPositions, Rotary, check_buckets
+from memorizing.models.positions import LayerPositions, Rotary
 
 
 @dataclasses.dataclass(frozen=True)
-class FullAttention(Attention):
+class FullAttention(BiasedAttention):
     """Every position of the segment sees the earlier ones.
 
     Attributes:
-      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      num_buckets, max_distance: see `BiasedAttention`.
       positions: of these layers, where they have others than the model (`LMConfig.positions`).
     """
 
@@ -35,12 +33,7 @@ class FullAttention(Attention):
     takes_all_parts: ClassVar[bool] = True
     joins_memory: ClassVar[bool] = True
 
-    num_buckets: Annotated[int, Range(2, 2**16)] = 32
-    max_distance: Count = 128
     positions: LayerPositions = None
-
-    def __post_init__(self) -> None:
-        check_buckets("FullAttention", self.num_buckets, self.max_distance)
 
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return FullCore(self, dims.with_positions(self.positions), name=name)
@@ -50,7 +43,9 @@ class FullAttention(Attention):
             self.positions.check(dims.head_dim)
 
     def with_window(self, window: int) -> XLAttention:
-        return XLAttention(window, self.num_buckets, self.max_distance, positions=self.positions)
+        return XLAttention(
+            window, num_buckets=self.num_buckets, max_distance=self.max_distance, positions=self.positions
+        )
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
         return projection_flops(dims, layout) + attend_flops(dims, layout.size, layout.size)
@@ -93,14 +88,7 @@ class FullCore(nn.Module):
         num_keys = keys.shape[1]
 
         mask = visible_keys(segment, num_queries)
-        bias = position_bias(
-            self.dims,
-            config.num_buckets,
-            config.max_distance,
-            segment,
-            num_queries,
-            num_keys,
-        )
+        bias = config.position_bias(self.dims, segment, num_queries, num_keys)
         placed = at_positions(self.dims, segment, queries, keys)
         attended = local_attention(*placed, values, scale, bias, mask, self.dims.attention_logit_cap)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,8 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from memorizing.context import Segment
+from memorizing.errors import Count, Range
 from memorizing.models import positions
-from memorizing.models.attention.base import LayerDims
+from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.layers import parameter
 
 
@@ -57,43 +60,50 @@ class T5Bias(nn.Module):
         return positions.same_by_key(by_distance, num_queries, num_keys)
 
 
-def position_bias(
-    dims: LayerDims,
-    num_buckets: int,
-    max_distance: int,
-    segment: Segment,
-    num_queries: int,
-    num_keys: int,
-) -> Float[Array, "N T S"] | None:
-    """The bias of the logits for the positions of queries and keys.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BiasedAttention(Attention):
+    """A mechanism whose logits have T5's bias, where the positions of its layers are 't5'.
 
-    To be called in a module: its submodule `bias` has the parameters.
-
-    Args:
-      dims: of the layer; `positions` says which bias.
-      num_buckets, max_distance: of T5's bias; the distance is in tokens.
-      segment: whose positions, or some of them, the queries are.
-      num_queries, num_keys: T, S.
+    Attributes:
+      num_buckets: of distances.
+      max_distance: in tokens, from which on all keys share the last bucket.
     """
-    if dims.positions != "t5":
-        return None
-    bias = T5Bias(dims.num_heads, num_buckets, max_distance, name="bias")
-    return bias(segment, num_queries, num_keys)
 
+    num_buckets: Annotated[int, Range(2, 2**16)] = 32
+    max_distance: Count = 128
 
-def distance_bias(
-    dims: LayerDims,
-    num_buckets: int,
-    max_distance: int,
-) -> Callable[[Int[np.ndarray, "*shape"]], Float[Array, "N *shape"]]:
-    """The bias of the logits as a function of distances back in tokens, where not all queries meet all keys.
+    def __post_init__(self) -> None:
+        positions.check_buckets(type(self).__name__, self.num_buckets, self.max_distance)
 
-    To be called in a module: its submodule `bias` has the parameters, the same as those of `position_bias`.
+    def position_bias(
+        self,
+        dims: LayerDims,
+        segment: Segment,
+        num_queries: int,
+        num_keys: int,
+    ) -> Float[Array, "N T S"] | None:
+        """The bias of the logits for the positions of queries and keys.
 
-    Args:
-      dims, num_buckets, max_distance: as for `position_bias`; without positions the bias is 0.
-    """
-    if dims.positions != "t5":
+        To be called in a module: its submodule `bias` has the parameters.
+
+        Args:
+          dims: of the layer; `positions` says which bias.
+          segment: whose positions, or some of them, the queries are.
+          num_queries, num_keys: T, S.
+        """
+        return self._bias(dims)(segment, num_queries, num_keys) if dims.positions == "t5" else None
+
+    def distance_bias(self, dims: LayerDims) -> Callable[[Int[np.ndarray, "*shape"]], Float[Array, "N *shape"]]:
+        """The bias of the logits as a function of distances back in tokens, where not all queries meet all keys.
+
+        To be called in a module: its submodule `bias` has the parameters, the same as those of `position_bias`.
+
+        Args:
+          dims: of the layer; without positions the bias is 0.
+        """
+        if dims.positions == "t5":
+            return self._bias(dims).at
         return lambda distances: jnp.zeros((dims.num_heads, *distances.shape))
-    bias = T5Bias(dims.num_heads, num_buckets, max_distance, name="bias")
-    return bias.at
+
+    def _bias(self, dims: LayerDims) -> T5Bias:
+        return T5Bias(dims.num_heads, self.num_buckets, self.max_distance, name="bias")

@@ -20,7 +20,6 @@ from memorizing.context import Layout, Report, Segment
 from memorizing.errors import Count, Range, UserError
 from memorizing.models import masks
 from memorizing.models.attention.base import (
-    Attention,
     Example,
     LayerDims,
     attend_flops,
@@ -35,8 +34,8 @@ from memorizing.models.attention.local import (
     turned_queries,
     visible_keys,
 )
-from memorizing.models.attention.relative_bias import position_bias
-from memorizing.models.positions import LayerPositions, Rotary, check_buckets
+from memorizing.models.attention.relative_bias import BiasedAttention
+from memorizing.models.positions import LayerPositions, Rotary
 
 
 @struct.dataclass
@@ -72,12 +71,12 @@ class XLState:
 
 
 @dataclasses.dataclass(frozen=True)
-class XLAttention(Attention):
+class XLAttention(BiasedAttention):
     """Attends to the segment and to a cache of the positions before it. No gradient reaches the cache.
 
     Attributes:
       window: W, in positions.
-      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      num_buckets, max_distance: see `BiasedAttention`.
       same_length: lets every position see exactly the last W positions up to itself (a sliding window), instead of the
         whole cache.
       positions: of these layers, where they have others than the model (`LMConfig.positions`).
@@ -90,8 +89,6 @@ class XLAttention(Attention):
     takes_all_parts: ClassVar[bool] = True
 
     window: Count = 512
-    num_buckets: Annotated[int, Range(2, 2**16)] = 32
-    max_distance: Count = 128
     same_length: bool = False
     positions: LayerPositions = None
     num_sinks: Annotated[int, Range(0, 2**16)] = 0
@@ -101,7 +98,7 @@ class XLAttention(Attention):
             raise UserError(
                 f"XLAttention.window = {self.window}: at least 1 position; without a cache use @FullAttention()"
             )
-        check_buckets("XLAttention", self.num_buckets, self.max_distance)
+        super().__post_init__()
 
     @property
     def num_before(self) -> int:
@@ -203,14 +200,7 @@ class XLCore(nn.Module):
         num_keys = all_keys.shape[1]
 
         mask = self._visible(segment, num_queries, num_keys, state)
-        bias = position_bias(
-            self.dims,
-            config.num_buckets,
-            config.max_distance,
-            segment,
-            num_queries,
-            num_keys,
-        )
+        bias = config.position_bias(self.dims, segment, num_queries, num_keys)
         placed = self._at_positions(segment, queries, all_keys, state.sinks)
         attended = local_attention(*placed, all_values, scale, bias, mask, self.dims.attention_logit_cap)
 

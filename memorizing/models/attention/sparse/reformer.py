@@ -18,7 +18,6 @@ from memorizing.context import Attended, Layout, Report, Rngs, Segment
 from memorizing.errors import Count, Range, UserError, Width
 from memorizing.models import partial_softmax
 from memorizing.models.attention.base import (
-    Attention,
     Example,
     LayerDims,
     attend_flops,
@@ -28,19 +27,18 @@ from memorizing.models.attention.base import (
     project_from_heads,
     project_to_heads,
 )
-from memorizing.models.attention.relative_bias import distance_bias
+from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import buckets, dense
 from memorizing.models.attention.sparse.buckets import Pairs, Sorted
 from memorizing.models.memory.external_memory import NEIGHBOURS
 from memorizing.models.partial_softmax import Partial
-from memorizing.models.positions import check_buckets
 
 # Logit of the query's own position, which counts only where nothing else is visible (section 2 of the paper).
 _ITSELF = -1e5
 
 
 @dataclasses.dataclass(frozen=True)
-class ReformerAttention(Attention):
+class ReformerAttention(BiasedAttention):
     """Attention of shared queries and keys within the buckets of an angular hash.
 
     A position sees earlier ones that have its hash in any of the rounds, as far as they are found: positions are sorted
@@ -57,7 +55,7 @@ class ReformerAttention(Attention):
       num_rounds: of hashing.
       chunk_size: C, in positions; divides the segment length.
       strictly_causal: whether nothing depends on later positions.
-      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      num_buckets, max_distance: see `BiasedAttention`.
     """
 
     tells_attention: ClassVar[bool] = True
@@ -71,11 +69,9 @@ class ReformerAttention(Attention):
     num_rounds: Annotated[int, Range(1, 2**10)] = 2
     chunk_size: Count = 64
     strictly_causal: bool = False
-    num_buckets: Annotated[int, Range(2, 2**16)] = 32
-    max_distance: Count = 128
 
     def __post_init__(self) -> None:
-        check_buckets("ReformerAttention", self.num_buckets, self.max_distance)
+        super().__post_init__()
         for name in ("num_rounds", "chunk_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"ReformerAttention.{name} = {getattr(self, name)}: at least 1")
@@ -151,7 +147,7 @@ class ReformerLayer(nn.Module):
         if dims.qk_norm == "l2":
             queries = keys
         scale = logit_scale(self, dims, fixed=dims.head_dim**-0.5)
-        bias = distance_bias(dims, config.num_buckets, config.max_distance)
+        bias = config.distance_bias(dims)
         # [r, B, N, T]
         hashes = angular_hash(config, keys, segment.rngs)
         hashes = segment.chosen("hashes", checkpoint_name(hashes, NEIGHBOURS))

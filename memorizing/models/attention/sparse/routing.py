@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Activations, AxesTree, Clock, Tree
 from memorizing.context import Attended, Layout, Report, Segment
-from memorizing.errors import Count, CountOrNone, Factor, Range, Share, UserError, Width
+from memorizing.errors import Count, CountOrNone, Factor, Share, UserError, Width
 from memorizing.models import partial_softmax
 from memorizing.models.attention.base import (
     Attention,
@@ -33,16 +33,15 @@ from memorizing.models.attention.base import (
     project_from_heads,
     project_to_heads,
 )
-from memorizing.models.attention.relative_bias import distance_bias
+from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import buckets, clusters, dense
 from memorizing.models.attention.sparse.clusters import Clusters
 from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.memory.external_memory import NEIGHBOURS
-from memorizing.models.positions import check_buckets
 
 
 @dataclasses.dataclass(frozen=True)
-class RoutingAttention(Attention):
+class RoutingAttention(BiasedAttention):
     """Local heads beside routing heads, whose positions attend within clusters by k-means.
 
     As published, every centroid takes the w positions of the segment that are most similar to it. So later positions
@@ -60,7 +59,7 @@ class RoutingAttention(Attention):
       random_projection: whether vectors are turned by a random orthonormal matrix before they are clustered.
       decay: of the running averages that make the centroids; with 1 they stay where they began.
       commitment: weight of the loss that draws vectors to their centroids.
-      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      num_buckets, max_distance: see `BiasedAttention`.
     """
 
     tells_attention: ClassVar[bool] = True
@@ -78,11 +77,9 @@ class RoutingAttention(Attention):
     random_projection: bool = False
     decay: Share = 0.999
     commitment: Factor = 1e-4
-    num_buckets: Annotated[int, Range(2, 2**16)] = 32
-    max_distance: Count = 128
 
     def __post_init__(self) -> None:
-        check_buckets("RoutingAttention", self.num_buckets, self.max_distance)
+        super().__post_init__()
         for name in ("num_clusters", "cluster_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"RoutingAttention.{name} = {getattr(self, name)}: at least 1")
@@ -255,7 +252,7 @@ class Routing(nn.Module):
             orthogonal = functools.partial(jax.random.orthogonal, n=dims.head_dim, shape=(dims.num_heads,))
             turn = self.variable("buffers", "turn", lambda: orthogonal(self.make_rng("params")))
             turned = jnp.einsum("BTNH,NHJ->BTNJ", vectors, turn.value.astype(vectors.dtype))
-        bias = distance_bias(dims, config.num_buckets, config.max_distance)
+        bias = config.distance_bias(dims)
 
         # [B, N, T, c]
         similar = clusters.similarities(running, turned)
