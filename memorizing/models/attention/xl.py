@@ -13,27 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Int
 
-from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
-from memorizing.context import Layout, Report, Segment
+from memorizing.array_typing import AxesTree, Keys, Queries, Values
+from memorizing.context import Layout, Segment
 from memorizing.errors import Count, Range, UserError
 from memorizing.models import masks
-from memorizing.models.attention.base import (
-    Example,
-    LayerDims,
-    attend_flops,
-    projection_flops,
-)
-from memorizing.models.attention.local import (
-    Attended,
-    at_positions,
-    hide,
-    local_attention,
-    push,
-    turned_queries,
-    visible_keys,
-)
+from memorizing.models.attention.base import Example, LayerDims, attend_flops, projection_flops
+from memorizing.models.attention.local import Carried, LocalCore, hide, push, turned_queries, visible_keys
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.positions import LayerPositions, Rotary
 
@@ -159,72 +146,32 @@ class XLAttention(BiasedAttention):
         return Example("cache", meaning, cls(window=segment_length))
 
 
-class XLCore(nn.Module):
-    """The dot-product core: see `Attention.core`."""
+class XLCore(LocalCore):
+    """The dot-product core: see `Attention.core`. The keys are [sinks; cached; segment], S = sinks + W + T."""
 
     attention: XLAttention
     dims: LayerDims
 
-    def __call__(
-        self,
-        queries: Queries,
-        keys: Keys,
-        values: Values,
-        scale: HeadScale,
-        segment: Segment,
-        state: XLState,
-    ) -> tuple[Queries, XLState | None, Report]:
-        attended, new_state, report = self.attend(queries, keys, values, scale, segment, state)
-        return attended.values, new_state, report
+    def carried(self, state: XLState) -> Carried:
+        cached = _hidden_where_empty(state)
+        if not isinstance(state.sinks, Sinks):
+            return cached
+        sinks = _hidden_where_empty(state.sinks)
+        keys = jnp.concatenate([sinks.keys, cached.keys], axis=1)
+        values = jnp.concatenate([sinks.values, cached.values], axis=1)
+        return Carried(keys, values)
 
-    @nn.compact
-    def attend(
-        self,
-        queries: Queries,
-        keys: Keys,
-        values: Values,
-        scale: HeadScale,
-        segment: Segment,
-        state: XLState,
-    ) -> tuple[Attended, XLState | None, Report]:
-        """The same, with the normalisers of its softmax."""
-        config = self.attention
-        layout = segment.layout
-        # [B, W, K, H]
-        cached_keys = hide(state.keys, state.valid)
-        cached_values = hide(state.values, state.valid)
-        # [B, S, K, H], S = sinks + W + T
-        all_keys = segment.with_kv_cache("keys", keys, _behind_sinks(state.sinks, "keys", cached_keys))
-        all_values = segment.with_kv_cache("values", values, _behind_sinks(state.sinks, "values", cached_values))
-        num_queries = queries.shape[1]
-        num_keys = all_keys.shape[1]
-
-        mask = self._visible(segment, num_queries, num_keys, state)
-        bias = config.position_bias(self.dims, segment, num_queries, num_keys)
-        placed = self._at_positions(segment, queries, all_keys, state.sinks)
-        attended = local_attention(*placed, all_values, scale, bias, mask, self.dims.attention_logit_cap)
-
-        if segment.decoding is not None:
-            return attended, None, Report(kv_cache={"keys": all_keys, "values": all_values})
-        own_keys = layout.own(keys)
-        own_values = layout.own(values)
-        is_real = layout.own(segment.is_real)
-        new_state = XLState(
-            keys=push(cached_keys, own_keys),
-            values=push(cached_values, own_values),
-            valid=push(state.valid, is_real),
-            sinks=_with_segment(state.sinks, own_keys, own_values, is_real),
+    def next_state(self, segment: Segment, keys: Keys, values: Values, state: XLState) -> XLState:
+        own = segment.layout.own
+        cached = _hidden_where_empty(state)
+        return XLState(
+            keys=push(cached.keys, own(keys)),
+            values=push(cached.values, own(values)),
+            valid=push(state.valid, own(segment.is_real)),
+            sinks=_with_segment(state.sinks, own(keys), own(values), own(segment.is_real)),
         )
-        return attended, new_state, Report()
 
-    def _visible(
-        self,
-        segment: Segment,
-        num_queries: int,
-        num_keys: int,
-        state: XLState,
-    ) -> Bool[Array, "B T S"]:
-        """Which of the keys [sinks; cached; segment] each query sees."""
+    def visible(self, segment: Segment, num_queries: int, num_keys: int, state: XLState) -> Bool[Array, "B T S"]:
         config = self.attention
         layout = segment.layout
         if not isinstance(state.sinks, Sinks):
@@ -250,17 +197,11 @@ class XLCore(nn.Module):
         is_behind = jnp.broadcast_to(is_behind, (*is_seen.shape[:2], config.num_sinks))
         return mask & jnp.concatenate([is_behind, is_seen], axis=2)
 
-    def _at_positions(
-        self,
-        segment: Segment,
-        queries: Queries,
-        keys: Keys,
-        sinks: Sinks | tuple[()],
-    ) -> tuple[Queries, Keys]:
-        """Queries and keys [sinks; cached; segment], turned where positions are rotary: see `local.at_positions`."""
+    def placed(self, segment: Segment, queries: Queries, keys: Keys, state: XLState) -> tuple[Queries, Keys]:
+        sinks = state.sinks
         rotary = self.dims.positions
         if not isinstance(rotary, Rotary) or not isinstance(sinks, Sinks):
-            return at_positions(self.dims, segment, queries, keys)
+            return super().placed(segment, queries, keys, state)
         num_sinks = self.attention.num_sinks
         window = self.attention.window
         num_rows = keys.shape[0]
@@ -290,25 +231,20 @@ def _with_segment(
     is_inside = (place >= 0) & (place < length)
     place = jnp.clip(place, 0, length - 1)
     is_new = is_inside & jnp.take_along_axis(is_real, place, axis=1)
+    hidden = _hidden_where_empty(sinks)
 
     def taken(new: jax.Array, old: jax.Array) -> jax.Array:
         of_place = jnp.take_along_axis(new, place[:, :, None, None], axis=1)
         return jax.lax.stop_gradient(jnp.where(is_new[:, :, None, None], of_place, old))
 
     return Sinks(
-        keys=taken(keys, hide(sinks.keys, sinks.valid)),
-        values=taken(values, hide(sinks.values, sinks.valid)),
+        keys=taken(keys, hidden.keys),
+        values=taken(values, hidden.values),
         valid=sinks.valid | is_new,
         num_before=sinks.num_before + length,
     )
 
 
-def _behind_sinks(
-    sinks: Sinks | tuple[()],
-    name: str,
-    cached: Shaped[Array, "B W *rest"],
-) -> Shaped[Array, "B _ *rest"]:
-    """[sinks; cached], or what is cached alone where no sinks are kept."""
-    if not isinstance(sinks, Sinks):
-        return cached
-    return jnp.concatenate([hide(getattr(sinks, name), sinks.valid), cached], axis=1)
+def _hidden_where_empty(slots: XLState | Sinks) -> Carried:
+    """Keys and values with zeros where nothing was written: see `local.hide`."""
+    return Carried(hide(slots.keys, slots.valid), hide(slots.values, slots.valid))

@@ -20,12 +20,7 @@ from memorizing.array_typing import HeadScale, Keys, Queries, Values
 from memorizing.context import Attended, Layout, Report, Segment
 from memorizing.errors import Count, UserError
 from memorizing.models import partial_softmax
-from memorizing.models.attention.base import (
-    Example,
-    LayerDims,
-    attend_flops,
-    projection_flops,
-)
+from memorizing.models.attention.base import Example, LayerDims, attend_flops, projection_flops
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import dense
 from memorizing.models.partial_softmax import Partial
