@@ -29,8 +29,8 @@ from memorizing.models import reversible
 from memorizing.models.attention.base import Attention, LayerDims, ResidualKind
 from memorizing.models.block import Block
 from memorizing.models.layers import rows_over_data
-from memorizing.models.memory.external_memory import NEIGHBOURS
 from memorizing.models.memory.product_keys import ProductKeys
+from memorizing.models.memory.retrieval import NEIGHBOURS
 from memorizing.models.reversible import Halves, ReversibleInputs, Streams
 
 RematKind = Literal["none", "layer", "dots"]

@@ -38,7 +38,7 @@ from memorizing.models.attention.full import FullCore
 from memorizing.models.attention.knn import KNNAttention, KNNCore
 from memorizing.models.attention.sparse.factorized import SparseCore
 from memorizing.models.attention.xl import XLCore
-from memorizing.models.memory import external_memory
+from memorizing.models.memory import external_memory, retrieval
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.external_memory import positions_back
 from memorizing.models.memory.search import ExactSearch
@@ -185,14 +185,14 @@ def test_a_sharded_memory_hands_out_the_same_neighbours():
     memory = external_memory.Memory(draw(4, 2, 24, 8), draw(4, 2, 24, 8), tokens, valid)
     inputs = draw(4, 6, 2, 8), jnp.ones(2), memory
 
-    def found(neighbours: external_memory.Neighbours) -> list:
+    def found(neighbours: retrieval.Neighbours) -> list:
         order = np.argsort(-neighbours.scores, axis=-1, kind="stable")[..., :5]
         scores, slots = (np.take_along_axis(np.asarray(x), order, -1) for x in (neighbours.scores, neighbours.slots))
         return [scores, np.where(scores > -np.inf, slots, -1)]
 
-    whole = found(external_memory.read(*inputs, 5, ExactSearch()).neighbours)
+    whole = found(retrieval.read(*inputs, 5, ExactSearch()).neighbours)
     with jax.set_mesh(MeshConfig(model=2, memory=2).make_mesh()):
-        parts = found(jax.jit(lambda *args: external_memory.read(*args, 5, ExactSearch()).neighbours)(*inputs))
+        parts = found(jax.jit(lambda *args: retrieval.read(*args, 5, ExactSearch()).neighbours)(*inputs))
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
     np.testing.assert_array_equal(parts[1], whole[1])
 

@@ -31,7 +31,7 @@ from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import LMConfig
-from memorizing.models.memory import external_memory
+from memorizing.models.memory import external_memory, retrieval
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
 from memorizing.runtime.sharding import MeshConfig
@@ -134,7 +134,7 @@ def random_queries(rng: np.random.Generator, dtype: jnp.dtype = jnp.float32) -> 
 
 @functools.partial(jax.jit, static_argnames="k")
 def read(queries: jax.Array, scale: jax.Array, memory: Memory, k: int) -> jax.Array:
-    return external_memory.read(queries, scale, memory, k, ExactSearch()).values
+    return retrieval.read(queries, scale, memory, k, ExactSearch()).values
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -152,7 +152,7 @@ def test_the_recall_of_a_search_that_is_not_exact_is_measured(mesh: MeshConfig |
 
     @functools.partial(jax.jit, static_argnums=0)
     def recall(search: Any, valid: jax.Array) -> jax.Array:
-        return external_memory.read(
+        return retrieval.read(
             queries, SCALE, Memory(keys, keys, jnp.zeros_like(valid, jnp.int32), valid), k, search
         ).recall
 

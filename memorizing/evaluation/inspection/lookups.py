@@ -23,7 +23,8 @@ from memorizing.models import language_model
 from memorizing.models.language_model import LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory import external_memory
-from memorizing.models.memory.external_memory import Retrieved, positions_back
+from memorizing.models.memory.external_memory import positions_back
+from memorizing.models.memory.retrieval import Retrieved
 
 
 @dataclasses.dataclass(frozen=True)

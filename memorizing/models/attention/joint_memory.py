@@ -21,9 +21,10 @@ from memorizing.models.attention.base import Example, LayerDims
 from memorizing.models.attention.external import MemoryAttention, MemoryState
 from memorizing.models.attention.local import Attended, in_groups, turned_queries
 from memorizing.models.layers import parameter
-from memorizing.models.memory import external_memory, recall
-from memorizing.models.memory.external_memory import Memory, Neighbours, Placement, Reading, Retrieved
+from memorizing.models.memory import external_memory, recall, retrieval
+from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.recall import LookUps
+from memorizing.models.memory.retrieval import Neighbours, Placement, Reading, Retrieved
 from memorizing.models.positions import Rotary
 
 
@@ -160,7 +161,7 @@ class JointMemoryCore(nn.Module):
         num_heads = self.dims.num_heads
         num_kv_heads = self.dims.kv_heads
         placed_queries, placement = self._at_positions(queries, segment)
-        reading = external_memory.read(
+        reading = retrieval.read(
             _fold(placed_queries, num_kv_heads),
             # Without a learned scale that of all heads is the same.
             scale if num_kv_heads == num_heads else scale[:num_kv_heads],

@@ -17,9 +17,10 @@ from memorizing.errors import Count, Factor, Share, UserError
 from memorizing.models.attention.base import Example, LayerDims
 from memorizing.models.attention.external import MemoryAttention, MemoryState
 from memorizing.models.layers import parameter
-from memorizing.models.memory import external_memory, recall
-from memorizing.models.memory.external_memory import LastKey, Memory, Reading, Retrieved
+from memorizing.models.memory import external_memory, recall, retrieval
+from memorizing.models.memory.external_memory import LastKey, Memory
 from memorizing.models.memory.recall import LookUps
+from memorizing.models.memory.retrieval import Reading, Retrieved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ class KNNCore(nn.Module):
             state.local,
         )
         with jax.named_scope("external_memory"):
-            reading = external_memory.read(
+            reading = retrieval.read(
                 queries,
                 scale,
                 state.memory,

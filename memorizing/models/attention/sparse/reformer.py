@@ -30,7 +30,7 @@ from memorizing.models.attention.base import (
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import buckets, dense
 from memorizing.models.attention.sparse.buckets import Pairs, Sorted
-from memorizing.models.memory.external_memory import NEIGHBOURS
+from memorizing.models.memory.retrieval import NEIGHBOURS
 from memorizing.models.partial_softmax import Partial
 
 # Logit of the query's own position, which counts only where nothing else is visible (section 2 of the paper).

@@ -37,7 +37,7 @@ from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import buckets, clusters, dense
 from memorizing.models.attention.sparse.clusters import Clusters
 from memorizing.models.attention.sparse.factorized import SparseAttention
-from memorizing.models.memory.external_memory import NEIGHBOURS
+from memorizing.models.memory.retrieval import NEIGHBOURS
 
 
 @dataclasses.dataclass(frozen=True)
