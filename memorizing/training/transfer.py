@@ -16,7 +16,7 @@ import numpy as np
 from memorizing.array_typing import Tree
 from memorizing.errors import UserError
 from memorizing.models import stack
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime.sharding import from_host
 from memorizing.runtime.workdir import resolve
 from memorizing.training.checkpoint import FOLDER, paths, read_arrays

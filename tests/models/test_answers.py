@@ -20,7 +20,7 @@ from memorizing.errors import UserError
 from memorizing.models import stack
 from memorizing.models.attention import MECHANISMS
 from memorizing.models.attention.base import Attention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.memory import external_memory
 from memorizing.training.checkpoint import paths
 

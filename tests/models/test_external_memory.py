@@ -30,7 +30,7 @@ from memorizing.models.attention.external import MemoryState
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.memory import external_memory, retrieval
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch

@@ -24,8 +24,8 @@ from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
 from memorizing.models.layers import RMSNorm
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.positions import Rotary
 from memorizing.training.checkpoint import paths
 from memorizing.training.state import init_variables

@@ -17,7 +17,7 @@ from test_continuous_cache import documents, read
 from memorizing.context import Context
 from memorizing.models.attention.base import normalize
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.memory import external_memory, recall, retrieval
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.external_memory import Memory

@@ -22,7 +22,7 @@ from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.attention.sparse.reformer import ReformerAttention
 from memorizing.models.attention.sparse.routing import RoutingAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.models.reversible import Halves, ReversibleInputs, Streams
 from memorizing.training.state import init_variables

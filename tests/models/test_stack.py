@@ -29,7 +29,7 @@ from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime.workdir import seal, unseal
 from memorizing.training.checkpoint import Checkpointer, paths, read_arrays
 from memorizing.training.optimizer import AdamW

@@ -19,7 +19,7 @@ from etils import epath
 from memorizing.errors import UserError
 from memorizing.models import stack
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.training import transfer
 from memorizing.training.checkpoint import Checkpointer, paths
 from memorizing.training.optimizer import Adafactor

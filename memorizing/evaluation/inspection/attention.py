@@ -16,7 +16,7 @@ from memorizing.context import Attended, Context
 from memorizing.evaluation.inspection.lookups import DocumentTokens
 from memorizing.evaluation.reading import document_segments, inputs_of, read_segments
 from memorizing.models import language_model
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.losses import next_token_nats
 
 # Of the positions that a head attends to from one position.

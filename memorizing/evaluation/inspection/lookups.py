@@ -20,7 +20,7 @@ from memorizing.batch import Batch
 from memorizing.context import Context
 from memorizing.evaluation.reading import document_segments, inputs_of, read_segments
 from memorizing.models import language_model
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory import external_memory
 from memorizing.models.memory.external_memory import positions_back

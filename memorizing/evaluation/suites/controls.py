@@ -12,7 +12,7 @@ from memorizing.evaluation import baselines
 from memorizing.evaluation.evaluator import Ablation, Evaluator
 from memorizing.evaluation.suites.answers import OneWindow, RecallTask
 from memorizing.evaluation.suites.greedy import Greedy
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.training.experiment import Experiment
 
 AS_TRAINED = "as trained"
