@@ -37,7 +37,7 @@ EXCEPTIONS = {("memorizing.data.gin_registry", "memorizing.config.types")}
 
 # Where mechanisms are named, and where parts of a model are applied.
 MECHANISM_ROOMS = ("memorizing/models/attention/", "memorizing/config/")
-APPLICATION = ("memorizing/models/language_model.py", "memorizing/models/stack.py")
+APPLICATION = ("memorizing/models/language_model.py", "memorizing/models/stack/stack.py")
 
 # Private names of other packages that a file may use, and why.
 ADAPTERS = {
@@ -351,7 +351,7 @@ def test_a_law_can_be_broken(law: Law, path: str, text: str):
             "from memorizing.models import language_model as lm\nlm.apply(x)",
         ),
         (applications, "memorizing/training/step.py", "from memorizing.models import model\nmodel.apply(config, x)"),
-        (applications, "memorizing/models/stack.py", "block.apply(variables, x)"),
+        (applications, "memorizing/models/stack/stack.py", "block.apply(variables, x)"),
         (private_names, "memorizing/runtime/distributed.py", "from jax._src import distributed"),
         (private_names, "memorizing/batch.py", "self._x = 1\nother._x = 2\nrow._replace(a=1)\n__version__"),
         (long_prose, "memorizing/batch.py", "x = '" + "long " * 24 + "'"),

@@ -27,7 +27,7 @@ from memorizing.models.lm_config import RECURRENT, LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, Mixture
 from memorizing.models.recurrent_tokens import MemoryTokens, written
-from memorizing.models.stack import StackOutput
+from memorizing.models.stack.stack import StackOutput
 
 # The entry of learned positions in parameters.
 POSITIONS = "positions"

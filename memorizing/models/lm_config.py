@@ -26,7 +26,9 @@ from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.positions import Positions, Rotary
 from memorizing.models.recurrent_tokens import RecurrentTokens
-from memorizing.models.stack import LayerGroup, RematKind, Stack, layer_name
+from memorizing.models.stack.arrays import layer_name
+from memorizing.models.stack.groups import LayerGroup
+from memorizing.models.stack.stack import RematKind, Stack
 
 # The entry of the recurrent tokens in parameters and context.
 RECURRENT = "recurrent_tokens"

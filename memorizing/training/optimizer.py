@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from memorizing.array_typing import Tree
 from memorizing.errors import Count, CountOrNone, Factor, FactorAboveZero, Range, UserError
-from memorizing.models.stack import layer_name
+from memorizing.models.stack.arrays import layer_name
 
 # Of running means: 1 would never forget.
 Decay = Annotated[float, Range(0, 0.999_999_9)]

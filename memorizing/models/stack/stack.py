@@ -15,69 +15,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from memorizing.array_typing import Activations, AxesTree, Tree
-from memorizing.context import Layout, Report, Rngs, Segment
-from memorizing.models import reversible
+from memorizing.context import Layout, Report, Segment
 from memorizing.models.attention.base import Attention, LayerDims, ResidualKind
-from memorizing.models.block import Block
 from memorizing.models.layers import rows_over_data
 from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.memory.retrieval import NEIGHBOURS
-from memorizing.models.reversible import Halves, ReversibleInputs, Streams
+from memorizing.models.stack import reversible
+from memorizing.models.stack.arrays import layer_name
+from memorizing.models.stack.block import Block
+from memorizing.models.stack.groups import LayerGroup, Run
+from memorizing.models.stack.inputs import LayerInputs, LayerOutputs, own_part, segment_of_group, with_own, without_own
+from memorizing.models.stack.reversible import Halves, ReversibleInputs, Streams
 
 RematKind = Literal["none", "layer", "dots"]
-
-
-class LayerGroup(NamedTuple):
-    """Layers with the same mechanism whose parameters and states lie in the same arrays.
-
-    Attributes:
-      attention: their mechanism.
-      layers: their indices.
-    """
-
-    attention: Attention
-    layers: range
-
-    @property
-    def name(self) -> str:
-        """The name of the group's entry in trees of parameters, buffers and states."""
-        first = self.layers[0]
-        if not self.is_stacked:
-            return layer_name(first)
-        last = self.layers[-1]
-        step = self.layers.step
-        suffix = f"_by_{step}" if step > 1 else ""
-        return f"layers_{first:02d}_{last:02d}{suffix}"
-
-    @property
-    def is_stacked(self) -> bool:
-        """Whether it has several layers: their arrays then have an axis of layers."""
-        return len(self.layers) > 1
-
-
-class Run(NamedTuple):
-    """Groups through which one scan passes, a layer of each in every repetition; or a layer that stands alone."""
-
-    groups: tuple[LayerGroup, ...]
-
-    @property
-    def is_scanned(self) -> bool:
-        """Whether its layers repeat."""
-        return self.groups[0].is_stacked
-
-    @property
-    def name(self) -> str:
-        """The names of its groups."""
-        return "_".join(group.name for group in self.groups)
 
 
 class StackOutput(NamedTuple):
@@ -274,7 +232,7 @@ class Stack:
                     params=params[group.name],
                     buffers=buffers.get(group.name, {}),
                     state=states[group.name],
-                    segment=_of_group(segment, group),
+                    segment=segment_of_group(segment, group),
                 )
             if is_reversible:
                 stream, outputs = self._pass_reversibly(run, stream, inputs, update_buffers)
@@ -344,12 +302,12 @@ class Stack:
         for group in run.groups:
             of_group = inputs[group.name]
             layers[group.name] = self._layer(group, update_buffers, is_scanned=True)
-            common[group.name] = _without_own(of_group.segment)
+            common[group.name] = without_own(of_group.segment)
             scanned[group.name] = (
                 of_group.params,
                 of_group.buffers,
                 _layers_first(of_group.state),
-                _own(of_group.segment),
+                own_part(of_group.segment),
             )
 
         def pass_repetition(
@@ -358,7 +316,7 @@ class Stack:
         ) -> tuple[Activations, dict[str, LayerOutputs]]:
             outputs = {}
             for name, (params, buffers, state, own) in of_repetition.items():
-                segment = _with_own(common[name], own)
+                segment = with_own(common[name], own)
                 of_layer = LayerInputs(params, buffers, state, segment)
                 x, outputs[name] = layers[name](x, of_layer)
             return x, outputs
@@ -423,8 +381,8 @@ class Stack:
             params, buffers, state, segment = inputs[group.name]
             state = _layers_first(state) if run.is_scanned else state
             layers[group.name] = self._halves(group, update_buffers)
-            common[group.name] = _without_own(segment)
-            own[group.name] = ReversibleInputs(params, state, (buffers, _own(segment)))
+            common[group.name] = without_own(segment)
+            own[group.name] = ReversibleInputs(params, state, (buffers, own_part(segment)))
 
         with jax.named_scope(run.name):
             x, outputs = reversible.pass_layers(layers, run.is_scanned, x, own, common)
@@ -441,7 +399,7 @@ class Stack:
             params: Tree, x: Activations, state: Tree, own: tuple, segment: Segment, choices: Tree
         ) -> tuple[Activations, LayerOutputs]:
             buffers, of_layer = own
-            segment = dataclasses.replace(_with_own(segment, of_layer), choices=choices)
+            segment = dataclasses.replace(with_own(segment, of_layer), choices=choices)
             variables = {"params": params, "buffers": buffers}
             output, changed = block.apply(variables, x, segment, state, mutable=mutable, method="attend")
             y, state, report = output
@@ -451,7 +409,7 @@ class Stack:
         def feed_forward(params: Tree, x: Activations, own: tuple, segment: Segment) -> Activations:
             buffers, of_layer = own
             variables = {"params": params, "buffers": buffers}
-            return block.apply(variables, x, _with_own(segment, of_layer), method="feed_forward")
+            return block.apply(variables, x, with_own(segment, of_layer), method="feed_forward")
 
         return Halves(attend, feed_forward)
 
@@ -477,143 +435,6 @@ class Stack:
         if self.remat == "none" or is_in_block:
             return layer
         return self._recomputed(layer, is_scanned)
-
-
-class LayerInputs(NamedTuple):
-    """What a layer is given besides its activations; of a group, with an axis of layers."""
-
-    params: Tree
-    buffers: Tree
-    state: Tree
-    segment: Segment
-
-
-class LayerOutputs(NamedTuple):
-    """What a layer gives besides its activations; of a group, with an axis of layers."""
-
-    buffers: Tree
-    state: Tree
-    report: Report
-
-
-def layer_name(index: int) -> str:
-    """The name of a layer, from its index: in paths, logs and reports."""
-    return f"layer_{index:02d}"
-
-
-def unstack(
-    arrays: Mapping[str, Any],
-    stacked_layers: Mapping[str, Sequence[int]],
-) -> dict[str, Any]:
-    """Arrays of single layers by path, from arrays of groups.
-
-    `params/layers_00_07/...` becomes `params/layer_00/...`, `params/layer_01/...` etc.
-
-    Args:
-      arrays: by path; of a group of several layers with the layers as the first axis.
-      stacked_layers: see `Stack.stacked_layers`.
-    """
-    single = {}
-    for path, array in arrays.items():
-        members = list(member_paths(path, stacked_layers))
-        of_members = [array] if members == [path] else array
-        single.update(zip(members, of_members, strict=True))
-    return single
-
-
-def unstack_paths(
-    paths: Iterable[str],
-    stacked_layers: Mapping[str, Sequence[int]],
-) -> list[str]:
-    """`unstack` of paths alone."""
-    return [member for path in paths for member in member_paths(path, stacked_layers)]
-
-
-def member_paths(
-    path: str,
-    stacked_layers: Mapping[str, Sequence[int]],
-) -> Iterator[str]:
-    """The paths of the single layers whose arrays the array of this path stacks; the path itself if it stacks none."""
-    parts = path.split("/")
-    groups = [part for part in parts if part in stacked_layers]
-    if not groups:
-        yield path
-        return
-    group = groups[0]
-    for index in stacked_layers[group]:
-        name = layer_name(index)
-        yield "/".join(name if part == group else part for part in parts)
-
-
-def stack(
-    path: str,
-    single: Mapping[str, np.ndarray],
-    stacked_layers: Mapping[str, Sequence[int]],
-) -> np.ndarray:
-    """The array of a path, from arrays of single layers. Raises KeyError with the path that is missing."""
-    members = [single[member] for member in member_paths(path, stacked_layers)]
-    is_stacked = any(part in stacked_layers for part in path.split("/"))
-    return np.stack(members) if is_stacked else members[0]
-
-
-def _of_group(segment: Segment, group: LayerGroup) -> Segment:
-    """The segment as a group of layers knows it: with its KV cache and its random numbers.
-
-    Both have an axis of layers in front if the group has several.
-    """
-    decoding = segment.decoding
-    if decoding is not None and decoding.kv_cache is not None:
-        kv_cache = decoding.kv_cache[group.name]
-        decoding = dataclasses.replace(decoding, kv_cache=kv_cache)
-
-    rngs = segment.rngs
-    if rngs is not None:
-        rngs = _rngs_of_group(rngs, group)
-    return dataclasses.replace(segment, decoding=decoding, rngs=rngs)
-
-
-def _rngs_of_group(rngs: Rngs, group: LayerGroup) -> Rngs:
-    """Random numbers that depend on the index of each layer only."""
-    if not group.is_stacked:
-        return rngs.of_layer(group.layers[0])
-
-    def key_of_layer(index: jax.Array) -> jax.Array:
-        return rngs.of_layer(index).key
-
-    # [layers]
-    keys = jax.vmap(key_of_layer)(jnp.asarray(group.layers))
-    return dataclasses.replace(rngs, key=keys)
-
-
-class Own(NamedTuple):
-    """What each layer of a group has of a segment for itself; None where the segment has none."""
-
-    kv_cache: Any
-    key: jax.Array | None
-
-
-def _own(segment: Segment) -> Own:
-    """The part of a segment that differs from layer to layer."""
-    return Own(
-        kv_cache=segment.decoding.kv_cache if segment.decoding is not None else None,
-        key=segment.rngs.key if segment.rngs is not None else None,
-    )
-
-
-def _with_own(segment: Segment, own: Own) -> Segment:
-    """The segment with the part that belongs to one layer."""
-    decoding = segment.decoding
-    if decoding is not None:
-        decoding = dataclasses.replace(decoding, kv_cache=own.kv_cache)
-    rngs = segment.rngs
-    if rngs is not None:
-        rngs = dataclasses.replace(rngs, key=own.key)
-    return dataclasses.replace(segment, decoding=decoding, rngs=rngs)
-
-
-def _without_own(segment: Segment) -> Segment:
-    """The part of a segment that all layers of a group share."""
-    return _with_own(segment, Own(kv_cache=None, key=None))
 
 
 def _layers_first(state: Tree) -> Tree:
