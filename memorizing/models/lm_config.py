@@ -28,7 +28,8 @@ from memorizing.models.positions import Positions, Rotary
 from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.models.stack.arrays import layer_name
 from memorizing.models.stack.groups import LayerGroup
-from memorizing.models.stack.stack import RematKind, Stack
+from memorizing.models.stack.remat import Remat, RematKind
+from memorizing.models.stack.stack import Stack
 
 # The entry of the recurrent tokens in parameters and context.
 RECURRENT = "recurrent_tokens"
@@ -241,15 +242,14 @@ class LMConfig:
     def stack(self) -> Stack:
         """The layers."""
         return Stack(
-            self.num_layers,
-            self.pattern,
-            self.attention_at,
-            self.dims,
-            self.remat,
-            self.remat_every,
-            self.residuals,
-            self.product_keys,
-            self.product_keys_at,
+            num_layers=self.num_layers,
+            pattern=self.pattern,
+            exceptions=self.attention_at,
+            product_keys_at=self.product_keys_at,
+            dims=self.dims,
+            remat=Remat(self.remat, self.remat_every),
+            residuals=self.residuals,
+            product_keys=self.product_keys,
         )
 
     @property

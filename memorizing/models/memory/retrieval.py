@@ -27,7 +27,7 @@ from memorizing.models.memory.external_memory import Memory, first_slot, sharded
 from memorizing.models.memory.search import Indices, Scores, Search
 from memorizing.models.positions import Rotary
 
-# Rematerialisation saves what has this name (see stack/stack.py): the search then runs once a step.
+# Rematerialisation saves what has this name (see stack/remat.py): the search then runs once a step.
 NEIGHBOURS = "neighbours"
 # Logit where there is no neighbour: of weight 0 beside any other, and finite for a query that has none.
 NO_NEIGHBOUR = -1e30

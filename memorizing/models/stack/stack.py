@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,18 +24,16 @@ import jax.numpy as jnp
 
 from memorizing.array_typing import Activations, AxesTree, Tree
 from memorizing.context import Layout, Report, Segment
-from memorizing.models.attention.base import Attention, LayerDims, ResidualKind
+from memorizing.models.attention.base import LayerDims, ResidualKind
 from memorizing.models.layers import rows_over_data
 from memorizing.models.memory.product_keys import ProductKeys
-from memorizing.models.memory.retrieval import NEIGHBOURS
 from memorizing.models.stack import reversible
 from memorizing.models.stack.arrays import layer_name
 from memorizing.models.stack.block import Block
-from memorizing.models.stack.groups import LayerGroup, Run
+from memorizing.models.stack.groups import LayerGroup, LayerPattern, Run
 from memorizing.models.stack.inputs import LayerInputs, LayerOutputs, own_part, segment_of_group, with_own, without_own
+from memorizing.models.stack.remat import Remat
 from memorizing.models.stack.reversible import Halves, ReversibleInputs, Streams
-
-RematKind = Literal["none", "layer", "dots"]
 
 
 class StackOutput(NamedTuple):
@@ -54,83 +52,22 @@ class StackOutput(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stack:
+class Stack(LayerPattern):
     """L layers.
 
     Attributes:
-      num_layers: L.
-      pattern: mechanisms of the layers, over and over.
-      exceptions: pairs of a layer index, from 0, and its mechanism instead.
+      num_layers, pattern, exceptions, product_keys_at: see `LayerPattern`.
       dims: sizes and parts of each layer.
-      remat: what is computed again for the gradient: 'none'; 'layer', all but the search of a memory; or 'dots', all
-        but that search and products with parameters.
-      remat_every: layers of a scan, counted in repetitions of the pattern, of which only the inputs of the first are
-        stored (Chen et al. 2016). Those of one such block are computed again together.
+      remat: what is computed again for the gradient.
       residuals: 'plain' and 'parallel' are the layers' own; 'reversible': two streams, whose activations are computed
         back from the outputs.
-      product_keys, product_keys_at: a memory in the place of the MLP, and the indices of its layers.
+      product_keys: the memory that stands in the place of the MLP in layers with one.
     """
 
-    num_layers: int
-    pattern: tuple[Attention, ...]
-    exceptions: tuple[tuple[int, Attention], ...]
     dims: LayerDims
-    remat: RematKind = "none"
-    remat_every: int = 1
+    remat: Remat = Remat()
     residuals: ResidualKind = "plain"
     product_keys: ProductKeys | None = None
-    product_keys_at: tuple[int, ...] = ()
-
-    @functools.cached_property
-    def mechanisms(self) -> tuple[Attention, ...]:
-        """The mechanism of each layer."""
-        exceptions = dict(self.exceptions)
-        period = len(self.pattern)
-        mechanisms = []
-        for index in range(self.num_layers):
-            regular = self.pattern[index % period]
-            mechanisms.append(exceptions.get(index, regular))
-        return tuple(mechanisms)
-
-    @functools.cached_property
-    def runs(self) -> tuple[Run, ...]:
-        """The runs from the first layer to the last."""
-        runs = []
-        first = 0
-        while first < self.num_layers:
-            run = self._run_from(first)
-            runs.append(run)
-            first += sum(len(group.layers) for group in run.groups)
-        return tuple(runs)
-
-    def _run_from(self, first: int) -> Run:
-        """The layers from the first one on, as long as their pattern repeats; that layer alone if it does not."""
-        period = len(self.pattern)
-        block = self.mechanisms[first : first + period]
-        is_stackable = all(mechanism.stackable for mechanism in block)
-        has_product_keys = [index in self.product_keys_at for index in range(self.num_layers)]
-
-        end = first + period
-        while (
-            is_stackable
-            and self.mechanisms[end : end + period] == block
-            and has_product_keys[end : end + period] == has_product_keys[first : first + period]
-        ):
-            end += period
-        if end == first + period:
-            alone = LayerGroup(block[0], range(first, first + 1))
-            return Run((alone,))
-
-        groups = []
-        for place, mechanism in enumerate(block):
-            layers = range(first + place, end, period)
-            groups.append(LayerGroup(mechanism, layers))
-        return Run(tuple(groups))
-
-    @functools.cached_property
-    def groups(self) -> tuple[LayerGroup, ...]:
-        """The groups of all runs."""
-        return tuple(group for run in self.runs for group in run.groups)
 
     def block(self, group: LayerGroup) -> Block:
         """A layer of a group."""
@@ -138,11 +75,6 @@ class Stack:
         if group.layers[0] in self.product_keys_at:
             dims = dataclasses.replace(dims, product_keys=self.product_keys)
         return Block(group.attention, dims)
-
-    @property
-    def stacked_layers(self) -> dict[str, tuple[int, ...]]:
-        """The layers' indices of every group of several layers, by its name."""
-        return {group.name: tuple(group.layers) for group in self.groups if group.is_stacked}
 
     def init(self, rng: jax.Array, num_rows: int, layout: Layout) -> dict[str, dict[str, Tree]]:
         """Parameters and buffers that still carry their logical axis names: `{"params": {group: ...}, "buffers": ...}`.
@@ -322,49 +254,10 @@ class Stack:
             return x, outputs
 
         with jax.named_scope(run.name):
-            if self.remat == "none" or self.remat_every == 1:
-                x, outputs = jax.lax.scan(pass_repetition, x, scanned)
-            else:
-                x, outputs = self._scan_in_blocks(pass_repetition, x, scanned, len(run.groups[0].layers))
+            x, outputs = self.remat.scan(pass_repetition, x, scanned)
         for name, of_group in outputs.items():
             outputs[name] = of_group._replace(state=_rows_first(of_group.state))
         return x, outputs
-
-    def _scan_in_blocks(
-        self,
-        pass_repetition: Callable,
-        x: Activations,
-        scanned: Tree,
-        num_repetitions: int,
-    ) -> tuple[Activations, Tree]:
-        """A scan that stores the inputs of every `remat_every`-th repetition only; the last block may be shorter."""
-        size = self.remat_every
-        num_blocks = num_repetitions // size
-        num_in_blocks = num_blocks * size
-
-        def pass_block(x: Activations, of_block: Tree) -> tuple[Activations, Tree]:
-            return jax.lax.scan(pass_repetition, x, of_block)
-
-        pass_block = self._recomputed(pass_block, is_scanned=True)
-        parts = []
-        if num_blocks:
-            blocks = jax.tree.map(lambda leaf: leaf[:num_in_blocks].reshape(num_blocks, size, *leaf.shape[1:]), scanned)
-            x, outputs = jax.lax.scan(pass_block, x, blocks)
-            parts.append(jax.tree.map(lambda leaf: leaf.reshape(num_in_blocks, *leaf.shape[2:]), outputs))
-        if num_in_blocks < num_repetitions:
-            rest = jax.tree.map(lambda leaf: leaf[num_in_blocks:], scanned)
-            x, outputs = pass_block(x, rest)
-            parts.append(outputs)
-        return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-    def _recomputed(self, function: Callable, is_scanned: bool) -> Callable:
-        """The same function, whose activations are computed again for its gradient, but for what `remat` stores."""
-        policies = jax.checkpoint_policies
-        policy = policies.save_only_these_names(NEIGHBOURS)
-        if self.remat == "dots":
-            policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
-        # prevent_cse is not needed inside a scan, and would only slow it down.
-        return jax.checkpoint(function, policy=policy, prevent_cse=not is_scanned)
 
     def _pass_reversibly(
         self,
@@ -431,10 +324,7 @@ class Stack:
             buffers = jax.lax.stop_gradient(changed.get("buffers", inputs.buffers))
             return x, LayerOutputs(buffers, state, report)
 
-        is_in_block = is_scanned and self.remat_every > 1
-        if self.remat == "none" or is_in_block:
-            return layer
-        return self._recomputed(layer, is_scanned)
+        return self.remat.of_layer(layer, is_scanned)
 
 
 def _layers_first(state: Tree) -> Tree:
