@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from memorizing.errors import UserError
 from memorizing.evaluation import baselines
 from memorizing.evaluation.evaluator import Ablation, Evaluator
-from memorizing.evaluation.suites.answers import OneWindow, RecallTask
+from memorizing.evaluation.suites.answers import RecallTask
 from memorizing.evaluation.suites.greedy import Greedy
+from memorizing.evaluation.suites.one_window import OneWindow
 from memorizing.models.lm_config import LMConfig
 from memorizing.training.experiment import Experiment
 
