@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +197,7 @@ def by_layer(
     def rule_of(layers: str) -> optax.GradientTransformation:
         if not groups:
             return rule(_OTHERS)
-        rules = {_label(groups, _OTHERS): rule(_OTHERS)}
+        rules: dict[Hashable, optax.GradientTransformation] = {_label(groups, _OTHERS): rule(_OTHERS)}
         for group in groups:
             rules[_label(groups, group)] = optax.set_to_zero() if group.is_frozen else rule(group)
 
@@ -250,7 +250,7 @@ def _groups_of(
         assert isinstance(stacked, Mapping)
         members = [layer_name(index) for index in stacked[layers]]
 
-    def of(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> ParameterGroup:
+    def of(path: tuple[Any, ...], _: jax.Array) -> ParameterGroup:
         rest = "/".join(key.key for key in path)
         found = [_group_of(groups, f"{member}/{rest}") for member in members]
         if len(set(found)) > 1:
@@ -299,7 +299,7 @@ def _times(schedule: Schedule, factor: float) -> Callable[[ArrayLike], ArrayLike
 def _is_decayed(params: Tree) -> Tree:
     """Which parameters of a layer, or of the embedding, are matrices by their role: a rank says nothing of it."""
 
-    def decays(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> bool:
+    def decays(path: tuple[Any, ...], _: jax.Array) -> bool:
         names = [key.key for key in path]
         return names[-1] == "kernel" or names in (["table"], ["output_table"])
 

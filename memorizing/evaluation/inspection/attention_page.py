@@ -60,6 +60,6 @@ def _of_heads(attention: HeadsAttention, kept: int) -> dict[str, Any]:
         "numShown": attention.distances.shape[-1],
         "groupNames": list(attention.group_names),
         "distances": packed(attention.distances[:kept], "<u2"),
-        "weights": packed(np.round(attention.weights[:kept] / WEIGHT_UNIT), np.uint8),
+        "weights": packed(np.round(attention.weights[:kept] / WEIGHT_UNIT), "u1"),
         "groups": packed(attention.groups[:kept], "<i4"),
     }

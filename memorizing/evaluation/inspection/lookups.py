@@ -275,7 +275,7 @@ def _lookups(layer: str, parts: list[Retrieved], memory_size: int, num_tokens: i
         scores.append(of_slots)
     return Lookups(
         layer=layer,
-        gate=np.mean([part.gate for part in parts], axis=0, dtype=np.float32),
+        gate=np.stack([part.gate for part in parts]).mean(axis=0, dtype=np.float32),
         scale=np.asarray(parts[0].scale, np.float32),
         distances=np.concatenate(distances)[:num_tokens],
         scores=np.concatenate(scores)[:num_tokens],

@@ -14,7 +14,7 @@ import numpy as np
 
 from memorizing.evaluation.run_page.template import filled_in
 
-_FILES = importlib.resources.files(__package__)
+_FILES = importlib.resources.files("memorizing.evaluation.inspection")
 
 
 def text_page(template: str, title: str, facts: Mapping[str, str], data: Mapping[str, Any], **parts: str) -> str:

@@ -137,6 +137,7 @@ class JointMemoryCore(nn.Module):
         own = segment.layout.own
         look_ups = LookUps(own(queries), own(keys), scale, own(reading.neighbours.slots), own(reading.logits))
         report = recall.add_to(report, look_ups, memory, segment, loss_factor=0.0, loss_rows=1, stores_next=False)
+        assert segment.tokens is not None, "a layer with a memory is told the tokens"
         last_segment = external_memory.of_segment(own(keys), own(values), segment.tokens, own(segment.is_real))
         return y, MemoryState(local_state, state.memory, last_segment), report
 

@@ -153,6 +153,7 @@ class KNNCore(nn.Module):
     ) -> tuple[Memory, LastKey | tuple[()]]:
         """The segment's slots, and the key that waits for the next segment."""
         own = segment.layout.own
+        assert segment.tokens is not None, "a layer with a memory is told the tokens"
         content = (own(keys), own(values), segment.tokens, own(segment.is_real))
         if not isinstance(before, LastKey):
             return external_memory.of_segment(*content), ()

@@ -154,8 +154,7 @@ class Stack(LayerPattern):
           update_buffers: whether layers may change their buffers, as they do in training only.
         """
         output = StackOutput(x, states={}, buffers={}, report=Report(retrieved={}, attended={}))
-        is_reversible = self.residuals == "reversible"
-        stream: Activations | Streams = Streams(x, x) if is_reversible else x
+        stream: Activations | Streams = Streams(x, x) if self.residuals == "reversible" else x
         for run in self.runs:
             stream = jax.tree.map(rows_over_data, stream)
             inputs = {}
@@ -166,14 +165,14 @@ class Stack(LayerPattern):
                     state=states[group.name],
                     segment=segment_of_group(segment, group),
                 )
-            if is_reversible:
+            if isinstance(stream, Streams):
                 stream, outputs = self._pass_reversibly(run, stream, inputs, update_buffers)
             elif run.is_scanned:
                 stream, outputs = self._scan_run(run, stream, inputs, update_buffers)
             else:
                 stream, outputs = self._pass_layer(run, stream, inputs, update_buffers)
             output = _add_run(output, run, outputs)
-        x = (stream.first + stream.second) / 2 if is_reversible else stream
+        x = (stream.first + stream.second) / 2 if isinstance(stream, Streams) else stream
         return output._replace(x=x)
 
     def _init_layer(
@@ -286,45 +285,50 @@ class Stack(LayerPattern):
     def _halves(self, group: LayerGroup, update_buffers: bool) -> Halves:
         """A layer as two pure functions."""
         block = self.block(group)
-        mutable = ["buffers"] if update_buffers else []
 
         def attend(
             params: Tree, x: Activations, state: Tree, own: tuple, segment: Segment, choices: Tree
         ) -> tuple[Activations, LayerOutputs]:
             buffers, of_layer = own
             segment = dataclasses.replace(with_own(segment, of_layer), choices=choices)
-            variables = {"params": params, "buffers": buffers}
-            output, changed = block.apply(variables, x, segment, state, mutable=mutable, method="attend")
+            output, buffers = _apply(block, params, buffers, update_buffers, x, segment, state, method="attend")
             y, state, report = output
-            buffers = jax.lax.stop_gradient(changed.get("buffers", buffers))
             return y, LayerOutputs(buffers, state, report)
 
         def feed_forward(params: Tree, x: Activations, own: tuple, segment: Segment) -> Activations:
             buffers, of_layer = own
-            variables = {"params": params, "buffers": buffers}
-            return block.apply(variables, x, with_own(segment, of_layer), method="feed_forward")
+            of_segment = with_own(segment, of_layer)
+            y, _ = _apply(block, params, buffers, False, x, of_segment, method="feed_forward")
+            return y
 
         return Halves(attend, feed_forward)
 
     def _layer(self, group: LayerGroup, update_buffers: bool, is_scanned: bool) -> Any:
         """A layer as a pure function `(x, LayerInputs) -> (x, LayerOutputs)`."""
         block = self.block(group)
-        mutable = ["buffers"] if update_buffers else []
 
         def layer(x: Activations, inputs: LayerInputs) -> tuple[Activations, LayerOutputs]:
-            variables = {"params": inputs.params, "buffers": inputs.buffers}
-            output, changed = block.apply(
-                variables,
-                x,
-                inputs.segment,
-                inputs.state,
-                mutable=mutable,
-            )
+            params, buffers, state, segment = inputs
+            output, buffers = _apply(block, params, buffers, update_buffers, x, segment, state)
             x, state, report = output
-            buffers = jax.lax.stop_gradient(changed.get("buffers", inputs.buffers))
             return x, LayerOutputs(buffers, state, report)
 
         return self.remat.of_layer(layer, is_scanned)
+
+
+def _apply(
+    block: Block,
+    params: Tree,
+    buffers: Tree,
+    update_buffers: bool,
+    *args: Any,
+    method: str | None = None,
+) -> tuple[Any, Tree]:
+    """The output of a layer, or of a half of it, and its buffers afterwards, without gradient."""
+    mutable = ["buffers"] if update_buffers else []
+    variables = {"params": params, "buffers": buffers}
+    output, changed = block.apply(variables, *args, mutable=mutable, method=method)
+    return output, jax.lax.stop_gradient(changed.get("buffers", buffers))
 
 
 def _layers_first(state: Tree) -> Tree:

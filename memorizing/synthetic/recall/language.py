@@ -180,7 +180,7 @@ class TextLanguage:
         if kind == "common":
             return str(words[rng.integers(len(words))])
         # Words at even places stand for adjectives, those at odd ones for nouns.
-        first, second = 2 * rng.integers(len(words) // 2, size=2)
+        first, second = (2 * rng.integers(len(words) // 2, size=2)).tolist()
         name = f"{words[first]}-{words[second + 1]}"
         return name if name not in self._compounds else self.name(rng, kind)
 
