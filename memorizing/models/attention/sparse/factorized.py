@@ -263,8 +263,7 @@ class SparseCore(nn.Module):
         key = np.arange(length)
         visible = self.attention.visible(num_heads, query, jnp.asarray(key))
         logits = dense.logits(queries, keys, bias(key), scale, query)
-        y = partial_softmax.attend(logits, visible[None], jnp.moveaxis(values, 2, 1)).values
-        return jnp.moveaxis(y, 1, 2)
+        return dense.attend(logits, visible[None], values)
 
 
 class BlockHeads(NamedTuple):

@@ -35,6 +35,7 @@ from memorizing.models.attention.base import (
 )
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import buckets, clusters, dense
+from memorizing.models.attention.sparse.buckets import Pairs
 from memorizing.models.attention.sparse.clusters import Clusters
 from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.memory.retrieval import NEIGHBOURS
@@ -303,8 +304,7 @@ class Routing(nn.Module):
         query = segment.decoding.position
         visible = buckets.last_of_bucket(nearest[..., 0], chosen.swapaxes(1, 2), query, config.cluster_size)
         logits = dense.logits(vectors, keys, by_distance, scale, query[None])
-        y = partial_softmax.attend(logits, visible[:, :, None], values.swapaxes(1, 2)).values
-        return y.swapaxes(1, 2), report
+        return dense.attend(logits, visible[:, :, None], values), report
 
     def _report(
         self,
@@ -338,20 +338,14 @@ def _last_of_cluster(
     is_real: Bool[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
     """Every position sees the last w of the cluster of its nearest centroid."""
-    size = config.cluster_size
-    # What is not real is in a cluster of its own.
-    own = jnp.where(is_real[:, None], nearest, config.num_clusters)
-    ordered = buckets.sort(own)
-    pairs = buckets.pairs(ordered, size, strictly_causal=True)
-    # [B, N, m, w, H]
-    queries = buckets.in_chunks(jnp.moveaxis(vectors, 2, 1), ordered, size)
-    keys = buckets.with_chunk_before(queries)
-    chunks = buckets.with_chunk_before(buckets.in_chunks(jnp.moveaxis(values, 2, 1), ordered, size))
 
-    products = jnp.einsum("BNmtH,BNmsH->BNmts", queries, keys, preferred_element_type=jnp.float32)
-    logits = _with_bias(products, by_distance, pairs.query, pairs.key, scale)
-    y = partial_softmax.attend(logits, pairs.visible, chunks).values
-    return jnp.moveaxis(buckets.by_position(y, ordered), 1, 2)
+    def logits_of(products: Float[Array, "B N m C S"], pairs: Pairs) -> Float[Array, "B N m C S"]:
+        return buckets.biased(products, by_distance, pairs.query, pairs.key, scale)
+
+    ordered = buckets.sort(nearest, is_real, config.num_clusters)
+    pairs = buckets.pairs(ordered, config.cluster_size, strictly_causal=True)
+    y = buckets.attend(vectors, vectors, values, ordered, pairs, logits_of).values
+    return jnp.moveaxis(y, 1, 2)
 
 
 def _members(
@@ -386,7 +380,7 @@ def _balanced(
     visible = members[..., :, None] >= members[..., None, :]
     visible &= is_member_real[..., None, :]
     products = jnp.einsum("BNcwH,BNcsH->BNcws", of_cluster, of_cluster, preferred_element_type=jnp.float32)
-    logits = _with_bias(products, by_distance, members, members, scale)
+    logits = buckets.biased(products, by_distance, members, members, scale)
     y = partial_softmax.attend(logits, visible, gather(values)).values
 
     # Back to their positions: the average over a position's clusters, 0 of one that is in none.
@@ -413,8 +407,8 @@ def _attended(
     nearest = choices["nearest"]
 
     def of_last_of_cluster(query: Int[Array, "t"]) -> Float[Array, "B N t S"]:
-        own = jnp.where(segment.is_real[:, None], nearest, config.num_clusters)
-        visible = buckets.meets(buckets.sort(own), query, config.cluster_size, strictly_causal=True)
+        ordered = buckets.sort(nearest, segment.is_real, config.num_clusters)
+        visible = buckets.meets(ordered, query, config.cluster_size, strictly_causal=True)
         return dense.softmax(dense.logits(vectors[:, query], vectors, by_distance, scale, query), visible)
 
     def of_balanced(query: Int[Array, "t"]) -> Float[Array, "B N t S"]:
@@ -436,16 +430,3 @@ def _attended(
     weights = of_last_of_cluster if config.strictly_causal else of_balanced
     groups = nearest.swapaxes(1, 2)[..., None]
     return dense.strongest(weights, length, segment.num_shown, groups, ("cluster",), range(num_heads))
-
-
-def _with_bias(
-    products: Float[Array, "B N m t s"],
-    by_distance: Float[Array, "N S"],
-    query: Int[Array, "B N m t"],
-    key: Int[Array, "B N m s"],
-    scale: Float[Array, "N"],
-) -> Float[Array, "B N m t s"]:
-    """scale * (q . k + bias) of positions that met."""
-    distance = jnp.maximum(query[..., :, None] - key[..., None, :], 0)
-    heads = jnp.arange(by_distance.shape[0]).reshape(1, -1, 1, 1, 1)
-    return (products + by_distance[heads, distance]) * scale.reshape(1, -1, 1, 1, 1)
