@@ -277,7 +277,9 @@ class Stack(LayerPattern):
             own[group.name] = ReversibleInputs(params, state, (buffers, own_part(segment)))
 
         with jax.named_scope(run.name):
-            x, outputs = reversible.pass_layers(layers, run.is_scanned, x, own, common)
+            # `custom_vjp` hides the types.
+            passed: Any = reversible.pass_layers(layers, run.is_scanned, x, own, common)
+            x, outputs = passed
         if run.is_scanned:
             outputs = {name: each._replace(state=_rows_first(each.state)) for name, each in outputs.items()}
         return x, outputs
