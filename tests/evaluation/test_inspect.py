@@ -25,12 +25,12 @@ from tiny_texts import TinyTexts, expect_error, finished_run
 from memorizing import main
 from memorizing.config.runs import open_run
 from memorizing.evaluation.inspection import page as page_module
+from memorizing.evaluation.inspection.document import DocumentTokens
 from memorizing.evaluation.inspection.lookups import (
-    DocumentTokens,
     Inspection,
     Lookups,
     inspect,
-    read_document,
+    read_with_memory,
     recall_of,
 )
 from memorizing.evaluation.inspection.page import kept_positions, make_page
@@ -204,7 +204,7 @@ def test_what_a_cache_copied_explains_its_predictions(mixing: str):
     with_cache = Mechanism("", continuous_cache=cache)
     # Few different tokens, so that some are found again.
     document = DocumentTokens(np.random.default_rng(0).integers(1, 6, 9 * LENGTH - 3, np.int32), 0)
-    read = functools.partial(read_document, buffers={}, document=document, segment_length=LENGTH)
+    read = functools.partial(read_with_memory, buffers={}, document=document, segment_length=LENGTH)
     mixed = read(with_cache.config, with_cache.model.params, keeps_lookups=True)
     alone = read(Mechanism("").config, with_cache.model.params)
     (found,) = mixed.lookups
