@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import re
@@ -109,37 +110,50 @@ class ParameterGroup:
 _OTHERS = ParameterGroup()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerwiseOptimizer(abc.ABC):
+    """Clips the gradient, and then treats every layer by itself.
+
+    Attributes:
+      max_gradient_norm: the gradient is scaled down to this global norm.
+      groups: parameters with a learning rate of their own, or without decay; of several that fit, the first counts.
+    """
+
+    max_gradient_norm: FactorAboveZero = 1.0
+    groups: tuple[ParameterGroup, ...] = ()
+
+    @abc.abstractmethod
+    def rule(self, group: ParameterGroup) -> optax.GradientTransformation:
+        """The updates of one layer's parameters, given how they are trained."""
+
+    def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
+        """The transformation of updates; for `stacked` see `by_layer`."""
+        clip = optax.clip_by_global_norm(self.max_gradient_norm)
+        return optax.chain(clip, by_layer(self.rule, stacked, self.groups))
+
+
 @dataclasses.dataclass(frozen=True)
-class Adafactor:
+class Adafactor(LayerwiseOptimizer):
     """Adafactor (Shazeer and Stern 2018) as the Memorizing Transformers paper uses it.
 
     Attributes:
       learning_rate: schedule; the update is also multiplied by the root mean square of the parameter.
       momentum: decay of the running mean of updates.
       decay_rate: exponent of the second moment's decay.
-      max_gradient_norm: the gradient is scaled down to this global norm.
-      groups: parameters with a learning rate of their own; of several that fit, the first counts.
+      max_gradient_norm, groups: see `LayerwiseOptimizer`.
     """
 
     learning_rate: Schedule = InverseSquareRoot()
     momentum: Decay = 0.9
     decay_rate: Decay = 0.8
-    max_gradient_norm: FactorAboveZero = 1.0
-    groups: tuple[ParameterGroup, ...] = ()
 
-    def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
-        """The transformation of updates; for `stacked` see `by_layer`."""
-        clip = optax.clip_by_global_norm(self.max_gradient_norm)
-
-        def rule(group: ParameterGroup) -> optax.GradientTransformation:
-            learning_rate = _times(self.learning_rate, group.learning_rate)
-            return optax.adafactor(learning_rate, momentum=self.momentum, decay_rate=self.decay_rate)
-
-        return optax.chain(clip, by_layer(rule, stacked, self.groups))
+    def rule(self, group: ParameterGroup) -> optax.GradientTransformation:
+        learning_rate = _times(self.learning_rate, group.learning_rate)
+        return optax.adafactor(learning_rate, momentum=self.momentum, decay_rate=self.decay_rate)
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
+class AdamW(LayerwiseOptimizer):
     """AdamW (Loshchilov and Hutter 2019).
 
     Decayed are the kernels of linear maps and the embedding. Scales, biases (the tables of T5's too), gates,
@@ -149,27 +163,18 @@ class AdamW:
       learning_rate: schedule.
       b1, b2: decay of the moments.
       weight_decay: factor of the decoupled decay, which the learning rate multiplies.
-      max_gradient_norm: the gradient is scaled down to this global norm.
-      groups: parameters with a learning rate of their own, or without decay; of several that fit, the first counts.
+      max_gradient_norm, groups: see `LayerwiseOptimizer`.
     """
 
     learning_rate: Schedule = Cosine()
     b1: Decay = 0.9
     b2: Decay = 0.95
     weight_decay: Factor = 0.1
-    max_gradient_norm: FactorAboveZero = 1.0
-    groups: tuple[ParameterGroup, ...] = ()
 
-    def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
-        """The transformation of updates; for `stacked` see `by_layer`."""
-        clip = optax.clip_by_global_norm(self.max_gradient_norm)
-
-        def rule(group: ParameterGroup) -> optax.GradientTransformation:
-            learning_rate = _times(self.learning_rate, group.learning_rate)
-            weight_decay = self.weight_decay if group.decays else 0.0
-            return optax.adamw(learning_rate, self.b1, self.b2, weight_decay=weight_decay, mask=_is_decayed)
-
-        return optax.chain(clip, by_layer(rule, stacked, self.groups))
+    def rule(self, group: ParameterGroup) -> optax.GradientTransformation:
+        learning_rate = _times(self.learning_rate, group.learning_rate)
+        weight_decay = self.weight_decay if group.decays else 0.0
+        return optax.adamw(learning_rate, self.b1, self.b2, weight_decay=weight_decay, mask=_is_decayed)
 
 
 Optimizer = Adafactor | AdamW
