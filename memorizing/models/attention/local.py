@@ -73,6 +73,7 @@ class LocalCore(nn.Module):
         soft_mask: Float[Array, "N T S"] | None = None,
     ) -> tuple[Attended, Tree | None, Report]:
         """The same, with the normalisers of its softmax; and perhaps with a soft mask, see `local_attention`."""
+        state = self.readable(state)
         carried = self.carried(state)
         # [B, S, K, H], S = W + T
         all_keys = segment.with_kv_cache("keys", keys, carried.keys)
@@ -89,6 +90,10 @@ class LocalCore(nn.Module):
         if segment.decoding is not None:
             return attended, None, Report(kv_cache={"keys": all_keys, "values": all_values})
         return attended, self.next_state(segment, keys, values, state), Report()
+
+    def readable(self, state: Tree) -> Tree:
+        """The state with zeros where it holds nothing, and no gradient: see `hide`. The methods below are given it."""
+        return state
 
     def carried(self, state: Tree) -> Carried:
         """What is carried in front of the segment."""

@@ -152,21 +152,25 @@ class XLCore(LocalCore):
     attention: XLAttention
     dims: LayerDims
 
+    def readable(self, state: XLState) -> XLState:
+        def shown(slots: Any) -> Any:
+            return slots.replace(keys=hide(slots.keys, slots.valid), values=hide(slots.values, slots.valid))
+
+        sinks = shown(state.sinks) if isinstance(state.sinks, Sinks) else ()
+        return dataclasses.replace(shown(state), sinks=sinks)
+
     def carried(self, state: XLState) -> Carried:
-        keys, values = _hidden_where_empty(state)
         if not isinstance(state.sinks, Sinks):
-            return Carried(keys, values)
-        sink_keys, sink_values = _hidden_where_empty(state.sinks)
-        keys = jnp.concatenate([sink_keys, keys], axis=1)
-        values = jnp.concatenate([sink_values, values], axis=1)
+            return Carried(state.keys, state.values)
+        keys = jnp.concatenate([state.sinks.keys, state.keys], axis=1)
+        values = jnp.concatenate([state.sinks.values, state.values], axis=1)
         return Carried(keys, values)
 
     def next_state(self, segment: Segment, keys: Keys, values: Values, state: XLState) -> XLState:
         own = segment.layout.own
-        cached_keys, cached_values = _hidden_where_empty(state)
         return XLState(
-            keys=push(cached_keys, own(keys)),
-            values=push(cached_values, own(values)),
+            keys=push(state.keys, own(keys)),
+            values=push(state.values, own(values)),
             valid=push(state.valid, own(segment.is_real)),
             sinks=_with_segment(state.sinks, own(keys), own(values), own(segment.is_real)),
         )
@@ -231,20 +235,14 @@ def _with_segment(
     is_inside = (place >= 0) & (place < length)
     place = jnp.clip(place, 0, length - 1)
     is_new = is_inside & jnp.take_along_axis(is_real, place, axis=1)
-    old_keys, old_values = _hidden_where_empty(sinks)
 
     def taken(new: jax.Array, old: jax.Array) -> jax.Array:
         of_place = jnp.take_along_axis(new, place[:, :, None, None], axis=1)
         return jax.lax.stop_gradient(jnp.where(is_new[:, :, None, None], of_place, old))
 
     return Sinks(
-        keys=taken(keys, old_keys),
-        values=taken(values, old_values),
+        keys=taken(keys, sinks.keys),
+        values=taken(values, sinks.values),
         valid=sinks.valid | is_new,
         num_before=sinks.num_before + length,
     )
-
-
-def _hidden_where_empty(slots: XLState | Sinks) -> tuple[Keys, Values]:
-    """Keys and values with zeros where nothing was written: see `local.hide`."""
-    return hide(slots.keys, slots.valid), hide(slots.values, slots.valid)
