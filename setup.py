@@ -39,7 +39,7 @@ setup(
     ],
     package_dir=FOLDERS | {"memorizing.gin": "gin"},
     package_data={
-        "memorizing.evaluation.inspection": ["*.html"],
+        "memorizing.evaluation.inspection": ["*.css", "*.html", "*.js"],
         "memorizing.evaluation.run_page": ["*.html"],
         "memorizing.gin": GIN_FILES,
         "memorizing.launch": ["Dockerfile", "sky.yaml"],

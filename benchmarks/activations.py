@@ -22,7 +22,7 @@ from memorizing.benchmarks import measure
 from memorizing.benchmarks.scaling import cpu_seconds
 from memorizing.context import Rngs
 from memorizing.errors import MOST, Range, UserError
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime import tables
 from memorizing.training.state import init_variables
 from memorizing.training.step import Carried, batch_gradient

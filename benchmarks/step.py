@@ -23,7 +23,7 @@ from memorizing.config.loading import load_experiment
 from memorizing.cost import accelerators
 from memorizing.errors import MOST, Range
 from memorizing.models.attention.base import normalize
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.memory.external_memory import Memory
 from memorizing.runtime import tables
 from memorizing.training.experiment import Experiment

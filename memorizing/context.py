@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Clock, RealPositions, RowFlags, Tokens, Tree
 
@@ -228,7 +228,7 @@ class Report:
       metrics: float arrays of any shape for the log; no gradient flows through them.
       kv_cache: of a segment that is not whole, what its next decode step needs of this and the earlier positions.
       retrieved: what the layer's queries found in an external memory, for an inspector: see
-        `external_memory.Retrieved`.
+        `retrieval.Retrieved`.
       choices: integers that the layer chose without gradient, such as hashes. A layer that is computed again from
         inputs that are equal up to rounding has to choose the same.
       attended: of a layer, what its heads attended to within the segment, `Attended` for each kind of head; of a model

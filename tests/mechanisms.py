@@ -28,8 +28,9 @@ from memorizing.models.attention.sparse.reformer import ReformerAttention
 from memorizing.models.attention.sparse.routing import RoutingAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig, ModelOutput
+from memorizing.models.language_model import ModelOutput
 from memorizing.models.layers import Embedder
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.positions import Rotary

@@ -15,7 +15,7 @@ from memorizing.config.pretrained import AttentionKind, bindings_of
 from memorizing.context import Inputs
 from memorizing.models import language_model
 from memorizing.models.pretrained.gguf_names import name_in_gguf
-from memorizing.models.stack import unstack
+from memorizing.models.stack.arrays import unstack
 from memorizing.training.checkpoint import paths
 from memorizing.training.experiment import Experiment
 from memorizing.training.pretrained.loading import load_variables

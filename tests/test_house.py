@@ -37,7 +37,7 @@ EXCEPTIONS = {("memorizing.data.gin_registry", "memorizing.config.types")}
 
 # Where mechanisms are named, and where parts of a model are applied.
 MECHANISM_ROOMS = ("memorizing/models/attention/", "memorizing/config/")
-APPLICATION = ("memorizing/models/language_model.py", "memorizing/models/stack.py")
+APPLICATION = ("memorizing/models/language_model.py", "memorizing/models/stack/stack.py")
 
 # Private names of other packages that a file may use, and why.
 ADAPTERS = {
@@ -309,7 +309,7 @@ KNN = MECHANISMS[0].__module__
         (relative_imports, "memorizing/models/stack.py", "from . import layers"),
         (jax_in_the_launcher, "launch/gke.py", "def f():\n    import jax.numpy as jnp"),
         (mechanisms_named, "memorizing/training/loop.py", "def f(x):\n    return isinstance(x, lib.KNNAttention)"),
-        (mechanisms_named, "memorizing/cost/plan.py", "from memorizing.models.attention import KNNState as State"),
+        (mechanisms_named, "memorizing/cost/plan.py", "from memorizing.models.attention import KNNCore as Core"),
         (mechanisms_named, "memorizing/cost/plan.py", f"from {KNN} import anything"),
         (mechanisms_named, "memorizing/cost/plan.py", "type(x).__name__ == 'KNNAttention'"),
         (mechanisms_named, "benchmarks/step.py", "XLCore()"),
@@ -351,7 +351,7 @@ def test_a_law_can_be_broken(law: Law, path: str, text: str):
             "from memorizing.models import language_model as lm\nlm.apply(x)",
         ),
         (applications, "memorizing/training/step.py", "from memorizing.models import model\nmodel.apply(config, x)"),
-        (applications, "memorizing/models/stack.py", "block.apply(variables, x)"),
+        (applications, "memorizing/models/stack/stack.py", "block.apply(variables, x)"),
         (private_names, "memorizing/runtime/distributed.py", "from jax._src import distributed"),
         (private_names, "memorizing/batch.py", "self._x = 1\nother._x = 2\nrow._replace(a=1)\n__version__"),
         (long_prose, "memorizing/batch.py", "x = '" + "long " * 24 + "'"),

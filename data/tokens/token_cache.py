@@ -245,7 +245,7 @@ def sealed(metadata: Mapping[str, Any]) -> str:
 
 def array_digest(array: np.ndarray) -> str:
     """The digest of an array of an index."""
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def _unsealed(path: epath.Path) -> dict[str, Any]:

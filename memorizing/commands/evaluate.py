@@ -26,7 +26,7 @@ from memorizing.errors import MOST, UserError
 from memorizing.evaluation import baselines, plots, report
 from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator, num_rows_side_by_side
 from memorizing.evaluation.finished_run import FinishedRun
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime import sharding
 
 FOLDER = "evaluation"

@@ -12,7 +12,7 @@ from memorizing.commands import experiment_flags
 from memorizing.config.loading import load_experiment
 from memorizing.config.runs import open_run
 from memorizing.errors import UserError
-from memorizing.models.stack import unstack
+from memorizing.models.stack.arrays import unstack
 from memorizing.runtime.workdir import CONFIG, read_config, resolve
 from memorizing.training.checkpoint import paths, read_arrays
 from memorizing.training.pretrained.export import DTYPE_NAMES, export

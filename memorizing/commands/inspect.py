@@ -22,7 +22,8 @@ from memorizing.evaluation import plots
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.evaluation.inspection.attention import read_attention, tells_attention
 from memorizing.evaluation.inspection.attention_page import make_attention_page
-from memorizing.evaluation.inspection.lookups import DocumentTokens, Inspection, Lookups, inspect, recall_of
+from memorizing.evaluation.inspection.document import DocumentTokens
+from memorizing.evaluation.inspection.lookups import Inspection, Lookups, inspect, recall_of
 from memorizing.evaluation.inspection.page import make_page
 from memorizing.runtime.json_lines import replace_bytes, replace_text
 from memorizing.runtime.progress import bar

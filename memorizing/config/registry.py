@@ -5,8 +5,8 @@ from __future__ import annotations
 from memorizing.config.types import register
 from memorizing.evaluation.windows import Windows
 from memorizing.models.attention import MECHANISMS
-from memorizing.models.language_model import LMConfig
 from memorizing.models.layers import Lora
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch

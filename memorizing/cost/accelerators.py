@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from memorizing.cost.flops import segment_flops
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 
 # A backward pass costs as much as two forward passes.
 _PASSES = 3

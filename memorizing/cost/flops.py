@@ -8,7 +8,7 @@ counts its own (`Attention.flops`).
 from __future__ import annotations
 
 from memorizing.models.attention.base import matmul_flops
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 
 
 def forward_flops(config: LMConfig, length: int, segment_length: int) -> int:

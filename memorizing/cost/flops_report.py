@@ -7,7 +7,7 @@ from typing import Any
 
 from memorizing.cost import flops
 from memorizing.models.attention import MECHANISMS
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.runtime.tables import align, with_unit
 

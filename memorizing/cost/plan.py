@@ -26,7 +26,7 @@ from memorizing.cost import compiled_cost
 from memorizing.cost.accelerators import Accelerator, accelerator, training_flops
 from memorizing.cost.compiled_cost import Traffic
 from memorizing.errors import UserError
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.training.experiment import Experiment
 from memorizing.training.program import Program
 from memorizing.training.state import TrainState

@@ -10,7 +10,7 @@ import numpy as np
 
 from memorizing.batch import Batch, DataSource, EvaluationBatch
 from memorizing.context import Context
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 
 
 def with_memories_of(config: LMConfig, context: Context, other: Context) -> Context:

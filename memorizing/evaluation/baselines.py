@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from memorizing.batch import text_of
 from memorizing.evaluation import report
 from memorizing.evaluation.evaluator import Ablation, Evaluation
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.runtime.metrics import perplexity
 from memorizing.runtime.tables import align

@@ -19,7 +19,7 @@ from memorizing.context import Context
 from memorizing.evaluation.another_document import OtherDocuments, with_memories_of
 from memorizing.evaluation.reading import ReadingBar, inputs_of, read_segments
 from memorizing.models import language_model
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory import external_memory
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE

@@ -13,27 +13,14 @@ from memorizing.errors import Range, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
-    """A data source whose held-out documents are read in windows.
-
-    Each window begins with an empty context, and each token is scored once. A window of `width` tokens scores its last
-    `stride`; the tokens before them are context. Every token is thus predicted with at least `width - stride` earlier
-    tokens in view (or all there are), at `width / stride` times the compute. With stride = width the document is cut
-    into chunks that know nothing of each other. Training is on chunks.
+class OtherSegments:
+    """A data source whose held-out documents are read in other segments; what there is to know of them is the source's.
 
     Attributes:
       source: where the documents come from.
-      width: tokens of a window; the segment length of the run.
-      stride: tokens that a window scores; at most the width.
     """
 
     source: DataSource
-    width: Annotated[int, Range(1, 2**24)] = 512
-    stride: Annotated[int, Range(1, 2**24)] = 256
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.stride <= self.width:
-            raise UserError(f"Windows.stride = {self.stride}: at least 1 and at most Windows.width = {self.width}")
 
     @property
     def vocab_size(self) -> int:
@@ -44,16 +31,39 @@ class Windows:
         return self.source.start_id
 
     @property
-    def identity(self) -> str:
-        return f"Windows({self.source.identity}, width={self.width})"
-
-    @property
     def num_eval_documents(self) -> int:
         return self.source.num_eval_documents
 
     @property
     def document_bytes(self) -> np.ndarray | None:
         return self.source.document_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows(OtherSegments):
+    """A data source whose held-out documents are read in windows.
+
+    Each window begins with an empty context, and each token is scored once. A window of `width` tokens scores its last
+    `stride`; the tokens before them are context. Every token is thus predicted with at least `width - stride` earlier
+    tokens in view (or all there are), at `width / stride` times the compute. With stride = width the document is cut
+    into chunks that know nothing of each other. Training is on chunks.
+
+    Attributes:
+      source: see `OtherSegments`.
+      width: tokens of a window; the segment length of the run.
+      stride: tokens that a window scores; at most the width.
+    """
+
+    width: Annotated[int, Range(1, 2**24)] = 512
+    stride: Annotated[int, Range(1, 2**24)] = 256
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride <= self.width:
+            raise UserError(f"Windows.stride = {self.stride}: at least 1 and at most Windows.width = {self.width}")
+
+    @property
+    def identity(self) -> str:
+        return f"Windows({self.source.identity}, width={self.width})"
 
     @property
     def text(self) -> TextSource | None:

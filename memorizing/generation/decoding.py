@@ -23,7 +23,7 @@ from memorizing.context import Context, Decoding, Inputs
 from memorizing.evaluation.reading import read_segments
 from memorizing.generation.sampling import Sampling, SamplingArrays, draw
 from memorizing.models import language_model
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.runtime import sharding
 

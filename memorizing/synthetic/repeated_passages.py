@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class RepeatedPassages:
     num_passages: Annotated[int, Range(1, 2**20)] = 8
     num_documents: Annotated[int, Range(1, 2**20)] = 4
     document_bytes: None = dataclasses.field(default=None, init=False, repr=False)
-    start_id: ClassVar[int] = 0
+    start_id: int = dataclasses.field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.vocab_size < 3 or min(self.passage_length, self.num_passages, self.num_documents) < 1:

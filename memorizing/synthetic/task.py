@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class SyntheticTask(abc.ABC):
     eval_segments: Count = 4
     document_bytes: None = dataclasses.field(default=None, init=False, repr=False)
     # No word of a task: words begin at 1.
-    start_id: ClassVar[int] = 0
+    start_id: int = dataclasses.field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.expect(self.num_segments >= 0, "num_segments", "a number of segments, or 0 for all the segments of a step")

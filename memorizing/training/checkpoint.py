@@ -23,7 +23,7 @@ from etils import epath
 
 from memorizing.array_typing import Checksum, Tree
 from memorizing.errors import UserError, first_line
-from memorizing.models.stack import unstack
+from memorizing.models.stack.arrays import unstack
 from memorizing.runtime.failures import find_lost_infrastructure
 from memorizing.runtime.workdir import CHECKPOINTS as FOLDER
 from memorizing.runtime.workdir import DamagedRecord, OtherFormat, checkpoint_record, is_complete, seal, unseal

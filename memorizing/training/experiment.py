@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from memorizing.array_typing import Tree
 from memorizing.batch import DataSource
 from memorizing.errors import Count, CountOrNone, Range, Seed, UserError
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime import sharding
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.training.optimizer import AdamW, Optimizer, hold_frozen

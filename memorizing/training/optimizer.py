@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.typing import ArrayLike
 
 from memorizing.array_typing import Tree
 from memorizing.errors import Count, CountOrNone, Factor, FactorAboveZero, Range, UserError
-from memorizing.models.stack import layer_name
+from memorizing.models.stack.arrays import layer_name
 
 # Of running means: 1 would never forget.
 Decay = Annotated[float, Range(0, 0.999_999_9)]
@@ -109,37 +110,50 @@ class ParameterGroup:
 _OTHERS = ParameterGroup()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerwiseOptimizer(abc.ABC):
+    """Clips the gradient, and then treats every layer by itself.
+
+    Attributes:
+      max_gradient_norm: the gradient is scaled down to this global norm.
+      groups: parameters with a learning rate of their own, or without decay; of several that fit, the first counts.
+    """
+
+    max_gradient_norm: FactorAboveZero = 1.0
+    groups: tuple[ParameterGroup, ...] = ()
+
+    @abc.abstractmethod
+    def rule(self, group: ParameterGroup) -> optax.GradientTransformation:
+        """The updates of one layer's parameters, given how they are trained."""
+
+    def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
+        """The transformation of updates; for `stacked` see `by_layer`."""
+        clip = optax.clip_by_global_norm(self.max_gradient_norm)
+        return optax.chain(clip, by_layer(self.rule, stacked, self.groups))
+
+
 @dataclasses.dataclass(frozen=True)
-class Adafactor:
+class Adafactor(LayerwiseOptimizer):
     """Adafactor (Shazeer and Stern 2018) as the Memorizing Transformers paper uses it.
 
     Attributes:
       learning_rate: schedule; the update is also multiplied by the root mean square of the parameter.
       momentum: decay of the running mean of updates.
       decay_rate: exponent of the second moment's decay.
-      max_gradient_norm: the gradient is scaled down to this global norm.
-      groups: parameters with a learning rate of their own; of several that fit, the first counts.
+      max_gradient_norm, groups: see `LayerwiseOptimizer`.
     """
 
     learning_rate: Schedule = InverseSquareRoot()
     momentum: Decay = 0.9
     decay_rate: Decay = 0.8
-    max_gradient_norm: FactorAboveZero = 1.0
-    groups: tuple[ParameterGroup, ...] = ()
 
-    def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
-        """The transformation of updates; for `stacked` see `by_layer`."""
-        clip = optax.clip_by_global_norm(self.max_gradient_norm)
-
-        def rule(group: ParameterGroup) -> optax.GradientTransformation:
-            learning_rate = _times(self.learning_rate, group.learning_rate)
-            return optax.adafactor(learning_rate, momentum=self.momentum, decay_rate=self.decay_rate)
-
-        return optax.chain(clip, by_layer(rule, stacked, self.groups))
+    def rule(self, group: ParameterGroup) -> optax.GradientTransformation:
+        learning_rate = _times(self.learning_rate, group.learning_rate)
+        return optax.adafactor(learning_rate, momentum=self.momentum, decay_rate=self.decay_rate)
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
+class AdamW(LayerwiseOptimizer):
     """AdamW (Loshchilov and Hutter 2019).
 
     Decayed are the kernels of linear maps and the embedding. Scales, biases (the tables of T5's too), gates,
@@ -149,27 +163,18 @@ class AdamW:
       learning_rate: schedule.
       b1, b2: decay of the moments.
       weight_decay: factor of the decoupled decay, which the learning rate multiplies.
-      max_gradient_norm: the gradient is scaled down to this global norm.
-      groups: parameters with a learning rate of their own, or without decay; of several that fit, the first counts.
+      max_gradient_norm, groups: see `LayerwiseOptimizer`.
     """
 
     learning_rate: Schedule = Cosine()
     b1: Decay = 0.9
     b2: Decay = 0.95
     weight_decay: Factor = 0.1
-    max_gradient_norm: FactorAboveZero = 1.0
-    groups: tuple[ParameterGroup, ...] = ()
 
-    def build(self, stacked: Collection[str] = ()) -> optax.GradientTransformation:
-        """The transformation of updates; for `stacked` see `by_layer`."""
-        clip = optax.clip_by_global_norm(self.max_gradient_norm)
-
-        def rule(group: ParameterGroup) -> optax.GradientTransformation:
-            learning_rate = _times(self.learning_rate, group.learning_rate)
-            weight_decay = self.weight_decay if group.decays else 0.0
-            return optax.adamw(learning_rate, self.b1, self.b2, weight_decay=weight_decay, mask=_is_decayed)
-
-        return optax.chain(clip, by_layer(rule, stacked, self.groups))
+    def rule(self, group: ParameterGroup) -> optax.GradientTransformation:
+        learning_rate = _times(self.learning_rate, group.learning_rate)
+        weight_decay = self.weight_decay if group.decays else 0.0
+        return optax.adamw(learning_rate, self.b1, self.b2, weight_decay=weight_decay, mask=_is_decayed)
 
 
 Optimizer = Adafactor | AdamW
@@ -197,7 +202,7 @@ def by_layer(
     def rule_of(layers: str) -> optax.GradientTransformation:
         if not groups:
             return rule(_OTHERS)
-        rules = {_label(groups, _OTHERS): rule(_OTHERS)}
+        rules: dict[Hashable, optax.GradientTransformation] = {_label(groups, _OTHERS): rule(_OTHERS)}
         for group in groups:
             rules[_label(groups, group)] = optax.set_to_zero() if group.is_frozen else rule(group)
 
@@ -250,7 +255,7 @@ def _groups_of(
         assert isinstance(stacked, Mapping)
         members = [layer_name(index) for index in stacked[layers]]
 
-    def of(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> ParameterGroup:
+    def of(path: tuple[Any, ...], _: jax.Array) -> ParameterGroup:
         rest = "/".join(key.key for key in path)
         found = [_group_of(groups, f"{member}/{rest}") for member in members]
         if len(set(found)) > 1:
@@ -299,7 +304,7 @@ def _times(schedule: Schedule, factor: float) -> Callable[[ArrayLike], ArrayLike
 def _is_decayed(params: Tree) -> Tree:
     """Which parameters of a layer, or of the embedding, are matrices by their role: a rank says nothing of it."""
 
-    def decays(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> bool:
+    def decays(path: tuple[Any, ...], _: jax.Array) -> bool:
         names = [key.key for key in path]
         return names[-1] == "kernel" or names in (["table"], ["output_table"])
 

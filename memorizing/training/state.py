@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from memorizing.array_typing import Tree
 from memorizing.context import Context
 from memorizing.models import language_model
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime import sharding
 from memorizing.runtime.sharding import MeshConfig
 

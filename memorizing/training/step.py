@@ -15,8 +15,8 @@ from memorizing.array_typing import Scalar, Tree
 from memorizing.batch import Batch
 from memorizing.context import Context, Inputs, Rngs
 from memorizing.models import language_model
-from memorizing.models.language_model import RECURRENT, LMConfig
-from memorizing.models.memory.external_memory import NEIGHBOURS
+from memorizing.models.lm_config import RECURRENT, LMConfig
+from memorizing.models.memory.retrieval import NEIGHBOURS
 from memorizing.training.state import TrainState
 
 Metrics = dict[str, jax.Array]

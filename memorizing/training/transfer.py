@@ -15,8 +15,8 @@ import numpy as np
 
 from memorizing.array_typing import Tree
 from memorizing.errors import UserError
-from memorizing.models import stack
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
+from memorizing.models.stack.arrays import member_paths, stack, unstack_paths
 from memorizing.runtime.sharding import from_host
 from memorizing.runtime.workdir import resolve
 from memorizing.training.checkpoint import FOLDER, paths, read_arrays
@@ -63,7 +63,7 @@ def memory_parameters(config: LMConfig) -> set[str]:
 
     def names(config: LMConfig) -> set[str]:
         variables = jax.eval_shape(lambda: init_variables(config, num_rows, length, jax.random.key(0)))
-        return set(stack.unstack_paths(paths(variables["params"]), config.stack.stacked_layers))
+        return set(unstack_paths(paths(variables["params"]), config.stack.stacked_layers))
 
     bare = dataclasses.replace(config.without_memory(), lora=None)
     return names(config) - names(bare)
@@ -116,21 +116,21 @@ def fit(
     Raises:
       UserError: a parameter is missing, has another shape, or has no place in the model.
     """
-    known = set(stack.unstack_paths(paths(wanted), stacked_layers))
+    known = set(unstack_paths(paths(wanted), stacked_layers))
     unused = sorted(path for path in saved if path.startswith("params/") and path not in known)
     if unused:
         raise UserError(f"{given}: this model has no place for its {unused[0]}; is it another model?")
 
     def value(path: str, leaf: Any) -> Any:
         try:
-            array = stack.stack(path, saved, stacked_layers)
+            array = stack(path, saved, stacked_layers)
         except KeyError as error:
             (missing,) = error.args
             if any(_stands_for(missing, name) for name in may_be_missing):
                 return leaf
             raise UserError(f"{given}: its checkpoint has no {missing}; is it another model?") from None
         if array.shape != leaf.shape:
-            first = next(stack.member_paths(path, stacked_layers))
+            first = next(member_paths(path, stacked_layers))
             num_stacked = array.ndim - saved[first].ndim
             raise UserError(
                 f"{given}: {first} has shape {saved[first].shape} there, but {leaf.shape[num_stacked:]} in this model"

@@ -24,7 +24,7 @@ from memorizing.config.files import GIN_FOLDER, shipped_files
 from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime.sharding import AXES
 from memorizing.training.experiment import Experiment
 from memorizing.training.state import init_train_state

@@ -22,7 +22,7 @@ from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.runtime import tables
 

@@ -22,7 +22,7 @@ from memorizing.commands import plan as command
 from memorizing.cost import compiled_cost, plan
 from memorizing.errors import UserError
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
 from memorizing.training.experiment import BatchConfig, Experiment

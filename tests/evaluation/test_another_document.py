@@ -15,7 +15,7 @@ from memorizing.evaluation.another_document import OtherDocuments
 from memorizing.evaluation.evaluator import Evaluation, Evaluator
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache
 from memorizing.runtime.sharding import MeshConfig

@@ -15,7 +15,8 @@ from tiny_texts import LENGTH, MEMORY, TinyTexts, expect_error, finished_run
 from memorizing import main
 from memorizing.config.runs import open_run
 from memorizing.evaluation import bootstrap
-from memorizing.evaluation.inspection.lookups import DocumentTokens, read_document
+from memorizing.evaluation.inspection.document import DocumentTokens
+from memorizing.evaluation.inspection.lookups import read_with_memory
 from memorizing.runtime.workdir import seal
 
 SIZES = (0, MEMORY, 64)
@@ -46,7 +47,7 @@ def test_every_document_counts_once_with_every_memory(workdir: str, result: dict
     for size in SIZES:
         config = run.experiment.model.with_memory_size(size or LENGTH)
         alone = [
-            read_document(
+            read_with_memory(
                 config, run.params, {}, DocumentTokens(data.document_tokens(i), 0), LENGTH, is_cleared=size == 0
             ).nats.astype(np.float64)
             for i in range(3)

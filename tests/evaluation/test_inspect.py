@@ -25,12 +25,12 @@ from tiny_texts import TinyTexts, expect_error, finished_run
 from memorizing import main
 from memorizing.config.runs import open_run
 from memorizing.evaluation.inspection import page as page_module
+from memorizing.evaluation.inspection.document import DocumentTokens
 from memorizing.evaluation.inspection.lookups import (
-    DocumentTokens,
     Inspection,
     Lookups,
     inspect,
-    read_document,
+    read_with_memory,
     recall_of,
 )
 from memorizing.evaluation.inspection.page import kept_positions, make_page
@@ -38,7 +38,7 @@ from memorizing.models.attention.full import FullCore
 from memorizing.models.attention.knn import KNNAttention, KNNCore
 from memorizing.models.attention.sparse.factorized import SparseCore
 from memorizing.models.attention.xl import XLCore
-from memorizing.models.memory import external_memory
+from memorizing.models.memory import external_memory, retrieval
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.external_memory import positions_back
 from memorizing.models.memory.search import ExactSearch
@@ -185,14 +185,14 @@ def test_a_sharded_memory_hands_out_the_same_neighbours():
     memory = external_memory.Memory(draw(4, 2, 24, 8), draw(4, 2, 24, 8), tokens, valid)
     inputs = draw(4, 6, 2, 8), jnp.ones(2), memory
 
-    def found(neighbours: external_memory.Neighbours) -> list:
+    def found(neighbours: retrieval.Neighbours) -> list:
         order = np.argsort(-neighbours.scores, axis=-1, kind="stable")[..., :5]
         scores, slots = (np.take_along_axis(np.asarray(x), order, -1) for x in (neighbours.scores, neighbours.slots))
         return [scores, np.where(scores > -np.inf, slots, -1)]
 
-    whole = found(external_memory.read(*inputs, 5, ExactSearch()).neighbours)
+    whole = found(retrieval.read(*inputs, 5, ExactSearch()).neighbours)
     with jax.set_mesh(MeshConfig(model=2, memory=2).make_mesh()):
-        parts = found(jax.jit(lambda *args: external_memory.read(*args, 5, ExactSearch()).neighbours)(*inputs))
+        parts = found(jax.jit(lambda *args: retrieval.read(*args, 5, ExactSearch()).neighbours)(*inputs))
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
     np.testing.assert_array_equal(parts[1], whole[1])
 
@@ -204,7 +204,7 @@ def test_what_a_cache_copied_explains_its_predictions(mixing: str):
     with_cache = Mechanism("", continuous_cache=cache)
     # Few different tokens, so that some are found again.
     document = DocumentTokens(np.random.default_rng(0).integers(1, 6, 9 * LENGTH - 3, np.int32), 0)
-    read = functools.partial(read_document, buffers={}, document=document, segment_length=LENGTH)
+    read = functools.partial(read_with_memory, buffers={}, document=document, segment_length=LENGTH)
     mixed = read(with_cache.config, with_cache.model.params, keeps_lookups=True)
     alone = read(Mechanism("").config, with_cache.model.params)
     (found,) = mixed.lookups

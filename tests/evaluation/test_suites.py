@@ -14,8 +14,9 @@ from memorizing import main
 from memorizing.config.runs import open_run
 from memorizing.evaluation.evaluator import Evaluator, ReadSegment
 from memorizing.evaluation.suites import long_ppl, summary
-from memorizing.evaluation.suites.answers import OneWindow, answers_of, spans_of
+from memorizing.evaluation.suites.answers import answers_of, spans_of
 from memorizing.evaluation.suites.greedy import Greedy
+from memorizing.evaluation.suites.one_window import OneWindow
 from memorizing.evaluation.suites.run import digests, figures
 from memorizing.synthetic import DetectAndMemorize, DictionaryLookup
 from memorizing.synthetic.recall import BABILong, Passkey, Ruler, SegmentedMQAR, catalogue

@@ -20,7 +20,7 @@ from memorizing.errors import UserError
 from memorizing.evaluation.evaluator import Evaluator
 from memorizing.evaluation.windows import Windows
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages

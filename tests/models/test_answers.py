@@ -17,11 +17,11 @@ from mechanisms import LENGTH, ROWS, Mechanism, init_params
 
 from memorizing.context import Layout
 from memorizing.errors import UserError
-from memorizing.models import stack
 from memorizing.models.attention import MECHANISMS
 from memorizing.models.attention.base import Attention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.memory import external_memory
+from memorizing.models.stack.arrays import unstack_paths
 from memorizing.training.checkpoint import paths
 
 
@@ -33,7 +33,7 @@ def parts(mechanism: Mechanism) -> set[Attention]:
 def names(config: LMConfig) -> set[str]:
     """Of the parameters, layer by layer."""
     params = jax.eval_shape(lambda: init_params(config, ROWS, LENGTH, jax.random.key(0)))
-    return set(stack.unstack_paths(paths(params), config.stack.stacked_layers))
+    return set(unstack_paths(paths(params), config.stack.stacked_layers))
 
 
 def test_flops_grow_with_the_segment_and_count_at_least_the_projections(mechanism: Mechanism):

@@ -13,8 +13,8 @@ from mechanisms import LENGTH, ROWS, random_tokens
 from memorizing.context import Decoding, Inputs
 from memorizing.errors import UserError
 from memorizing.models import language_model
-from memorizing.models.language_model import LMConfig
 from memorizing.models.layers import PositionTable
+from memorizing.models.lm_config import LMConfig
 from memorizing.training.state import init_variables
 
 CONFIG = LMConfig(32, 1, 16, 2, 8, 32, positions="none", learned_positions=(2, 4))

@@ -28,7 +28,7 @@ from memorizing.errors import UserError
 from memorizing.models.attention.base import LayerDims
 from memorizing.models.attention.compressive import CompressiveAttention, CompressiveState
 from memorizing.models.attention.transformer_xl import RelativeAttention, TransformerXLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
 from memorizing.training.experiment import BatchConfig, Experiment

@@ -19,7 +19,7 @@ from memorizing.context import Context
 from memorizing.cost.flops import segment_flops
 from memorizing.errors import UserError
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory import external_memory
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache, mix_in

@@ -26,11 +26,12 @@ from memorizing import context as context_lib
 from memorizing.context import Layout, Segment
 from memorizing.errors import UserError
 from memorizing.models.attention.base import LayerDims, normalize
+from memorizing.models.attention.external import MemoryState
 from memorizing.models.attention.full import FullAttention
-from memorizing.models.attention.knn import KNNAttention, KNNState
+from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
-from memorizing.models.memory import external_memory
+from memorizing.models.lm_config import LMConfig
+from memorizing.models.memory import external_memory, retrieval
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
 from memorizing.runtime.sharding import MeshConfig
@@ -133,7 +134,7 @@ def random_queries(rng: np.random.Generator, dtype: jnp.dtype = jnp.float32) -> 
 
 @functools.partial(jax.jit, static_argnames="k")
 def read(queries: jax.Array, scale: jax.Array, memory: Memory, k: int) -> jax.Array:
-    return external_memory.read(queries, scale, memory, k, ExactSearch()).values
+    return retrieval.read(queries, scale, memory, k, ExactSearch()).values
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -151,7 +152,7 @@ def test_the_recall_of_a_search_that_is_not_exact_is_measured(mesh: MeshConfig |
 
     @functools.partial(jax.jit, static_argnums=0)
     def recall(search: Any, valid: jax.Array) -> jax.Array:
-        return external_memory.read(
+        return retrieval.read(
             queries, SCALE, Memory(keys, keys, jnp.zeros_like(valid, jnp.int32), valid), k, search
         ).recall
 
@@ -247,7 +248,7 @@ class Core:
         params = nn.unbox(self.config.core(DIMS).init(jax.random.key(0), *self.inputs())["params"])
         return params | {"gate": jnp.full(N, gate)}
 
-    def __call__(self, params: dict, *inputs: object) -> tuple[jax.Array, KNNState]:
+    def __call__(self, params: dict, *inputs: object) -> tuple[jax.Array, MemoryState]:
         y, state, _ = self.config.core(DIMS).apply({"params": params}, *inputs)
         return y, state
 
@@ -406,7 +407,7 @@ def test_permuted_memories_hold_the_same_values_under_other_keys():
     content = jnp.asarray(np.broadcast_to(values, (2, 3, 12, 1)))
     tokens = jnp.asarray([np.arange(12)] * 2, jnp.int32)
     memory = Memory(content, content, tokens, jnp.asarray([valid] * 2))
-    state = KNNState(local=(), memory=memory, last_segment=memory, last_key=())
+    state = MemoryState(local=(), memory=memory, last_segment=memory)
     permuted = KNNAttention().map_memory(state, external_memory.permuted)
     for part in (permuted.memory, permuted.last_segment):
         np.testing.assert_array_equal(part.keys, memory.keys)

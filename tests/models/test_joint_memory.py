@@ -22,7 +22,7 @@ from memorizing.models import language_model
 from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.losses import next_token_nats
 from memorizing.models.memory import external_memory
 from memorizing.models.memory.external_memory import Memory

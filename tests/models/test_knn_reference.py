@@ -22,8 +22,9 @@ import pytest
 
 from memorizing.context import Layout, Segment
 from memorizing.models.attention.base import LayerDims, normalize
+from memorizing.models.attention.external import MemoryState
 from memorizing.models.attention.full import FullAttention
-from memorizing.models.attention.knn import KNNAttention, KNNState
+from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention, XLState
 from memorizing.models.memory.external_memory import Memory
 
@@ -63,7 +64,7 @@ class Reference:
     The neighbours are found once, for the given parameters: the search has no gradient.
     """
 
-    def __init__(self, x: np.ndarray, is_real: np.ndarray, state: KNNState, params: Params) -> None:
+    def __init__(self, x: np.ndarray, is_real: np.ndarray, state: MemoryState, params: Params) -> None:
         self.x, self.is_real = x, is_real
         memory = state.memory
         self.memory_keys, self.memory_values, self.valid = (

@@ -18,15 +18,15 @@ import pytest
 from mechanisms import apply_model
 
 from memorizing.errors import UserError
-from memorizing.models import stack
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
 from memorizing.models.layers import RMSNorm
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.positions import Rotary
+from memorizing.models.stack.arrays import unstack
 from memorizing.training.checkpoint import paths
 from memorizing.training.state import init_variables
 
@@ -140,7 +140,7 @@ class Reference:
     def __init__(self, config: LMConfig) -> None:
         self.config = config
         arrays = {path: np.asarray(leaf) for path, leaf in paths(parameters(config)).items()}
-        single = stack.unstack(arrays, config.stack.stacked_layers)
+        single = unstack(arrays, config.stack.stacked_layers)
         self.params = {path: array.astype(np.float64) for path, array in single.items()}
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:

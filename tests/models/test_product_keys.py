@@ -15,7 +15,7 @@ from memorizing.context import Inputs
 from memorizing.cost.flops import segment_flops
 from memorizing.errors import UserError
 from memorizing.models import language_model
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.memory.product_keys import ProductKeyMemory, ProductKeys, best_keys
 from memorizing.training.state import init_variables
 

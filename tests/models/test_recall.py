@@ -17,11 +17,12 @@ from test_continuous_cache import documents, read
 from memorizing.context import Context
 from memorizing.models.attention.base import normalize
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.language_model import LMConfig
-from memorizing.models.memory import external_memory, recall
+from memorizing.models.lm_config import LMConfig
+from memorizing.models.memory import external_memory, recall, retrieval
 from memorizing.models.memory.continuous_cache import ContinuousCache
-from memorizing.models.memory.external_memory import NO_NEIGHBOUR, Memory
+from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.recall import LookUps, Targets, TokensAround
+from memorizing.models.memory.retrieval import NO_NEIGHBOUR
 from memorizing.models.memory.search import ExactSearch
 
 M = 3 * LENGTH
@@ -76,7 +77,7 @@ def test_what_is_found_is_what_followed():
     row = int(np.argmax(np.asarray(memory.valid).sum(axis=1)))
     slots = np.flatnonzero(memory.valid[row])[:LENGTH]
     queries = jnp.broadcast_to(memory.keys[row][:, slots].swapaxes(0, 1), (ROWS, len(slots), 2, 8))
-    reading = external_memory.read(queries, jnp.ones(2), memory, 1, ExactSearch())
+    reading = retrieval.read(queries, jnp.ones(2), memory, 1, ExactSearch())
     np.testing.assert_allclose(reading.values[row], memory.values[row][:, slots].swapaxes(0, 1), rtol=0, atol=1e-6)
 
 

@@ -32,8 +32,8 @@ from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import RECURRENT, LMConfig
 from memorizing.models.layers import Embedder
+from memorizing.models.lm_config import RECURRENT, LMConfig
 from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, RecurrentTokensState
 from memorizing.training.step import Carried, batch_loss
 

@@ -17,7 +17,7 @@ from memorizing.models.attention.base import LayerDims
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.sparse import reformer
 from memorizing.models.attention.sparse.reformer import ReformerAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 
 B, T, N, H = 2, 16, 2, 8
 DIMS = LayerDims(16, N, H, 32, 0.0, 1.0, jnp.dtype(jnp.float32))

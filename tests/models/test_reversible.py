@@ -15,16 +15,16 @@ from mechanisms import LENGTH, VOCAB
 from memorizing.batch import Batch
 from memorizing.context import Layout, Report, Rngs, Segment
 from memorizing.errors import UserError
-from memorizing.models import reversible
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.attention.sparse.reformer import ReformerAttention
 from memorizing.models.attention.sparse.routing import RoutingAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.recurrent_tokens import RecurrentTokens
-from memorizing.models.reversible import Halves, ReversibleInputs, Streams
+from memorizing.models.stack import reversible
+from memorizing.models.stack.reversible import Halves, ReversibleInputs, Streams
 from memorizing.training.state import init_variables
 from memorizing.training.step import Carried, batch_gradient
 

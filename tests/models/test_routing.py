@@ -21,7 +21,7 @@ from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.sparse import clusters
 from memorizing.models.attention.sparse.clusters import Clusters
 from memorizing.models.attention.sparse.routing import RoutingAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
 from memorizing.training.checkpoint import paths

@@ -16,7 +16,7 @@ from memorizing.context import Layout, Segment
 from memorizing.errors import UserError
 from memorizing.models.attention.base import LayerDims
 from memorizing.models.attention.sparse.factorized import SparseAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.recurrent_tokens import RecurrentTokens
 
 B, N, H = 2, 4, 8

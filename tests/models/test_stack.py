@@ -24,12 +24,13 @@ from mechanisms import LENGTH, ROWS, random_tokens
 from memorizing.batch import Batch
 from memorizing.context import Inputs, Report, Rngs, Segment
 from memorizing.errors import UserError
-from memorizing.models import language_model, stack
+from memorizing.models import language_model
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
+from memorizing.models.stack.arrays import unstack
 from memorizing.runtime.workdir import seal, unseal
 from memorizing.training.checkpoint import Checkpointer, paths, read_arrays
 from memorizing.training.optimizer import AdamW
@@ -76,7 +77,7 @@ def test_names_and_first_parameters_depend_on_the_layer_only(pattern: tuple, exc
     def by_layer(config: LMConfig) -> dict[str, np.ndarray]:
         variables = jax.jit(lambda: init_variables(config, ROWS, LENGTH, jax.random.key(0)))()
         arrays = {path: np.asarray(leaf) for path, leaf in paths(variables["params"]).items()}
-        return stack.unstack(arrays, config.stack.stacked_layers)
+        return unstack(arrays, config.stack.stacked_layers)
 
     config = dataclasses.replace(SMALL, attention=pattern, attention_at=exceptions)
     ours, theirs = by_layer(config), by_layer(SMALL)
@@ -227,7 +228,7 @@ def test_random_numbers_are_a_function_of_seed_step_segment_layer_row_and_name(v
     found, metrics = jax.jit(make_train_step(config, optimizer, num_microbatches))(fresh, batch())
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)
     ours, theirs = (
-        stack.unstack({path: np.asarray(leaf) for path, leaf in paths(each.params).items()}, of.stack.stacked_layers)
+        unstack({path: np.asarray(leaf) for path, leaf in paths(each.params).items()}, of.stack.stacked_layers)
         for each, of in ((found, config), (expected, COUNTING))
     )
     for path, array in theirs.items():

@@ -26,7 +26,8 @@ from memorizing.models import positions
 from memorizing.models.attention.base import LayerDims
 from memorizing.models.attention.transformer_xl import TransformerXLAttention, TransformerXLState
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig, ModelOutput
+from memorizing.models.language_model import ModelOutput
+from memorizing.models.lm_config import LMConfig
 
 # The encoding.
 

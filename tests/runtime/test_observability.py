@@ -18,7 +18,7 @@ from memorizing.cost.accelerators import Utilization, memory_in_use, training_fl
 from memorizing.errors import UserError
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime import failures
 from memorizing.runtime.events import EventLog, goodput
 from memorizing.runtime.stopping import StopSignal

@@ -22,7 +22,7 @@ from memorizing.batch import Batch
 from memorizing.errors import UserError
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime import sharding
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages

@@ -28,7 +28,7 @@ from memorizing.batch import EvaluationBatch
 from memorizing.errors import UserError
 from memorizing.evaluation.train_and_evaluate import train_and_evaluate
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.runtime.workdir import seal
 from memorizing.synthetic import RepeatedPassages

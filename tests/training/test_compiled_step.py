@@ -15,7 +15,7 @@ import pytest
 
 from memorizing.batch import Batch
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.memory.search import ExactSearch
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages

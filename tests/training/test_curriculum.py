@@ -24,7 +24,7 @@ from memorizing.errors import UserError
 from memorizing.evaluation.evaluator import Evaluation, Evaluator, accuracy_by_reach
 from memorizing.evaluation.train_and_evaluate import train_and_evaluate
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import Memorize, SyntheticWords

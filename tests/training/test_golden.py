@@ -10,7 +10,7 @@ import numpy as np
 
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime.sharding import MeshConfig
 from memorizing.synthetic import RepeatedPassages
 from memorizing.training.experiment import BatchConfig, Experiment

@@ -14,9 +14,9 @@ from memorizing.batch import Batch
 from memorizing.errors import UserError
 from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.attention.sparse.factorized import SparseAttention
-from memorizing.models.language_model import LMConfig
 from memorizing.models.layers import Lora
-from memorizing.models.stack import unstack
+from memorizing.models.lm_config import LMConfig
+from memorizing.models.stack.arrays import unstack
 from memorizing.synthetic import RepeatedPassages
 from memorizing.training.checkpoint import paths
 from memorizing.training.experiment import BatchConfig, Experiment

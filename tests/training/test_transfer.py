@@ -17,9 +17,9 @@ import pytest
 from etils import epath
 
 from memorizing.errors import UserError
-from memorizing.models import stack
 from memorizing.models.attention.knn import KNNAttention
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
+from memorizing.models.stack.arrays import unstack
 from memorizing.training import transfer
 from memorizing.training.checkpoint import Checkpointer, paths
 from memorizing.training.optimizer import Adafactor
@@ -51,7 +51,7 @@ def saved(config: LMConfig, workdir: pathlib.Path) -> tuple[str, TrainState]:
 def by_layer(config: LMConfig, tree: Any) -> dict[str, np.ndarray]:
     """Arrays of single layers by path."""
     arrays = {path: np.asarray(leaf) for path, leaf in paths(tree).items()}
-    return stack.unstack(arrays, config.stack.stacked_layers)
+    return unstack(arrays, config.stack.stacked_layers)
 
 
 def test_into_a_larger_memory(tmp_path: pathlib.Path):

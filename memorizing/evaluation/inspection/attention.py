@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from memorizing.array_typing import PerToken, Tree
-from memorizing.batch import Batch
-from memorizing.context import Attended, Context
-from memorizing.evaluation.inspection.lookups import DocumentTokens
-from memorizing.evaluation.reading import document_segments, inputs_of, read_segments
-from memorizing.models import language_model
-from memorizing.models.language_model import LMConfig
-from memorizing.models.losses import next_token_nats
+from memorizing.array_typing import Tree
+from memorizing.context import Attended
+from memorizing.evaluation.inspection.document import DocumentTokens, read_document
+from memorizing.models.lm_config import LMConfig
 
 # Of the positions that a head attends to from one position.
 NUM_SHOWN = 8
@@ -81,38 +74,24 @@ def read_attention(
       segment_length: T, below 65,535.
       advance: told after each segment how many tokens were read.
     """
-    compiled = jax.jit(functools.partial(_step, config), donate_argnums=2)
-
-    def step(context: Context, segment: Batch) -> tuple[tuple[PerToken, dict[str, tuple[Attended, ...]]], Context]:
-        return compiled(params, buffers, context, segment)
-
-    num_tokens = len(document.tokens)
-    nats: list[np.ndarray] = []
-    told: dict[tuple[str, int], list[Attended]] = {}
-    segments = document_segments(document.tokens, document.start_id, segment_length)
-    context = config.init_context(1, segment_length)
-    for index, ((segment_nats, attended), _) in enumerate(read_segments(step, context, segments)):
-        nats.append(np.asarray(segment_nats[0]))
-        for layer, kinds in attended.items():
+    nats, told = read_document(
+        config,
+        params,
+        buffers,
+        document,
+        segment_length,
+        told_by=lambda output: dict(output.report.attended),
+        num_shown=NUM_SHOWN,
+        advance=advance,
+    )
+    # By layer and kind of head, of every segment.
+    parts: dict[tuple[str, int], list[Attended]] = {}
+    for of_segment in told:
+        for layer, kinds in of_segment.items():
             for kind, of_heads in enumerate(kinds):
-                told.setdefault((layer, kind), []).append(of_heads)
-        advance(min(segment_length, num_tokens - index * segment_length))
-    attention = [_joined(layer, parts, num_tokens) for (layer, _), parts in told.items()]
-    return AttentionReading(np.concatenate(nats)[:num_tokens], tuple(attention))
-
-
-def _step(
-    config: LMConfig,
-    params: Tree,
-    buffers: Tree,
-    context: Context,
-    segment: Batch,
-) -> tuple[tuple[PerToken, dict[str, tuple[Attended, ...]]], Context]:
-    output = language_model.apply(config, params, buffers, inputs_of(segment), context, num_shown=NUM_SHOWN)
-    # Only a decode step returns none.
-    assert output.context is not None
-    nats = next_token_nats(output.logits, segment.targets)  # [1, T]
-    return (jnp.where(segment.is_real, nats, 0.0), dict(output.report.attended)), output.context
+                parts.setdefault((layer, kind), []).append(of_heads)
+    attention = [_joined(layer, of_kind, len(nats)) for (layer, _), of_kind in parts.items()]
+    return AttentionReading(nats, tuple(attention))
 
 
 def _joined(layer: str, parts: list[Attended], num_tokens: int) -> HeadsAttention:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import html
-import importlib.resources
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from memorizing.evaluation.inspection.attention import NONE, AttentionReading, HeadsAttention
-from memorizing.evaluation.inspection.page_parts import as_script, packed, texts
-from memorizing.evaluation.run_page.template import filled_in
+from memorizing.evaluation.inspection.page_parts import packed, text_page, texts
 
 # Bytes before they are written as text, which makes them a third longer: the page stays under 20 MB.
 BUDGET = 11_000_000
 # Weights are stored as bytes.
 WEIGHT_UNIT = 1 / 255
-_TEMPLATE = importlib.resources.files(__package__).joinpath("attention.html")
 
 
 def make_attention_page(
@@ -48,15 +44,7 @@ def make_attention_page(
         "weightUnit": WEIGHT_UNIT,
         "layers": [_of_heads(each, kept) for each in reading.attention],
     }
-    listed = [f"<dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd>" for label, value in facts.items()]
-    return filled_in(
-        _TEMPLATE,
-        {
-            "TITLE": html.escape(title),
-            "FACTS": "".join(listed),
-            "DATA": as_script(data),
-        },
-    )
+    return text_page("attention.html", title, facts, data)
 
 
 def num_kept(reading: AttentionReading, budget: int) -> int:
@@ -72,6 +60,6 @@ def _of_heads(attention: HeadsAttention, kept: int) -> dict[str, Any]:
         "numShown": attention.distances.shape[-1],
         "groupNames": list(attention.group_names),
         "distances": packed(attention.distances[:kept], "<u2"),
-        "weights": packed(np.round(attention.weights[:kept] / WEIGHT_UNIT), np.uint8),
+        "weights": packed(np.round(attention.weights[:kept] / WEIGHT_UNIT), "u1"),
         "groups": packed(attention.groups[:kept], "<i4"),
     }

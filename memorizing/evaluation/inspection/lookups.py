@@ -11,19 +11,14 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from memorizing.array_typing import PerToken, Tree
-from memorizing.batch import Batch
-from memorizing.context import Context
-from memorizing.evaluation.reading import document_segments, inputs_of, read_segments
-from memorizing.models import language_model
-from memorizing.models.language_model import LMConfig
-from memorizing.models.losses import next_token_nats
+from memorizing.array_typing import Tree
+from memorizing.evaluation.inspection.document import DocumentTokens, read_document
+from memorizing.models.lm_config import LMConfig
 from memorizing.models.memory import external_memory
-from memorizing.models.memory.external_memory import Retrieved, positions_back
+from memorizing.models.memory.external_memory import positions_back
+from memorizing.models.memory.retrieval import Retrieved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +109,6 @@ def _hit_chance(tokens: np.ndarray, positions: np.ndarray, memory_size: int, seg
     return num_hits / max(num_slots, 1)
 
 
-class DocumentTokens(NamedTuple):
-    """What is read.
-
-    Attributes:
-      tokens: int32 [tokens].
-      start_id: stands before them.
-    """
-
-    tokens: np.ndarray
-    start_id: int
-
-
 @dataclasses.dataclass(frozen=True)
 class Inspection:
     """A document read with two memories by the same weights.
@@ -188,7 +171,12 @@ def inspect(
     """
     smaller, larger = memory_sizes
     read = functools.partial(
-        read_document, params=params, buffers=buffers, document=document, segment_length=segment_length, advance=advance
+        read_with_memory,
+        params=params,
+        buffers=buffers,
+        document=document,
+        segment_length=segment_length,
+        advance=advance,
     )
     small = read(config.with_memory_size(smaller or segment_length), is_cleared=smaller == 0)
     large = read(config.with_memory_size(larger), keeps_lookups=True)
@@ -196,7 +184,7 @@ def inspect(
     return Inspection(document.tokens, memory_sizes, segment_length, nats, large.lookups)
 
 
-def read_document(
+def read_with_memory(
     config: LMConfig,
     params: Tree,
     buffers: Tree,
@@ -216,46 +204,19 @@ def read_document(
       is_cleared: empties the memory before each segment.
       keeps_lookups: returns what was retrieved.
     """
-    step_of_model = functools.partial(_step, config, is_cleared=is_cleared, keeps_lookups=keeps_lookups)
-    compiled = jax.jit(step_of_model, donate_argnums=2)
-
-    def step(context: Context, segment: Batch) -> tuple[tuple[PerToken, dict[str, Retrieved]], Context]:
-        return compiled(params, buffers, context, segment)
-
-    num_tokens = len(document.tokens)
-    nats: list[np.ndarray] = []
-    found: dict[str, list[Retrieved]] = {}
-    segments = document_segments(document.tokens, document.start_id, segment_length)
-    context = config.init_context(1, segment_length)
-    for index, ((segment_nats, retrieved), _) in enumerate(read_segments(step, context, segments)):
-        nats.append(np.asarray(segment_nats[0]))
-        for layer, of_segment in retrieved.items():
-            found.setdefault(layer, []).append(of_segment)
-        advance(min(segment_length, num_tokens - index * segment_length))
+    nats, told = read_document(
+        config,
+        params,
+        buffers,
+        document,
+        segment_length,
+        told_by=lambda output: dict(output.report.retrieved) if keeps_lookups else {},
+        ablation=lambda context: config.map_memories(context, external_memory.cleared) if is_cleared else context,
+        advance=advance,
+    )
     sizes = config.memory_sizes
-    lookups = [_lookups(layer, parts, sizes[layer], num_tokens) for layer, parts in found.items()]
-    return DocumentReading(np.concatenate(nats)[:num_tokens], tuple(lookups))
-
-
-def _step(
-    config: LMConfig,
-    params: Tree,
-    buffers: Tree,
-    context: Context,
-    segment: Batch,
-    *,
-    is_cleared: bool,
-    keeps_lookups: bool,
-) -> tuple[tuple[PerToken, dict[str, Retrieved]], Context]:
-    if is_cleared:
-        context = config.map_memories(context, external_memory.cleared)
-    output = language_model.apply(config, params, buffers, inputs_of(segment), context)
-    # Only a decode step returns none.
-    assert output.context is not None
-    nats = next_token_nats(output.logits, segment.targets)  # [1, T]
-    nats = jnp.where(segment.is_real, nats, 0.0)
-    retrieved = dict(output.report.retrieved) if keeps_lookups else {}
-    return (nats, retrieved), output.context
+    lookups = [_lookups(layer, [each[layer] for each in told], sizes[layer], len(nats)) for layer in told[0]]
+    return DocumentReading(nats, tuple(lookups))
 
 
 def _lookups(layer: str, parts: list[Retrieved], memory_size: int, num_tokens: int) -> Lookups:
@@ -274,7 +235,7 @@ def _lookups(layer: str, parts: list[Retrieved], memory_size: int, num_tokens: i
         scores.append(of_slots)
     return Lookups(
         layer=layer,
-        gate=np.mean([part.gate for part in parts], axis=0, dtype=np.float32),
+        gate=np.stack([part.gate for part in parts]).mean(axis=0, dtype=np.float32),
         scale=np.asarray(parts[0].scale, np.float32),
         distances=np.concatenate(distances)[:num_tokens],
         scores=np.concatenate(scores)[:num_tokens],

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib.resources
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from memorizing.evaluation.inspection.lookups import Inspection, Lookups, recall_of
-from memorizing.evaluation.inspection.page_parts import as_script, packed, texts
-from memorizing.evaluation.run_page.template import filled_in
+from memorizing.evaluation.inspection.page_parts import packed, text_page, texts
 
 # Bytes that the neighbours may take before they are written as text, which makes them a third longer: the page stays
 # under 20 MB.
@@ -21,7 +19,6 @@ NEIGHBOUR_BUDGET = 11_000_000
 SCORE_UNIT = 1 / 16384
 NO_NEIGHBOUR = -32768
 _SCORE_TYPE = "<i2"
-_TEMPLATE = importlib.resources.files(__package__).joinpath("inspection.html")
 
 
 def make_page(
@@ -53,16 +50,7 @@ def make_page(
         "layers": [_layer(lookups, kept) | _recall(inspection, lookups) for lookups in inspection.lookups],
     }
     figures = [_figure(caption, png, alternative) for caption, (png, alternative) in pictures.items()]
-    listed = [f"<dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd>" for label, value in facts.items()]
-    return filled_in(
-        _TEMPLATE,
-        {
-            "TITLE": html.escape(title),
-            "FACTS": "".join(listed),
-            "FIGURES": "".join(figures),
-            "DATA": as_script(data),
-        },
-    )
+    return text_page("inspection.html", title, facts, data, FIGURES="".join(figures))
 
 
 def _figure(caption: str, png: bytes, alternative: str) -> str:

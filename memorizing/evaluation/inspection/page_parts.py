@@ -1,14 +1,41 @@
-"""What the pages of an inspection share: arrays and texts as JSON holds them."""
+"""What the pages of an inspection share: a text shown token by token, and arrays and texts as JSON holds them."""
 
 from __future__ import annotations
 
 import base64
 import codecs
+import html
+import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from memorizing.evaluation.run_page.template import filled_in
+
+_FILES = importlib.resources.files("memorizing.evaluation.inspection")
+
+
+def text_page(template: str, title: str, facts: Mapping[str, str], data: Mapping[str, Any], **parts: str) -> str:
+    """A page that shows a text token by token, as HTML that needs nothing else: no network, no other file.
+
+    Args:
+      template: name of a file in this folder.
+      title: of the page.
+      facts: what to say about it, by label.
+      data: what its script reads.
+      parts: what else the template has places for.
+    """
+    listed = [f"<dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd>" for label, value in facts.items()]
+    shared = {
+        "TITLE": html.escape(title),
+        "FACTS": "".join(listed),
+        "STYLE": _FILES.joinpath("text_page.css").read_text(encoding="utf-8"),
+        "SCRIPT": _FILES.joinpath("text_page.js").read_text(encoding="utf-8"),
+        "DATA": as_script(data),
+    }
+    return filled_in(_FILES.joinpath(template), shared | parts)
 
 
 def as_script(data: Mapping[str, Any]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from memorizing.batch import Batch, DataSource, EvaluationBatch
+from memorizing.batch import DataSource
 from memorizing.evaluation.evaluator import ReadSegment
 
 
@@ -127,60 +126,3 @@ def answers_of(spans: Spans, segments: Iterable[ReadSegment], length: int) -> An
         right=np.array([is_right[sample, start:end].all() for sample, start, end in pairs], bool),
         nats=np.array([nats[sample, start:end].sum() for sample, start, end in pairs]),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class OneWindow:
-    """The same samples, each as one segment: a model that reads it has all of the sample in its window.
-
-    Attributes:
-      source: the samples.
-      segment_length: of the run, T: the samples depend on it.
-    """
-
-    source: RecallTask
-    segment_length: int
-
-    @property
-    def length(self) -> int:
-        """Tokens of the window."""
-        return self.source.eval_segments * self.segment_length
-
-    @property
-    def vocab_size(self) -> int:
-        return self.source.vocab_size
-
-    @property
-    def start_id(self) -> int:
-        return self.source.start_id
-
-    @property
-    def identity(self) -> str:
-        return f"OneWindow({self.source.identity})"
-
-    @property
-    def num_eval_documents(self) -> int:
-        return self.source.num_eval_documents
-
-    @property
-    def document_bytes(self) -> None:
-        return None
-
-    def train_batches(self, num_rows: int, rows: range, num_segments: int, segment_length: int, seed: int) -> Any:
-        """See `DataSource`: those of the source."""
-        return self.source.train_batches(num_rows, rows, num_segments, segment_length, seed)
-
-    def evaluation_batches(
-        self, num_rows: int, segment_length: int, rows: range | None = None
-    ) -> Iterator[EvaluationBatch]:
-        """See `DataSource`; the segment length is that of the window."""
-        batches: list[EvaluationBatch] = []
-        for segment in self.source.evaluation_batches(num_rows, self.segment_length, rows):
-            batches.append(segment)
-            if len(batches) == self.source.eval_segments:
-                first = batches[0]
-                names = ("tokens", "targets", "loss_weights", "is_real")
-                fields = [np.concatenate([getattr(each.batch, name) for each in batches], axis=2) for name in names]
-                joined = Batch(*fields, start_of_document=first.batch.start_of_document)
-                yield EvaluationBatch(joined, first.document, first.offset)
-                batches = []

@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 from memorizing.errors import UserError
 from memorizing.evaluation import baselines
 from memorizing.evaluation.evaluator import Ablation, Evaluator
-from memorizing.evaluation.suites.answers import OneWindow, RecallTask
+from memorizing.evaluation.suites.answers import RecallTask
 from memorizing.evaluation.suites.greedy import Greedy
-from memorizing.models.language_model import LMConfig
+from memorizing.evaluation.suites.one_window import OneWindow
+from memorizing.models.lm_config import LMConfig
 from memorizing.training.experiment import Experiment
 
 AS_TRAINED = "as trained"

@@ -23,7 +23,7 @@ from memorizing.evaluation.evaluator import Ablation, ablate
 from memorizing.evaluation.reading import inputs_of
 from memorizing.evaluation.suites.answers import RecallTask, Text
 from memorizing.models import language_model
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 from memorizing.runtime.sharding import RowPlacement
 
 

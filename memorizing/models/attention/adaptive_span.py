@@ -19,23 +19,15 @@ from jaxtyping import Array, Float
 from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
 from memorizing.context import Layout, Report, Segment
 from memorizing.errors import Count, Factor, Range
-from memorizing.models import masks, partial_softmax, positions
-from memorizing.models.attention.base import (
-    Attention,
-    Example,
-    LayerDims,
-    attend_flops,
-    position_bias,
-    projection_flops,
-)
-from memorizing.models.attention.local import hide, push, visible_keys
-from memorizing.models.attention.xl import XLState
+from memorizing.models import partial_softmax, positions
+from memorizing.models.attention.base import Example, LayerDims
+from memorizing.models.attention.relative_bias import BiasedAttention
+from memorizing.models.attention.xl import XLAttention, XLState
 from memorizing.models.layers import parameter
-from memorizing.models.positions import check_buckets
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveSpanAttention(Attention):
+class AdaptiveSpanAttention(BiasedAttention):
     """Every position sees at most the last W up to itself, every head as far as its learned span reaches.
 
     The paper keeps z within [0, W] by clipping it after each step; here it is W sigmoid(a) with a learned a. Shapes are
@@ -46,7 +38,7 @@ class AdaptiveSpanAttention(Attention):
       ramp: R, in positions, over which the mask falls from 1 to 0.
       initial_span: of every head, as a share of W.
       span_loss: weight of the mean span of the heads, in positions, in the loss; the paper has 2e-6.
-      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      num_buckets, max_distance: see `BiasedAttention`.
     """
 
     can_decode: ClassVar[bool] = True
@@ -55,33 +47,26 @@ class AdaptiveSpanAttention(Attention):
     ramp: Count = 32
     initial_span: Annotated[float, Range(0, 1, without_ends=True)] = 0.1
     span_loss: Factor = 2e-6
-    num_buckets: Annotated[int, Range(2, 2**16)] = 32
-    max_distance: Count = 128
 
-    def __post_init__(self) -> None:
-        check_buckets("AdaptiveSpanAttention", self.num_buckets, self.max_distance)
+    @property
+    def cache(self) -> XLAttention:
+        """What it is but for the spans: it carries the same."""
+        return XLAttention(self.window, same_length=True, num_buckets=self.num_buckets, max_distance=self.max_distance)
 
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> XLState:
-        shape = (batch_size, self.window, dims.num_heads, dims.head_dim)
-        return XLState(
-            keys=jnp.zeros(shape, dims.dtype),
-            values=jnp.zeros(shape, dims.dtype),
-            valid=jnp.zeros(shape[:2], bool),
-        )
+        return self.cache.init_state(dims, batch_size, segment_length)
 
     def state_axes(self) -> AxesTree:
-        content = ("batch", "length", "heads", "head_dim")
-        return XLState(keys=content, values=content, valid=("batch", "length"))
+        return self.cache.state_axes()
 
     def fresh_state(self) -> XLState:
-        return XLState(keys=None, values=None, valid=False)
+        return self.cache.fresh_state()
 
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return AdaptiveSpanCore(self, dims, name=name)
 
     def flops(self, dims: LayerDims, layout: Layout) -> int:
-        num_keys = self.window + layout.size
-        return projection_flops(dims, layout) + attend_flops(dims, layout.size, num_keys)
+        return self.cache.flops(dims, layout)
 
     @classmethod
     def example(cls, segment_length: int) -> Example:
@@ -97,7 +82,14 @@ class AdaptiveSpanCore(nn.Module):
     attention: AdaptiveSpanAttention
     dims: LayerDims
 
-    @nn.compact
+    def setup(self) -> None:
+        config = self.attention
+        self.cache = config.cache.core(self.dims)
+        # One scope: the cache's parameters have the names that they have without spans.
+        nn.share_scope(self, self.cache)
+        initial = math.log(config.initial_span / (1 - config.initial_span))
+        self.span = parameter(self, "span", nn.initializers.constant(initial), (self.dims.num_heads,), ("heads",))
+
     def __call__(
         self,
         queries: Queries,
@@ -108,53 +100,14 @@ class AdaptiveSpanCore(nn.Module):
         state: XLState,
     ) -> tuple[Queries, XLState | None, Report]:
         config = self.attention
-        layout = segment.layout
-        # [B, W, N, H]
-        cached_keys = hide(state.keys, state.valid)
-        cached_values = hide(state.values, state.valid)
-        # [B, S, N, H], S = W + T
-        all_keys = segment.with_kv_cache("keys", keys, cached_keys)
-        all_values = segment.with_kv_cache("values", values, cached_values)
-        num_queries = queries.shape[1]
-        num_keys = all_keys.shape[1]
-
-        # [B, T, S]
-        mask = visible_keys(segment, num_queries, state.valid)
-        near = masks.within(config.window, layout.size, num_keys)
-        mask &= segment.select(near, num_queries)[None]
-        bias = position_bias(
-            self.dims,
-            config.num_buckets,
-            config.max_distance,
-            segment,
-            num_queries,
-            num_keys,
-        )
-        initial = math.log(config.initial_span / (1 - config.initial_span))
-        shape = (self.dims.num_heads,)
-        span = parameter(self, "span", nn.initializers.constant(initial), shape, ("heads",))
-        span = config.window * nn.sigmoid(span)
-
-        # [B, N, T, S]
-        logits = jnp.einsum("BTNH,BSNH->BNTS", queries, all_keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits = logits + bias[None]
-        logits = logits * scale[None, :, None, None]
-        logits = logits + self._log_mask(span, segment, num_queries, num_keys)[None]
-        y = partial_softmax.attend(logits, mask[:, None], all_values.swapaxes(1, 2)).values.swapaxes(1, 2)
-
+        span = config.window * nn.sigmoid(self.span)
+        soft_mask = self._log_mask(span, segment, queries.shape[1], config.window + segment.layout.size)
+        attended, state, report = self.cache.attend(queries, keys, values, scale, segment, state, soft_mask)
         if segment.decoding is not None:
-            return y, None, Report(kv_cache={"keys": all_keys, "values": all_values})
-        report = Report(
-            losses={"span": config.span_loss * jnp.mean(span)},
-            metrics={"span": jax.lax.stop_gradient(span)},
-        )
-        new_state = XLState(
-            keys=push(cached_keys, layout.own(keys)),
-            values=push(cached_values, layout.own(values)),
-            valid=push(state.valid, layout.own(segment.is_real)),
-        )
-        return y, new_state, report
+            return attended.values, None, report
+        losses = {"span": config.span_loss * jnp.mean(span)}
+        metrics = {"span": jax.lax.stop_gradient(span)}
+        return attended.values, state, dataclasses.replace(report, losses=losses, metrics=metrics)
 
     def _log_mask(
         self,
@@ -163,7 +116,7 @@ class AdaptiveSpanCore(nn.Module):
         num_queries: int,
         num_keys: int,
     ) -> Float[Array, "N T S"]:
-        """The logarithm of the soft mask; `HIDDEN` where it is 0."""
+        """The logarithm of the soft mask, float32; `HIDDEN` where it is 0."""
         # A later key is hidden by the causal mask.
         distances = np.maximum(positions.distances(segment.layout.size, num_keys), 0)
         ramp = self.attention.ramp

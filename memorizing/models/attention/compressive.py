@@ -17,12 +17,7 @@ from jaxtyping import Array, Bool, Float
 from memorizing.array_typing import Activations, AxesTree, Scalar
 from memorizing.context import Layout, Report, Segment
 from memorizing.errors import Count, CountOrNone, Factor, UserError
-from memorizing.models.attention.base import (
-    Attention,
-    Example,
-    LayerDims,
-    matmul_flops,
-)
+from memorizing.models.attention.base import Attention, Example, LayerDims, matmul_flops
 from memorizing.models.attention.local import hide, push, visible_keys
 from memorizing.models.attention.transformer_xl import RelativeAttention, relative_attention_flops
 from memorizing.models.layers import Einsum

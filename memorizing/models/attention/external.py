@@ -7,15 +7,37 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 import jax
+from flax import struct
 
-from memorizing.array_typing import Clock
+from memorizing.array_typing import AxesTree, Clock
 from memorizing.context import Layout
 from memorizing.errors import Count, Range, UserError
 from memorizing.models.attention.base import Attention, LayerDims, attend_flops, matmul_flops
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.memory import external_memory
-from memorizing.models.memory.external_memory import Memory
+from memorizing.models.memory.external_memory import LastKey, Memory
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch
+
+
+@struct.dataclass
+class MemoryState:
+    """What a layer with an external memory carries; heads are key and value heads.
+
+    Attributes:
+      local: state of the local attention.
+      memory: keys and values of all segments but the last, as far as M slots reach; keys are those before rotary
+        positions.
+      last_segment: the last segment's, T slots. They are written to the memory before the next segment reads it: at
+        that moment nothing needs the slots that they replace. Written in the step that computed them, they would force
+        a second copy of the memory, since that step's gradient still reads the old slots. (A step of several segments
+        cannot avoid such copies: its gradient reads the slots that each of its segments saw.)
+      last_key: the last segment's last one, where keys are stored with the next position's value; else ().
+    """
+
+    local: Any
+    memory: Memory
+    last_segment: Memory
+    last_key: LastKey | tuple[()] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +45,7 @@ class MemoryAttention(Attention):
     """A local attention and an external memory of the same keys and values.
 
     A segment is written to the memory before the next one reads it, so that no query retrieves a token of its own
-    segment. The state has the fields `local`, `memory` (all segments but the last, as far as M slots reach) and
-    `last_segment` (T slots), which waits to be written.
+    segment: see `MemoryState`.
 
     Such layers are not stacked: the memory is far too large to be copied every step.
 
@@ -33,9 +54,11 @@ class MemoryAttention(Attention):
       num_neighbors: k.
       local: the mechanism of the local attention, one with a `core`.
       search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
+      stores_next: whether keys are stored with the next position's value.
     """
 
     stackable: ClassVar[bool] = False
+    stores_next: ClassVar[bool] = False
 
     memory_size: Count = 8192
     num_neighbors: Annotated[int, Range(1, 2**16)] = 32
@@ -82,7 +105,35 @@ class MemoryAttention(Attention):
         super().check_parts(dims)
         self.local.check_parts(dims)
 
-    def prepare_state(self, state: Any, clock: Clock) -> Any:
+    def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> MemoryState:
+        def empty(num_slots: int) -> Memory:
+            return external_memory.empty(batch_size, dims.kv_heads, num_slots, dims.head_dim, dims.dtype)
+
+        no_key = LastKey.empty(batch_size, dims.kv_heads, dims.head_dim, dims.dtype)
+        return MemoryState(
+            local=self.local.init_state(dims, batch_size, segment_length),
+            memory=empty(self.memory_size),
+            last_segment=empty(segment_length),
+            last_key=no_key if self.stores_next else (),
+        )
+
+    def state_axes(self) -> AxesTree:
+        return MemoryState(
+            local=self.local.state_axes(),
+            memory=external_memory.axes("memory"),
+            last_segment=external_memory.axes("length"),
+            last_key=LastKey.axes() if self.stores_next else (),
+        )
+
+    def fresh_state(self) -> MemoryState:
+        return MemoryState(
+            local=self.local.fresh_state(),
+            memory=Memory.fresh(),
+            last_segment=Memory.fresh(),
+            last_key=LastKey.fresh() if self.stores_next else (),
+        )
+
+    def prepare_state(self, state: MemoryState, clock: Clock) -> MemoryState:
         with jax.named_scope("external_memory_write"):
             memory = external_memory.write(state.memory, state.last_segment, clock - 1)
         local = self.local.prepare_state(state.local, clock)
@@ -107,12 +158,12 @@ class MemoryAttention(Attention):
     def without_memory(self) -> Attention:
         return self.local
 
-    def map_memory(self, state: Any, change: Callable[[Memory], Memory]) -> Any:
+    def map_memory(self, state: MemoryState, change: Callable[[Memory], Memory]) -> MemoryState:
         return dataclasses.replace(
             state,
             memory=change(state.memory),
             last_segment=change(state.last_segment),
         )
 
-    def memory(self, state: Any) -> Memory:
+    def memory(self, state: MemoryState) -> Memory:
         return state.memory

@@ -7,41 +7,25 @@ al. 2023) and InfLLM (Xiao et al. 2024); the factor tanh(alpha), 0 at the start,
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
-from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
+from memorizing.array_typing import HeadScale, Keys, Queries, Values
 from memorizing.context import Report, Segment
 from memorizing.errors import Count, UserError
 from memorizing.models.attention.base import Example, LayerDims
-from memorizing.models.attention.external import MemoryAttention
+from memorizing.models.attention.external import MemoryAttention, MemoryState
 from memorizing.models.attention.local import Attended, in_groups, turned_queries
 from memorizing.models.layers import parameter
-from memorizing.models.memory import external_memory, recall
-from memorizing.models.memory.external_memory import Memory, Neighbours, Placement, Reading, Retrieved
+from memorizing.models.memory import external_memory, recall, retrieval
+from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.recall import LookUps
+from memorizing.models.memory.retrieval import Neighbours, Placement, Reading, Retrieved
 from memorizing.models.positions import Rotary
-
-
-@struct.dataclass
-class JointMemoryState:
-    """What a layer with such a memory carries; heads are key and value heads.
-
-    Attributes:
-      local: state of the local attention.
-      memory: keys and values of all segments but the last, as far as M slots reach. Keys are those before rotary
-        positions.
-      last_segment: the last segment's, T slots, which are written before the next segment reads the memory.
-    """
-
-    local: Any
-    memory: Memory
-    last_segment: Memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,30 +89,6 @@ class JointMemoryAttention(MemoryAttention):
                 "cannot learn a scale each in @JointMemoryAttention(); leave out one of the two"
             )
 
-    def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> JointMemoryState:
-        def empty(num_slots: int) -> Memory:
-            return external_memory.empty(batch_size, dims.kv_heads, num_slots, dims.head_dim, dims.dtype)
-
-        return JointMemoryState(
-            local=self.local.init_state(dims, batch_size, segment_length),
-            memory=empty(self.memory_size),
-            last_segment=empty(segment_length),
-        )
-
-    def state_axes(self) -> AxesTree:
-        return JointMemoryState(
-            local=self.local.state_axes(),
-            memory=external_memory.axes("memory"),
-            last_segment=external_memory.axes("length"),
-        )
-
-    def fresh_state(self) -> JointMemoryState:
-        return JointMemoryState(
-            local=self.local.fresh_state(),
-            memory=Memory.fresh(),
-            last_segment=Memory.fresh(),
-        )
-
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return JointMemoryCore(self, dims, name=name)
 
@@ -162,8 +122,8 @@ class JointMemoryCore(nn.Module):
         values: Values,
         scale: HeadScale,
         segment: Segment,
-        state: JointMemoryState,
-    ) -> tuple[Queries, JointMemoryState | None, Report]:
+        state: MemoryState,
+    ) -> tuple[Queries, MemoryState | None, Report]:
         local, local_state, report = self.local.attend(queries, keys, values, scale, segment, state.local)
         with jax.named_scope("external_memory"):
             memory = self._not_seen_locally(state, segment)
@@ -177,10 +137,11 @@ class JointMemoryCore(nn.Module):
         own = segment.layout.own
         look_ups = LookUps(own(queries), own(keys), scale, own(reading.neighbours.slots), own(reading.logits))
         report = recall.add_to(report, look_ups, memory, segment, loss_factor=0.0, loss_rows=1, stores_next=False)
+        assert segment.tokens is not None, "a layer with a memory is told the tokens"
         last_segment = external_memory.of_segment(own(keys), own(values), segment.tokens, own(segment.is_real))
-        return y, JointMemoryState(local_state, state.memory, last_segment), report
+        return y, MemoryState(local_state, state.memory, last_segment), report
 
-    def _not_seen_locally(self, state: JointMemoryState, segment: Segment) -> Memory:
+    def _not_seen_locally(self, state: MemoryState, segment: Segment) -> Memory:
         """The memory without what the local attention sees itself."""
         seen = self.attention.local.sees_before(state.local, self._positions_back(segment))
         return dataclasses.replace(state.memory, valid=state.memory.valid & ~seen)
@@ -201,7 +162,7 @@ class JointMemoryCore(nn.Module):
         num_heads = self.dims.num_heads
         num_kv_heads = self.dims.kv_heads
         placed_queries, placement = self._at_positions(queries, segment)
-        reading = external_memory.read(
+        reading = retrieval.read(
             _fold(placed_queries, num_kv_heads),
             # Without a learned scale that of all heads is the same.
             scale if num_kv_heads == num_heads else scale[:num_kv_heads],

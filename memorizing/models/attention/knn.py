@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
+from memorizing.array_typing import HeadScale, Keys, Queries, Values
 from memorizing.context import Report, Segment
 from memorizing.errors import Count, Factor, Share, UserError
 from memorizing.models.attention.base import Example, LayerDims
-from memorizing.models.attention.external import MemoryAttention
+from memorizing.models.attention.external import MemoryAttention, MemoryState
 from memorizing.models.layers import parameter
-from memorizing.models.memory import external_memory, recall
-from memorizing.models.memory.external_memory import LastKey, Memory, Reading, Retrieved
+from memorizing.models.memory import external_memory, recall, retrieval
+from memorizing.models.memory.external_memory import LastKey, Memory
 from memorizing.models.memory.recall import LookUps
-
-
-@struct.dataclass
-class KNNState:
-    """What a layer with an external memory carries.
-
-    Attributes:
-      local: state of the local attention.
-      memory: keys and values of all segments but the last, as far as M slots reach.
-      last_segment: the last segment's, T slots. They are written to the memory before the next segment reads it: at
-        that moment nothing needs the slots that they replace. Written in the step that computed them, they would force
-        a second copy of the memory, since that step's gradient still reads the old slots. (A step of several segments
-        cannot avoid such copies: its gradient reads the slots that each of its segments saw.)
-      last_key: the last segment's last one, where keys are stored with the next position's value; else ().
-    """
-
-    local: Any
-    memory: Memory
-    last_segment: Memory
-    last_key: LastKey | tuple[()]
+from memorizing.models.memory.retrieval import Reading, Retrieved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,34 +69,6 @@ class KNNAttention(MemoryAttention):
             )
         super().check_parts(dims)
 
-    def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> KNNState:
-        def empty(num_slots: int) -> Memory:
-            return external_memory.empty(batch_size, dims.num_heads, num_slots, dims.head_dim, dims.dtype)
-
-        no_key = LastKey.empty(batch_size, dims.num_heads, dims.head_dim, dims.dtype)
-        return KNNState(
-            local=self.local.init_state(dims, batch_size, segment_length),
-            memory=empty(self.memory_size),
-            last_segment=empty(segment_length),
-            last_key=no_key if self.stores_next else (),
-        )
-
-    def state_axes(self) -> AxesTree:
-        return KNNState(
-            local=self.local.state_axes(),
-            memory=external_memory.axes("memory"),
-            last_segment=external_memory.axes("length"),
-            last_key=LastKey.axes() if self.stores_next else (),
-        )
-
-    def fresh_state(self) -> KNNState:
-        return KNNState(
-            local=self.local.fresh_state(),
-            memory=Memory.fresh(),
-            last_segment=Memory.fresh(),
-            last_key=LastKey.fresh() if self.stores_next else (),
-        )
-
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return KNNCore(self, dims, name=name)
 
@@ -150,8 +102,8 @@ class KNNCore(nn.Module):
         values: Values,
         scale: HeadScale,
         segment: Segment,
-        state: KNNState,
-    ) -> tuple[Queries, KNNState | None, Report]:
+        state: MemoryState,
+    ) -> tuple[Queries, MemoryState | None, Report]:
         config = self.attention
         local_y, local_state, local_report = self.local(
             queries,
@@ -162,7 +114,7 @@ class KNNCore(nn.Module):
             state.local,
         )
         with jax.named_scope("external_memory"):
-            reading = external_memory.read(
+            reading = retrieval.read(
                 queries,
                 scale,
                 state.memory,
@@ -190,7 +142,7 @@ class KNNCore(nn.Module):
             config.stores_next,
         )
         last_segment, last_key = self._slots(keys, values, segment, state.last_key)
-        return y, KNNState(local_state, state.memory, last_segment, last_key), report
+        return y, MemoryState(local_state, state.memory, last_segment, last_key), report
 
     def _slots(
         self,
@@ -201,6 +153,7 @@ class KNNCore(nn.Module):
     ) -> tuple[Memory, LastKey | tuple[()]]:
         """The segment's slots, and the key that waits for the next segment."""
         own = segment.layout.own
+        assert segment.tokens is not None, "a layer with a memory is told the tokens"
         content = (own(keys), own(values), segment.tokens, own(segment.is_real))
         if not isinstance(before, LastKey):
             return external_memory.of_segment(*content), ()
@@ -213,7 +166,7 @@ class KNNCore(nn.Module):
         gate: HeadScale,
         scale: HeadScale,
         segment: Segment,
-        state: KNNState,
+        state: MemoryState,
     ) -> Report:
         """What the local attention reports, and what the memory did."""
         metrics = {

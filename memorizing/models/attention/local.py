@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
-from memorizing.array_typing import HeadScale, Keys, Queries, Values
-from memorizing.context import Segment
+from memorizing.array_typing import HeadScale, Keys, Queries, Tree, Values
+from memorizing.context import Report, Segment
 from memorizing.models import masks
 from memorizing.models.attention.base import LayerDims
+from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.layers import soft_cap
 from memorizing.models.positions import Rotary
 
@@ -31,6 +33,85 @@ class Attended(NamedTuple):
     log_normalizer: Float[Array, "B T N"]
 
 
+class Carried(NamedTuple):
+    """What is carried in front of a segment's keys: [B, W, K, H] of both, or None where nothing is."""
+
+    keys: Keys | None = None
+    values: Values | None = None
+
+
+class LocalCore(nn.Module):
+    """The dot-product core of attention to a segment and to what is carried in front of it: see `Attention.core`.
+
+    As it is, nothing is carried: the methods below `attend` say what.
+    """
+
+    attention: BiasedAttention
+    dims: LayerDims
+
+    def __call__(
+        self,
+        queries: Queries,
+        keys: Keys,
+        values: Values,
+        scale: HeadScale,
+        segment: Segment,
+        state: Tree,
+    ) -> tuple[Queries, Tree | None, Report]:
+        attended, new_state, report = self.attend(queries, keys, values, scale, segment, state)
+        return attended.values, new_state, report
+
+    @nn.compact
+    def attend(
+        self,
+        queries: Queries,
+        keys: Keys,
+        values: Values,
+        scale: HeadScale,
+        segment: Segment,
+        state: Tree,
+        soft_mask: Float[Array, "N T S"] | None = None,
+    ) -> tuple[Attended, Tree | None, Report]:
+        """The same, with the normalisers of its softmax; and perhaps with a soft mask, see `local_attention`."""
+        state = self.readable(state)
+        carried = self.carried(state)
+        # [B, S, K, H], S = W + T
+        all_keys = segment.with_kv_cache("keys", keys, carried.keys)
+        all_values = segment.with_kv_cache("values", values, carried.values)
+        num_queries = queries.shape[1]
+        num_keys = all_keys.shape[1]
+
+        mask = self.visible(segment, num_queries, num_keys, state)
+        bias = self.attention.position_bias(self.dims, segment, num_queries, num_keys)
+        placed = self.placed(segment, queries, all_keys, state)
+        logit_cap = self.dims.attention_logit_cap
+        attended = local_attention(*placed, all_values, scale, bias, mask, logit_cap, soft_mask)
+
+        if segment.decoding is not None:
+            return attended, None, Report(kv_cache={"keys": all_keys, "values": all_values})
+        return attended, self.next_state(segment, keys, values, state), Report()
+
+    def readable(self, state: Tree) -> Tree:
+        """The state with zeros where it holds nothing, and no gradient: see `hide`. The methods below are given it."""
+        return state
+
+    def carried(self, state: Tree) -> Carried:
+        """What is carried in front of the segment."""
+        return Carried()
+
+    def visible(self, segment: Segment, num_queries: int, num_keys: int, state: Tree) -> Bool[Array, "B T S"]:
+        """Which of the keys [carried; segment] each query sees."""
+        return visible_keys(segment, num_queries)
+
+    def placed(self, segment: Segment, queries: Queries, keys: Keys, state: Tree) -> tuple[Queries, Keys]:
+        """Queries and keys [carried; segment] as the logits need them: see `at_positions`."""
+        return at_positions(self.dims, segment, queries, keys)
+
+    def next_state(self, segment: Segment, keys: Keys, values: Values, state: Tree) -> Tree:
+        """The state after a whole segment, given its keys and values."""
+        return state
+
+
 def local_attention(
     queries: Queries,
     keys: Keys,
@@ -39,6 +120,7 @@ def local_attention(
     bias: Float[Array, "N T S"] | None,
     mask: Bool[Array, "B T S"],
     logit_cap: float = 0.0,
+    soft_mask: Float[Array, "N T S"] | None = None,
 ) -> Attended:
     """softmax(scale * (q . k + bias)) v over the visible keys; query head n reads key head n // (N / K).
 
@@ -48,6 +130,7 @@ def local_attention(
       bias: None for none.
       mask: which keys each query sees, at least one.
       logit_cap: see `layers.soft_cap`.
+      soft_mask: logarithm of factors of the exponentials; None for none.
     """
     with jax.named_scope("local_attention"):
         logits = _products(queries, keys)
@@ -55,6 +138,8 @@ def local_attention(
             logits = logits + bias[None]
         logits = logits * scale[None, :, None, None]
         logits = soft_cap(logits, logit_cap)
+        if soft_mask is not None:
+            logits = logits + soft_mask[None]
 
         weights = attention_weights(logits, mask)
         weights = weights.astype(values.dtype)

@@ -15,14 +15,7 @@ from memorizing.array_typing import Activations, AxesTree
 from memorizing.context import Layout, Report, Segment
 from memorizing.errors import Count, CountOrNone, UserError
 from memorizing.models import masks, positions
-from memorizing.models.attention.base import (
-    Attention,
-    Example,
-    LayerDims,
-    attend_flops,
-    matmul_flops,
-    projection_flops,
-)
+from memorizing.models.attention.base import Attention, Example, LayerDims, attend_flops, matmul_flops, projection_flops
 from memorizing.models.attention.local import attention_weights, hide, push, visible_keys
 from memorizing.models.layers import Einsum, parameter
 

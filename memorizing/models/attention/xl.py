@@ -13,30 +13,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Int
 
-from memorizing.array_typing import AxesTree, HeadScale, Keys, Queries, Values
-from memorizing.context import Layout, Report, Segment
+from memorizing.array_typing import AxesTree, Keys, Queries, Values
+from memorizing.context import Layout, Segment
 from memorizing.errors import Count, Range, UserError
 from memorizing.models import masks
-from memorizing.models.attention.base import (
-    Attention,
-    Example,
-    LayerDims,
-    attend_flops,
-    position_bias,
-    projection_flops,
-)
-from memorizing.models.attention.local import (
-    Attended,
-    at_positions,
-    hide,
-    local_attention,
-    push,
-    turned_queries,
-    visible_keys,
-)
-from memorizing.models.positions import LayerPositions, Rotary, check_buckets
+from memorizing.models.attention.base import Example, LayerDims, attend_flops, projection_flops
+from memorizing.models.attention.local import Carried, LocalCore, hide, push, turned_queries, visible_keys
+from memorizing.models.attention.relative_bias import BiasedAttention
+from memorizing.models.positions import LayerPositions, Rotary
 
 
 @struct.dataclass
@@ -72,12 +58,12 @@ class XLState:
 
 
 @dataclasses.dataclass(frozen=True)
-class XLAttention(Attention):
+class XLAttention(BiasedAttention):
     """Attends to the segment and to a cache of the positions before it. No gradient reaches the cache.
 
     Attributes:
       window: W, in positions.
-      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      num_buckets, max_distance: see `BiasedAttention`.
       same_length: lets every position see exactly the last W positions up to itself (a sliding window), instead of the
         whole cache.
       positions: of these layers, where they have others than the model (`LMConfig.positions`).
@@ -90,8 +76,6 @@ class XLAttention(Attention):
     takes_all_parts: ClassVar[bool] = True
 
     window: Count = 512
-    num_buckets: Annotated[int, Range(2, 2**16)] = 32
-    max_distance: Count = 128
     same_length: bool = False
     positions: LayerPositions = None
     num_sinks: Annotated[int, Range(0, 2**16)] = 0
@@ -101,7 +85,7 @@ class XLAttention(Attention):
             raise UserError(
                 f"XLAttention.window = {self.window}: at least 1 position; without a cache use @FullAttention()"
             )
-        check_buckets("XLAttention", self.num_buckets, self.max_distance)
+        super().__post_init__()
 
     @property
     def num_before(self) -> int:
@@ -162,79 +146,36 @@ class XLAttention(Attention):
         return Example("cache", meaning, cls(window=segment_length))
 
 
-class XLCore(nn.Module):
-    """The dot-product core: see `Attention.core`."""
+class XLCore(LocalCore):
+    """The dot-product core: see `Attention.core`. The keys are [sinks; cached; segment], S = sinks + W + T."""
 
     attention: XLAttention
     dims: LayerDims
 
-    def __call__(
-        self,
-        queries: Queries,
-        keys: Keys,
-        values: Values,
-        scale: HeadScale,
-        segment: Segment,
-        state: XLState,
-    ) -> tuple[Queries, XLState | None, Report]:
-        attended, new_state, report = self.attend(queries, keys, values, scale, segment, state)
-        return attended.values, new_state, report
+    def readable(self, state: XLState) -> XLState:
+        def shown(slots: Any) -> Any:
+            return slots.replace(keys=hide(slots.keys, slots.valid), values=hide(slots.values, slots.valid))
 
-    @nn.compact
-    def attend(
-        self,
-        queries: Queries,
-        keys: Keys,
-        values: Values,
-        scale: HeadScale,
-        segment: Segment,
-        state: XLState,
-    ) -> tuple[Attended, XLState | None, Report]:
-        """The same, with the normalisers of its softmax."""
-        config = self.attention
-        layout = segment.layout
-        # [B, W, K, H]
-        cached_keys = hide(state.keys, state.valid)
-        cached_values = hide(state.values, state.valid)
-        # [B, S, K, H], S = sinks + W + T
-        all_keys = segment.with_kv_cache("keys", keys, _behind_sinks(state.sinks, "keys", cached_keys))
-        all_values = segment.with_kv_cache("values", values, _behind_sinks(state.sinks, "values", cached_values))
-        num_queries = queries.shape[1]
-        num_keys = all_keys.shape[1]
+        sinks = shown(state.sinks) if isinstance(state.sinks, Sinks) else ()
+        return dataclasses.replace(shown(state), sinks=sinks)
 
-        mask = self._visible(segment, num_queries, num_keys, state)
-        bias = position_bias(
-            self.dims,
-            config.num_buckets,
-            config.max_distance,
-            segment,
-            num_queries,
-            num_keys,
+    def carried(self, state: XLState) -> Carried:
+        if not isinstance(state.sinks, Sinks):
+            return Carried(state.keys, state.values)
+        keys = jnp.concatenate([state.sinks.keys, state.keys], axis=1)
+        values = jnp.concatenate([state.sinks.values, state.values], axis=1)
+        return Carried(keys, values)
+
+    def next_state(self, segment: Segment, keys: Keys, values: Values, state: XLState) -> XLState:
+        own = segment.layout.own
+        return XLState(
+            keys=push(state.keys, own(keys)),
+            values=push(state.values, own(values)),
+            valid=push(state.valid, own(segment.is_real)),
+            sinks=_with_segment(state.sinks, own(keys), own(values), own(segment.is_real)),
         )
-        placed = self._at_positions(segment, queries, all_keys, state.sinks)
-        attended = local_attention(*placed, all_values, scale, bias, mask, self.dims.attention_logit_cap)
 
-        if segment.decoding is not None:
-            return attended, None, Report(kv_cache={"keys": all_keys, "values": all_values})
-        own_keys = layout.own(keys)
-        own_values = layout.own(values)
-        is_real = layout.own(segment.is_real)
-        new_state = XLState(
-            keys=push(cached_keys, own_keys),
-            values=push(cached_values, own_values),
-            valid=push(state.valid, is_real),
-            sinks=_with_segment(state.sinks, own_keys, own_values, is_real),
-        )
-        return attended, new_state, Report()
-
-    def _visible(
-        self,
-        segment: Segment,
-        num_queries: int,
-        num_keys: int,
-        state: XLState,
-    ) -> Bool[Array, "B T S"]:
-        """Which of the keys [sinks; cached; segment] each query sees."""
+    def visible(self, segment: Segment, num_queries: int, num_keys: int, state: XLState) -> Bool[Array, "B T S"]:
         config = self.attention
         layout = segment.layout
         if not isinstance(state.sinks, Sinks):
@@ -260,17 +201,11 @@ class XLCore(nn.Module):
         is_behind = jnp.broadcast_to(is_behind, (*is_seen.shape[:2], config.num_sinks))
         return mask & jnp.concatenate([is_behind, is_seen], axis=2)
 
-    def _at_positions(
-        self,
-        segment: Segment,
-        queries: Queries,
-        keys: Keys,
-        sinks: Sinks | tuple[()],
-    ) -> tuple[Queries, Keys]:
-        """Queries and keys [sinks; cached; segment], turned where positions are rotary: see `local.at_positions`."""
+    def placed(self, segment: Segment, queries: Queries, keys: Keys, state: XLState) -> tuple[Queries, Keys]:
+        sinks = state.sinks
         rotary = self.dims.positions
         if not isinstance(rotary, Rotary) or not isinstance(sinks, Sinks):
-            return at_positions(self.dims, segment, queries, keys)
+            return super().placed(segment, queries, keys, state)
         num_sinks = self.attention.num_sinks
         window = self.attention.window
         num_rows = keys.shape[0]
@@ -306,19 +241,8 @@ def _with_segment(
         return jax.lax.stop_gradient(jnp.where(is_new[:, :, None, None], of_place, old))
 
     return Sinks(
-        keys=taken(keys, hide(sinks.keys, sinks.valid)),
-        values=taken(values, hide(sinks.values, sinks.valid)),
+        keys=taken(keys, sinks.keys),
+        values=taken(values, sinks.values),
         valid=sinks.valid | is_new,
         num_before=sinks.num_before + length,
     )
-
-
-def _behind_sinks(
-    sinks: Sinks | tuple[()],
-    name: str,
-    cached: Shaped[Array, "B W *rest"],
-) -> Shaped[Array, "B _ *rest"]:
-    """[sinks; cached], or what is cached alone where no sinks are kept."""
-    if not isinstance(sinks, Sinks):
-        return cached
-    return jnp.concatenate([hide(getattr(sinks, name), sinks.valid), cached], axis=1)

@@ -36,19 +36,12 @@ from memorizing.context import Report, Segment, reset_rows
 from memorizing.errors import Count, Factor, FactorAboveZero, Range, Share, UserError
 from memorizing.models.attention.base import SOFTMAX_FLOPS, matmul_flops, normalize
 from memorizing.models.layers import parameter
-from memorizing.models.memory import external_memory, recall
+from memorizing.models.memory import external_memory, recall, retrieval
 from memorizing.models.memory import search as search_lib
-from memorizing.models.memory.external_memory import (
-    NEIGHBOURS,
-    NO_NEIGHBOUR,
-    LastKey,
-    Memory,
-    Neighbours,
-    Retrieved,
-    Search,
-)
+from memorizing.models.memory.external_memory import LastKey, Memory
 from memorizing.models.memory.recall import LookUps
-from memorizing.models.memory.search import ExactSearch
+from memorizing.models.memory.retrieval import NEIGHBOURS, NO_NEIGHBOUR, Neighbours, Retrieved
+from memorizing.models.memory.search import ExactSearch, Search
 
 # The entry of the cache in parameters, context and reports.
 CONTINUOUS_CACHE = "continuous_cache"
@@ -354,7 +347,7 @@ def _look_up_shard(
     # The gradient gathers a row's keys again: those of all rows would be K times the size of the activations.
     @jax.checkpoint
     def with_gradient(row: tuple) -> Float[Array, "T K"]:
-        return external_memory.differentiable_scores(*row)
+        return retrieval.differentiable_scores(*row)
 
     # A query that meets an empty shard gets no gradient from whatever lies there.
     reading = jnp.where(holds_any[:, None, None], queries, 0)

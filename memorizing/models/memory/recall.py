@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Clock, HeadScale, Keys, Queries, RealPositions, Scalar, Tokens
 from memorizing.context import Report, Segment
-from memorizing.models.memory.external_memory import NO_NEIGHBOUR, Memory, take_slots
+from memorizing.models.memory.external_memory import Memory, take_slots
+from memorizing.models.memory.retrieval import NO_NEIGHBOUR
 
 # Of so many queries of a segment, at equal distances, a row is measured.
 _MEASURED_QUERIES = 8

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memorizing.models.pretrained.architecture import Architecture
-from memorizing.models.stack import layer_name
+from memorizing.models.stack.arrays import layer_name
 
 # A memory's parameters in a file that has them, under their own names.
 OWN = "memorizing."

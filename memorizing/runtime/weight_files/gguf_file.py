@@ -129,7 +129,7 @@ class _Header:
         if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
             raise damaged(self._path, f"general.alignment = {alignment}")
         first = -(-self._place // alignment) * alignment
-        return settings, {name: self._info(name, *entry, first) for name, *entry in table}
+        return settings, {name: self._info(name, shape, number, offset, first) for name, shape, number, offset in table}
 
     def _take(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(layout, self._content, self._place)

@@ -178,7 +178,7 @@ class TextLanguage:
             return _letters(rng, string.ascii_lowercase, 6)
         words = StandardLibrary().words()
         if kind == "common":
-            return str(words[rng.integers(len(words))])
+            return str(words[int(rng.integers(len(words)))])
         # Words at even places stand for adjectives, those at odd ones for nouns.
         first, second = 2 * rng.integers(len(words) // 2, size=2)
         name = f"{words[first]}-{words[second + 1]}"

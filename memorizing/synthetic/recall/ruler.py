@@ -28,6 +28,7 @@ from memorizing.synthetic.recall.prompt import (
     room_for_answer,
     units_from,
 )
+from memorizing.synthetic.task import Text
 
 Name = Literal[
     "niah_single_1",

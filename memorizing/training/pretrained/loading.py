@@ -15,7 +15,7 @@ from memorizing.array_typing import Tree
 from memorizing.errors import UserError
 from memorizing.models import language_model
 from memorizing.models.pretrained.tensors import Tensor, tensors_of
-from memorizing.models.stack import member_paths
+from memorizing.models.stack.arrays import member_paths
 from memorizing.runtime import sharding
 from memorizing.runtime.sharding import from_host
 from memorizing.training.checkpoint import paths

@@ -11,11 +11,16 @@ chunks wherever chunks begin.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from memorizing.array_typing import HeadScale
+from memorizing.models import partial_softmax
+from memorizing.models.partial_softmax import Partial
 
 # In sorted order, cut into m chunks of C.
 Chunks = Shaped[Array, "B N m C *rest"]
@@ -49,8 +54,9 @@ class Pairs(NamedTuple):
     visible: Bool[Array, "B N m C S"]
 
 
-def sort(buckets: Int[Array, "B N T"]) -> Sorted:
-    """Sorts positions by bucket, and by time within each."""
+def sort(buckets: Int[Array, "B N T"], is_real: Bool[Array, "B T"], num_buckets: int) -> Sorted:
+    """Sorts positions by bucket, and by time within each; what is not real is in a bucket of its own, the last."""
+    buckets = jnp.where(is_real[:, None], buckets, num_buckets)
     order = jnp.argsort(buckets, axis=-1, stable=True)
     ranks = jnp.argsort(order, axis=-1)
     return Sorted(buckets, order, ranks)
@@ -77,6 +83,56 @@ def pairs(positions: Sorted, chunk_size: int, strictly_causal: bool) -> Pairs:
         back = jnp.arange(chunk_size)[:, None] + chunk_size - jnp.arange(2 * chunk_size)[None, :]
         visible &= (back < chunk_size)[None, None, None]
     return Pairs(query, key, visible)
+
+
+def attend(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B T N H"],
+    values: Float[Array, "B T N H"],
+    positions: Sorted,
+    met: Pairs,
+    logits_of: Callable[[Float[Array, "B N m C S"], Pairs], Float[Array, "B N m C S"]],
+) -> Partial:
+    """Attention of every position to those of its bucket that it meets, [B, N, T, ...].
+
+    Args:
+      queries, keys, values: of a whole segment.
+      positions: in the order of their buckets.
+      met: the pairs that meet: see `pairs`.
+      logits_of: of the pairs, given their products q . k, float32.
+    """
+    chunk_size = met.query.shape[-1]
+    heads_first = (jnp.moveaxis(each, 2, 1) for each in (queries, keys, values))
+    # [B, N, m, C, H]
+    query_chunks, key_chunks, value_chunks = (in_chunks(each, positions, chunk_size) for each in heads_first)
+    products = jnp.einsum(
+        "BNmtH,BNmsH->BNmts",
+        query_chunks,
+        with_chunk_before(key_chunks),
+        preferred_element_type=jnp.float32,
+    )
+    y = partial_softmax.attend(logits_of(products, met), met.visible, with_chunk_before(value_chunks))
+    return Partial(*(by_position(each, positions) for each in y))
+
+
+def biased(
+    products: Float[Array, "B N m t s"],
+    by_distance: Float[Array, "N S"],
+    query: Int[Array, "B N m t"],
+    key: Int[Array, "B N m s"],
+    scale: HeadScale,
+) -> Float[Array, "B N m t s"]:
+    """scale * (q . k + bias) of positions that met.
+
+    Args:
+      products: q . k.
+      by_distance: bias of the logits at each distance back.
+      query, key: their positions.
+      scale: of the logits.
+    """
+    distance = jnp.maximum(query[..., :, None] - key[..., None, :], 0)
+    heads = jnp.arange(by_distance.shape[0]).reshape(1, -1, 1, 1, 1)
+    return (products + by_distance[heads, distance]) * scale.reshape(1, -1, 1, 1, 1)
 
 
 def meets(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import HeadScale
 from memorizing.context import Attended
+from memorizing.models import partial_softmax
 from memorizing.models.partial_softmax import HIDDEN
 
 # Queries whose weights for all positions are there at a time.
@@ -40,6 +41,16 @@ def logits(
     distance = jnp.maximum(query[:, None] - jnp.arange(keys.shape[1])[None, :], 0)
     products = jnp.einsum("BTNH,BSNH->BNTS", queries, keys, preferred_element_type=jnp.float32)
     return (products + by_distance[:, distance][None]) * scale[None, :, None, None]
+
+
+def attend(
+    logits: Float[Array, "B N t S"],
+    visible: Bool[Array, "#B #N t S"],
+    values: Float[Array, "B S N H"],
+) -> Float[Array, "B t N H"]:
+    """softmax(logits) values of some queries, each over the positions that it sees."""
+    heads_first = jnp.moveaxis(values, 2, 1)
+    return jnp.moveaxis(partial_softmax.attend(logits, visible, heads_first).values, 1, 2)
 
 
 def softmax(

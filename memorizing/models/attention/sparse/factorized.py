@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,19 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import HeadScale, Keys, Queries, Values
 from memorizing.context import Attended, Layout, Report, Segment
-from memorizing.errors import Count, Range, UserError
+from memorizing.errors import Count, UserError
 from memorizing.models import partial_softmax
-from memorizing.models.attention.base import (
-    Attention,
-    Example,
-    LayerDims,
-    attend_flops,
-    distance_bias,
-    projection_flops,
-)
+from memorizing.models.attention.base import Example, LayerDims, attend_flops, projection_flops
+from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import dense
 from memorizing.models.partial_softmax import Partial
-from memorizing.models.positions import check_buckets
 
 # The segment cut into m blocks of l positions.
 Blocks = Float[Array, "B m l N H"]
@@ -39,7 +32,7 @@ Bias = Callable[[np.ndarray], Float[Array, "N *shape"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseAttention(Attention):
+class SparseAttention(BiasedAttention):
     """Every position sees itself and two sets of earlier ones, at most (section 4 of the paper).
 
     'strided': the first set are the last l positions, the second every l-th one before. 'fixed': the first set is the
@@ -56,7 +49,7 @@ class SparseAttention(Attention):
       stride: l, in positions; divides the segment length.
       summary_width: c, columns of a block that a head sees in the second fixed set; divides the stride. Heads take
         different columns, counted from the block's end.
-      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      num_buckets, max_distance: see `BiasedAttention`.
     """
 
     can_decode: ClassVar[bool] = True
@@ -67,11 +60,9 @@ class SparseAttention(Attention):
     sees: Literal["first", "second", "merged", "split"] = "merged"
     stride: Count = 128
     summary_width: Count = 32
-    num_buckets: Annotated[int, Range(2, 2**16)] = 32
-    max_distance: Count = 128
 
     def __post_init__(self) -> None:
-        check_buckets("SparseAttention", self.num_buckets, self.max_distance)
+        super().__post_init__()
         if self.stride < 1:
             raise UserError(f"SparseAttention.stride = {self.stride}: at least 1 position")
         if self.pattern == "fixed" and (self.summary_width < 1 or self.stride % self.summary_width):
@@ -181,7 +172,7 @@ class SparseCore(nn.Module):
         config = self.attention
         keys = segment.with_kv_cache("keys", keys)
         values = segment.with_kv_cache("values", values)
-        bias = distance_bias(self.dims, config.num_buckets, config.max_distance)
+        bias = config.distance_bias(self.dims)
         # There is no mask of what is real: padding comes after all that is real, and no position sees a later one.
         attend = self._attend_token if segment.is_decode_step else self._attend_segment
         y = attend(queries, keys, values, scale, bias, segment)
@@ -272,8 +263,7 @@ class SparseCore(nn.Module):
         key = np.arange(length)
         visible = self.attention.visible(num_heads, query, jnp.asarray(key))
         logits = dense.logits(queries, keys, bias(key), scale, query)
-        y = partial_softmax.attend(logits, visible[None], jnp.moveaxis(values, 2, 1)).values
-        return jnp.moveaxis(y, 1, 2)
+        return dense.attend(logits, visible[None], values)
 
 
 class BlockHeads(NamedTuple):

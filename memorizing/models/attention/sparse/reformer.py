@@ -18,29 +18,27 @@ from memorizing.context import Attended, Layout, Report, Rngs, Segment
 from memorizing.errors import Count, Range, UserError, Width
 from memorizing.models import partial_softmax
 from memorizing.models.attention.base import (
-    Attention,
     Example,
     LayerDims,
     attend_flops,
-    distance_bias,
     logit_scale,
     matmul_flops,
     normalize,
     project_from_heads,
     project_to_heads,
 )
+from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import buckets, dense
 from memorizing.models.attention.sparse.buckets import Pairs, Sorted
-from memorizing.models.memory.external_memory import NEIGHBOURS
+from memorizing.models.memory.retrieval import NEIGHBOURS
 from memorizing.models.partial_softmax import Partial
-from memorizing.models.positions import check_buckets
 
 # Logit of the query's own position, which counts only where nothing else is visible (section 2 of the paper).
 _ITSELF = -1e5
 
 
 @dataclasses.dataclass(frozen=True)
-class ReformerAttention(Attention):
+class ReformerAttention(BiasedAttention):
     """Attention of shared queries and keys within the buckets of an angular hash.
 
     A position sees earlier ones that have its hash in any of the rounds, as far as they are found: positions are sorted
@@ -57,7 +55,7 @@ class ReformerAttention(Attention):
       num_rounds: of hashing.
       chunk_size: C, in positions; divides the segment length.
       strictly_causal: whether nothing depends on later positions.
-      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      num_buckets, max_distance: see `BiasedAttention`.
     """
 
     tells_attention: ClassVar[bool] = True
@@ -71,11 +69,9 @@ class ReformerAttention(Attention):
     num_rounds: Annotated[int, Range(1, 2**10)] = 2
     chunk_size: Count = 64
     strictly_causal: bool = False
-    num_buckets: Annotated[int, Range(2, 2**16)] = 32
-    max_distance: Count = 128
 
     def __post_init__(self) -> None:
-        check_buckets("ReformerAttention", self.num_buckets, self.max_distance)
+        super().__post_init__()
         for name in ("num_rounds", "chunk_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"ReformerAttention.{name} = {getattr(self, name)}: at least 1")
@@ -151,7 +147,7 @@ class ReformerLayer(nn.Module):
         if dims.qk_norm == "l2":
             queries = keys
         scale = logit_scale(self, dims, fixed=dims.head_dim**-0.5)
-        bias = distance_bias(dims, config.num_buckets, config.max_distance)
+        bias = config.distance_bias(dims)
         # [r, B, N, T]
         hashes = angular_hash(config, keys, segment.rngs)
         hashes = segment.chosen("hashes", checkpoint_name(hashes, NEIGHBOURS))
@@ -214,26 +210,16 @@ def attend_in_rounds(
     is_real: Bool[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
     """Attention to everything that is found in any round, counted once (appendix A of the paper)."""
-    # What is not real is in a bucket of its own.
-    hashes = jnp.where(is_real[None, :, None], hashes, math.prod(config.hash_factors))
-    positions = jax.vmap(buckets.sort)(hashes)
-    heads_first = [jnp.moveaxis(each, 2, 1) for each in (queries, keys, values)]
+    positions = _sorted_in_rounds(config, hashes, is_real)
+
+    def logits_of(products: Float[Array, "B N m C S"], pairs: Pairs) -> Float[Array, "B N m C S"]:
+        logits = buckets.biased(products, by_distance, pairs.query, pairs.key, scale)
+        is_itself = pairs.query[..., :, None] == pairs.key[..., None, :]
+        return jnp.where(is_itself, _ITSELF, logits) - jnp.log(_times_found(config, pairs, positions))
 
     def attend_in_round(of_round: Sorted) -> Partial:
         pairs = buckets.pairs(of_round, config.chunk_size, config.strictly_causal)
-        # [B, N, m, C, H]
-        chunks = [buckets.in_chunks(each, of_round, config.chunk_size) for each in heads_first]
-        chunk_keys, chunk_values = map(buckets.with_chunk_before, chunks[1:])
-
-        products = jnp.einsum("BNmtH,BNmsH->BNmts", chunks[0], chunk_keys, preferred_element_type=jnp.float32)
-        distance = jnp.maximum(pairs.query[..., :, None] - pairs.key[..., None, :], 0)
-        heads = jnp.arange(by_distance.shape[0]).reshape(1, -1, 1, 1, 1)
-        logits = (products + by_distance[heads, distance]) * scale.reshape(1, -1, 1, 1, 1)
-        logits = jnp.where(distance == 0, _ITSELF, logits)
-        logits -= jnp.log(_times_found(config, pairs, positions))
-
-        y = partial_softmax.attend(logits, pairs.visible, chunk_values)
-        return Partial(*(buckets.by_position(each, of_round) for each in y))
+        return buckets.attend(queries, keys, values, of_round, pairs, logits_of)
 
     rounds = jax.lax.map(attend_in_round, positions)
     return jnp.moveaxis(partial_softmax.join_axis(rounds).values, 1, 2)
@@ -251,8 +237,7 @@ def attended_in_rounds(
     """What `attend_in_rounds` attends to, for an inspector; a position belongs to a bucket in each round."""
     length = queries.shape[1]
     heads = range(queries.shape[2])
-    num_buckets = math.prod(config.hash_factors)
-    positions = jax.vmap(buckets.sort)(jnp.where(segment.is_real[None, :, None], hashes, num_buckets))
+    positions = _sorted_in_rounds(config, hashes, segment.is_real)
 
     def weights(query: Int[Array, "t"]) -> Float[Array, "B N t S"]:
         def found(of_round: Sorted) -> Bool[Array, "B N t S"]:
@@ -266,6 +251,12 @@ def attended_in_rounds(
     names = tuple(f"bucket in round {index}" for index in range(1, config.num_rounds + 1))
     groups = jnp.moveaxis(hashes, (0, 3), (3, 1))
     return dense.strongest(weights, length, segment.num_shown, groups, names, heads)
+
+
+def _sorted_in_rounds(config: ReformerAttention, hashes: Int[Array, "r B N T"], is_real: Bool[Array, "B T"]) -> Sorted:
+    """Positions in the order of their buckets, in every round."""
+    num_buckets = math.prod(config.hash_factors)
+    return jax.vmap(lambda of_round: buckets.sort(of_round, is_real, num_buckets))(hashes)
 
 
 def _times_found(config: ReformerAttention, pairs: Pairs, positions: Sorted) -> Float[Array, "B N m C S"]:
@@ -321,5 +312,4 @@ def _attend_token(
     logits = dense.logits(queries, keys, by_distance, scale, query[None])
     is_itself = jnp.arange(keys.shape[1]) == query
     logits = jnp.where(is_itself[None, None, None], _ITSELF, logits)
-    y = partial_softmax.attend(logits, visible[:, :, None], values.swapaxes(1, 2)).values
-    return y.swapaxes(1, 2)
+    return dense.attend(logits, visible[:, :, None], values)

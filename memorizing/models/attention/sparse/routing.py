@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -20,29 +20,29 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Activations, AxesTree, Clock, Tree
 from memorizing.context import Attended, Layout, Report, Segment
-from memorizing.errors import Count, CountOrNone, Factor, Range, Share, UserError, Width
+from memorizing.errors import Count, CountOrNone, Factor, Share, UserError, Width
 from memorizing.models import partial_softmax
 from memorizing.models.attention.base import (
     Attention,
     Example,
     LayerDims,
     attend_flops,
-    distance_bias,
     logit_scale,
     matmul_flops,
     normalize,
     project_from_heads,
     project_to_heads,
 )
+from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import buckets, clusters, dense
+from memorizing.models.attention.sparse.buckets import Pairs
 from memorizing.models.attention.sparse.clusters import Clusters
 from memorizing.models.attention.sparse.factorized import SparseAttention
-from memorizing.models.memory.external_memory import NEIGHBOURS
-from memorizing.models.positions import check_buckets
+from memorizing.models.memory.retrieval import NEIGHBOURS
 
 
 @dataclasses.dataclass(frozen=True)
-class RoutingAttention(Attention):
+class RoutingAttention(BiasedAttention):
     """Local heads beside routing heads, whose positions attend within clusters by k-means.
 
     As published, every centroid takes the w positions of the segment that are most similar to it. So later positions
@@ -60,7 +60,7 @@ class RoutingAttention(Attention):
       random_projection: whether vectors are turned by a random orthonormal matrix before they are clustered.
       decay: of the running averages that make the centroids; with 1 they stay where they began.
       commitment: weight of the loss that draws vectors to their centroids.
-      num_buckets, max_distance: T5's relative bias; the distance is in tokens.
+      num_buckets, max_distance: see `BiasedAttention`.
     """
 
     tells_attention: ClassVar[bool] = True
@@ -78,11 +78,9 @@ class RoutingAttention(Attention):
     random_projection: bool = False
     decay: Share = 0.999
     commitment: Factor = 1e-4
-    num_buckets: Annotated[int, Range(2, 2**16)] = 32
-    max_distance: Count = 128
 
     def __post_init__(self) -> None:
-        check_buckets("RoutingAttention", self.num_buckets, self.max_distance)
+        super().__post_init__()
         for name in ("num_clusters", "cluster_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"RoutingAttention.{name} = {getattr(self, name)}: at least 1")
@@ -255,7 +253,7 @@ class Routing(nn.Module):
             orthogonal = functools.partial(jax.random.orthogonal, n=dims.head_dim, shape=(dims.num_heads,))
             turn = self.variable("buffers", "turn", lambda: orthogonal(self.make_rng("params")))
             turned = jnp.einsum("BTNH,NHJ->BTNJ", vectors, turn.value.astype(vectors.dtype))
-        bias = distance_bias(dims, config.num_buckets, config.max_distance)
+        bias = config.distance_bias(dims)
 
         # [B, N, T, c]
         similar = clusters.similarities(running, turned)
@@ -306,8 +304,7 @@ class Routing(nn.Module):
         query = segment.decoding.position
         visible = buckets.last_of_bucket(nearest[..., 0], chosen.swapaxes(1, 2), query, config.cluster_size)
         logits = dense.logits(vectors, keys, by_distance, scale, query[None])
-        y = partial_softmax.attend(logits, visible[:, :, None], values.swapaxes(1, 2)).values
-        return y.swapaxes(1, 2), report
+        return dense.attend(logits, visible[:, :, None], values), report
 
     def _report(
         self,
@@ -341,20 +338,14 @@ def _last_of_cluster(
     is_real: Bool[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
     """Every position sees the last w of the cluster of its nearest centroid."""
-    size = config.cluster_size
-    # What is not real is in a cluster of its own.
-    own = jnp.where(is_real[:, None], nearest, config.num_clusters)
-    ordered = buckets.sort(own)
-    pairs = buckets.pairs(ordered, size, strictly_causal=True)
-    # [B, N, m, w, H]
-    queries = buckets.in_chunks(jnp.moveaxis(vectors, 2, 1), ordered, size)
-    keys = buckets.with_chunk_before(queries)
-    chunks = buckets.with_chunk_before(buckets.in_chunks(jnp.moveaxis(values, 2, 1), ordered, size))
 
-    products = jnp.einsum("BNmtH,BNmsH->BNmts", queries, keys, preferred_element_type=jnp.float32)
-    logits = _with_bias(products, by_distance, pairs.query, pairs.key, scale)
-    y = partial_softmax.attend(logits, pairs.visible, chunks).values
-    return jnp.moveaxis(buckets.by_position(y, ordered), 1, 2)
+    def logits_of(products: Float[Array, "B N m C S"], pairs: Pairs) -> Float[Array, "B N m C S"]:
+        return buckets.biased(products, by_distance, pairs.query, pairs.key, scale)
+
+    ordered = buckets.sort(nearest, is_real, config.num_clusters)
+    pairs = buckets.pairs(ordered, config.cluster_size, strictly_causal=True)
+    y = buckets.attend(vectors, vectors, values, ordered, pairs, logits_of).values
+    return jnp.moveaxis(y, 1, 2)
 
 
 def _members(
@@ -389,7 +380,7 @@ def _balanced(
     visible = members[..., :, None] >= members[..., None, :]
     visible &= is_member_real[..., None, :]
     products = jnp.einsum("BNcwH,BNcsH->BNcws", of_cluster, of_cluster, preferred_element_type=jnp.float32)
-    logits = _with_bias(products, by_distance, members, members, scale)
+    logits = buckets.biased(products, by_distance, members, members, scale)
     y = partial_softmax.attend(logits, visible, gather(values)).values
 
     # Back to their positions: the average over a position's clusters, 0 of one that is in none.
@@ -416,8 +407,8 @@ def _attended(
     nearest = choices["nearest"]
 
     def of_last_of_cluster(query: Int[Array, "t"]) -> Float[Array, "B N t S"]:
-        own = jnp.where(segment.is_real[:, None], nearest, config.num_clusters)
-        visible = buckets.meets(buckets.sort(own), query, config.cluster_size, strictly_causal=True)
+        ordered = buckets.sort(nearest, segment.is_real, config.num_clusters)
+        visible = buckets.meets(ordered, query, config.cluster_size, strictly_causal=True)
         return dense.softmax(dense.logits(vectors[:, query], vectors, by_distance, scale, query), visible)
 
     def of_balanced(query: Int[Array, "t"]) -> Float[Array, "B N t S"]:
@@ -439,16 +430,3 @@ def _attended(
     weights = of_last_of_cluster if config.strictly_causal else of_balanced
     groups = nearest.swapaxes(1, 2)[..., None]
     return dense.strongest(weights, length, segment.num_shown, groups, ("cluster",), range(num_heads))
-
-
-def _with_bias(
-    products: Float[Array, "B N m t s"],
-    by_distance: Float[Array, "N S"],
-    query: Int[Array, "B N m t"],
-    key: Int[Array, "B N m s"],
-    scale: Float[Array, "N"],
-) -> Float[Array, "B N m t s"]:
-    """scale * (q . k + bias) of positions that met."""
-    distance = jnp.maximum(query[..., :, None] - key[..., None, :], 0)
-    heads = jnp.arange(by_distance.shape[0]).reshape(1, -1, 1, 1, 1)
-    return (products + by_distance[heads, distance]) * scale.reshape(1, -1, 1, 1, 1)

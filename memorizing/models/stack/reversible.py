@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +59,7 @@ class ReversibleInputs(NamedTuple):
 
 
 # By the names of the layers of one repetition.
-Layers = Mapping[str, Halves]
+Layers = dict[str, Halves]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

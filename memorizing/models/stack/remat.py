@@ -1,0 +1,69 @@
+"""Rematerialisation: activations that are computed again for the gradient, instead of being stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from memorizing.array_typing import Activations, Tree
+from memorizing.models.memory.retrieval import NEIGHBOURS
+
+RematKind = Literal["none", "layer", "dots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """What is computed again for the gradient.
+
+    Attributes:
+      kind: 'none'; 'layer', all but the search of a memory; or 'dots', all but that search and products with
+        parameters.
+      every: layers of a scan, counted in repetitions of the pattern, of which only the inputs of the first are stored
+        (Chen et al. 2016). Those of one such block are computed again together.
+    """
+
+    kind: RematKind = "none"
+    every: int = 1
+
+    def of_layer(self, layer: Callable, is_scanned: bool) -> Callable:
+        """The same layer, computed again for its gradient, unless its block is."""
+        is_in_block = is_scanned and self.every > 1
+        return layer if self.kind == "none" or is_in_block else self._recomputed(layer, is_scanned)
+
+    def scan(self, body: Callable, x: Activations, scanned: Tree) -> tuple[Activations, Tree]:
+        """`jax.lax.scan`, which stores the inputs of every `every`-th repetition only; the last block may be shorter."""
+        if self.kind == "none" or self.every == 1:
+            return jax.lax.scan(body, x, scanned)
+        num_repetitions = jax.tree.leaves(scanned)[0].shape[0]
+        num_blocks = num_repetitions // self.every
+        num_in_blocks = num_blocks * self.every
+
+        def pass_block(x: Activations, of_block: Tree) -> tuple[Activations, Tree]:
+            return jax.lax.scan(body, x, of_block)
+
+        def in_blocks(leaf: jax.Array) -> jax.Array:
+            return leaf[:num_in_blocks].reshape(num_blocks, self.every, *leaf.shape[1:])
+
+        pass_block = self._recomputed(pass_block, is_scanned=True)
+        parts = []
+        if num_blocks:
+            x, outputs = jax.lax.scan(pass_block, x, jax.tree.map(in_blocks, scanned))
+            parts.append(jax.tree.map(lambda leaf: leaf.reshape(num_in_blocks, *leaf.shape[2:]), outputs))
+        if num_in_blocks < num_repetitions:
+            rest = jax.tree.map(lambda leaf: leaf[num_in_blocks:], scanned)
+            x, outputs = pass_block(x, rest)
+            parts.append(outputs)
+        return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    def _recomputed(self, function: Callable, is_scanned: bool) -> Callable:
+        """The same function, whose activations are computed again for its gradient, but for what `kind` stores."""
+        policies = jax.checkpoint_policies
+        policy = policies.save_only_these_names(NEIGHBOURS)
+        if self.kind == "dots":
+            policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
+        # prevent_cse is not needed inside a scan, and would only slow it down.
+        return jax.checkpoint(function, policy=policy, prevent_cse=not is_scanned)
