@@ -24,6 +24,8 @@ ALL = FRONT + PAGES
 GIN_FILES = sorted(path.relative_to(ROOT / "gin").with_suffix("").as_posix() for path in (ROOT / "gin").rglob("*.gin"))
 # A page that a text speaks of, docs/design.md or design.md. A name in quotation marks is code's.
 PAGE_NAME = re.compile(r"(?<![\w*./\"'-])[\w./-]+\.md\b")
+# A test that a page names, such as `training/test_kill.py::test_...`, from tests/.
+TEST_NAME = re.compile(r"`([\w/]+\.py)::(test_\w+)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -101,6 +103,14 @@ def test_no_file_speaks_of_a_page_that_is_not_there():
             text = path.read_text()
             assert "shared" + "/" not in text, file
             assert set(PAGE_NAME.findall(text)) - known == set(), file
+
+
+def test_the_tests_that_pages_name_are_there():
+    named = [found for page in ALL for found in TEST_NAME.findall(page.read_text())]
+    assert len(named) > 20
+    for file, function in named:
+        path = ROOT / "tests" / file
+        assert path.is_file() and f"\ndef {function}(" in path.read_text(), f"{file}::{function}"
 
 
 def test_the_picture_is_drawn_and_shown():

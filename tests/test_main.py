@@ -6,10 +6,13 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from memorizing import main
+from memorizing.errors import EXIT_START_AGAIN
 
 
 @pytest.fixture
@@ -50,3 +53,17 @@ def test_another_accelerator_is_used(machine: pathlib.Path, monkeypatch: pytest.
     environment: dict[str, str] = {}
     main.leave_out_absent_tpus(environment)
     assert environment == {}
+
+
+# Told to stop before the run itself listens, as it imports what it needs.
+STOPPED = """
+import os, signal
+from memorizing import main
+main._run = lambda arguments: os.kill(os.getpid(), signal.SIGTERM)
+main.main(["train"])
+"""
+
+
+def test_a_training_that_is_stopped_while_it_imports_asks_to_be_started_again():
+    """Launchers take the system's own code for a failure."""
+    assert subprocess.run([sys.executable, "-c", STOPPED]).returncode == EXIT_START_AGAIN

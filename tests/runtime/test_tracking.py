@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import pathlib
+import struct
 import sys
 import time
 
 import pytest
 from etils import epath
+from tensorboardX.proto.event_pb2 import Event
 
 from memorizing.errors import UserError
 from memorizing.runtime.metrics import MetricWriter
@@ -20,6 +23,36 @@ def write(workdir: epath.Path, resumed_step: int, step: int) -> None:
     writer = MetricWriter(workdir, resumed_step, "reading")
     writer.write(step, "train", {"loss": 2.5, "layer_01/gate/0": 0.5})
     writer.close()
+
+
+def shown(folder: pathlib.Path) -> list[tuple[int, float]]:
+    """Step and value of what TensorBoard shows: a session that begins at a step hides what was written beyond it."""
+    found: list[tuple[int, float]] = []
+    for file in sorted(folder.glob("events.out.tfevents.*")):
+        content = file.read_bytes()
+        while content:
+            # A record: its length, eight bytes, between two checksums of four.
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            if event.HasField("session_log"):
+                found = [(step, value) for step, value in found if step < event.step]
+            found += [(event.step, value.simple_value) for value in event.summary.value]
+    return found
+
+
+def test_tensorboard_shows_every_step_of_a_run_that_went_on_once(tmp_path: pathlib.Path, monkeypatch):
+    """It was killed after step 30, and its last checkpoint is that of step 20."""
+    # Files are named by the second in which they are opened.
+    clock = itertools.count(1_800_000_000)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    for resumed_step, steps, loss in ((0, (10, 20, 30), 1.0), (20, (30, 40), 2.0)):
+        writer = MetricWriter(epath.Path(tmp_path), resumed_step)
+        for step in steps:
+            writer.write(step, "train", {"loss": loss})
+        writer.close()
+    assert len(list((tmp_path / "events").iterdir())) == 2
+    assert shown(tmp_path / "events") == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="Weights & Biases is not installed")
