@@ -79,6 +79,8 @@ setup(
         # Workdirs, caches and archives in gs://, without TensorFlow.
         "gcs": ["gcsfs"],
         "prep": ["apache-beam>=2.77"],
+        # Tasks of the LM Evaluation Harness.
+        "lm-eval": ["lm-eval>=0.4.13"],
         # Models and vocabularies of others.
         "pretrained": ["gguf", "tokenizers"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
@@ -91,6 +93,7 @@ setup(
             "hypothesis",
             "kubeflow-trainer-api",
             "kubernetes-validate",
+            "lm-eval>=0.4.13",
             "pyarrow",
             "pypdf",
             "pytest",

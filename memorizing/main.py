@@ -41,6 +41,7 @@ COMMANDS = {
     "serve": ("memorizing.commands.writing.serve", "a run as a service, with sessions, for many at once"),
     "evaluate": ("memorizing.commands.evaluate", "a finished run on held-out documents, with several memories"),
     "inspect": ("memorizing.commands.inspect", "see what the memory of a run looks up"),
+    "lm-eval": ("memorizing.commands.writing.harness", "tasks of the LM Evaluation Harness, on a finished run"),
     "status": ("memorizing.commands.watching.status", "how a run is doing, also while it trains"),
     "runs": ("memorizing.commands.watching.runs", "the runs of a folder side by side, and what differs in them"),
     "report": ("memorizing.commands.watching.report", "a run as one page: losses, evaluations, memories, time"),

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from memorizing.array_typing import Logits, PerToken, RowFlags, Tree
+from memorizing.array_typing import RowFlags, Tree
 from memorizing.batch import Batch, DataSource, EvaluationBatch, text_of
 from memorizing.context import Context
 from memorizing.evaluation.another_document import OtherDocuments, with_memories_of
 from memorizing.evaluation.reading import ReadingBar, inputs_of, read_segments
 from memorizing.models import language_model
 from memorizing.models.lm_config import LMConfig
-from memorizing.models.losses import next_token_nats
+from memorizing.models.losses import Scores, scores
 from memorizing.models.memory import external_memory
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE
 from memorizing.runtime import sharding
@@ -160,11 +160,11 @@ class ReadSegment(NamedTuple):
     """What came of a segment of every row.
 
     Attributes:
-      scores: -log p of the targets, float32 [B, T], and whether they are the most likely tokens, bool [B, T].
+      scores: of the targets, [B, T].
       batch, document, offset: see `EvaluationBatch`.
     """
 
-    scores: tuple[Any, Any]
+    scores: Scores
     batch: Batch
     document: np.ndarray
     offset: np.ndarray
@@ -318,19 +318,19 @@ def accuracy_by_reach(
 
 def _evaluation_step(
     config: LMConfig, params: Tree, buffers: Tree, context: Context, batch: Batch, *, ablation: Ablation
-) -> tuple[tuple[PerToken, jax.Array], Context]:
+) -> tuple[Scores, Context]:
     segment: Batch = jax.tree.map(lambda leaf: leaf[:, 0], batch)  # [B, 1, T] -> [B, T]
     context, start = ablate(config, ablation, context, segment)
     inputs = dataclasses.replace(inputs_of(segment), start_of_document=start)
     output = language_model.apply(config, params, buffers, inputs, context)
     # Only a decode step returns none.
     assert output.context is not None
-    return _scores(output.logits, segment), output.context
+    return scores(output.logits, segment.targets), output.context
 
 
 def _evaluation_step_beside(
     config: LMConfig, params: Tree, buffers: Tree, contexts: tuple[Context, Context], batches: tuple[Batch, Batch]
-) -> tuple[tuple[PerToken, jax.Array], tuple[Context, Context]]:
+) -> tuple[Scores, tuple[Context, Context]]:
     """Reads a segment with the memories that other documents have written, and then a segment of these."""
     own, other = contexts
     segment: Batch
@@ -340,14 +340,7 @@ def _evaluation_step_beside(
     of_other = language_model.apply(config, params, buffers, inputs_of(beside), other)
     # Only a decode step returns none.
     assert output.context is not None and of_other.context is not None
-    return _scores(output.logits, segment), (output.context, of_other.context)
-
-
-def _scores(logits: Logits, segment: Batch) -> tuple[PerToken, jax.Array]:
-    """-log p of the targets, and whether they are the most likely tokens; [B, T]."""
-    nats = next_token_nats(logits, segment.targets)
-    is_right = jnp.argmax(logits, axis=-1) == segment.targets
-    return nats, is_right
+    return scores(output.logits, segment.targets), (output.context, of_other.context)
 
 
 class _Sums:

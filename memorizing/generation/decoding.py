@@ -18,20 +18,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from memorizing.array_typing import PerToken, Tokens, Tree
+from memorizing.array_typing import Tokens, Tree
 from memorizing.context import Context, Decoding, Inputs
 from memorizing.evaluation.reading import read_segments
 from memorizing.generation.sampling import Sampling, SamplingArrays, draw
 from memorizing.models import language_model
 from memorizing.models.lm_config import LMConfig
-from memorizing.models.losses import next_token_nats
+from memorizing.models.losses import Scores, scores
 from memorizing.runtime import sharding
 
 # What the layers keep of an open segment: by group of layers, `Report.kv_cache`.
 KVCache = Mapping[str, Any]
 # On the host.
 HostTokens = Int[np.ndarray, "B T"]
-HostPerToken = Float[np.ndarray, "B T"]
 
 
 class Decoder:
@@ -39,10 +38,10 @@ class Decoder:
 
     Attributes:
       config, segment_length: of the model.
-      read: `(params, buffers, inputs [B, T], targets [B, T], context) -> (nats [B, T], context)`, a whole segment; the
+      read: `(params, buffers, inputs [B, T], targets [B, T], context) -> (Scores [B, T], context)`, a whole segment; the
         context is donated.
       prepare: `(context) -> context` as the next segment reads it; donated.
-      prefill: `(params, buffers, inputs, targets, context) -> (nats, KV cache)`, the first positions of a segment,
+      prefill: `(params, buffers, inputs, targets, context) -> (Scores, KV cache)`, the first positions of a segment,
         padded to T; the context as `prepare` gives it, as in every decode step.
       decode: `(params, buffers, inputs [B], index, KV cache, context, position, sampling) -> (Drawn, KV cache)`, the
         input at `index` of the segment, and a draw from what it predicts, the token at `position` of the document; the
@@ -184,7 +183,7 @@ class TextDecoder:
         # Of the open segment; None where it has to be prefilled first.
         self._kv_cache: KVCache | None = None
 
-    def read(self, tokens: HostTokens, on_progress: Callable[[int], None] = lambda _: None) -> HostPerToken:
+    def read(self, tokens: HostTokens, on_progress: Callable[[int], None] = lambda _: None) -> Scores:
         """Reads on.
 
         Args:
@@ -192,33 +191,34 @@ class TextDecoder:
           on_progress: told after every segment how many of the tokens have been read.
 
         Returns:
-          -log p of each token, float32 [B, length] on the host.
+          How well each token was predicted, [B, length] on the host.
         """
         if not tokens.shape[1]:
-            return np.zeros(tokens.shape, np.float32)
+            return Scores(np.zeros(tokens.shape, np.float32), np.ones(tokens.shape, bool))
         num_before, length = len(self._inputs), self._decoder.segment_length
         before = self.state.inputs
         # The open segment passes again from its start; what of it was scored is not scored again.
         inputs = np.concatenate([before, tokens[:, :-1]], axis=1)
         targets = np.concatenate([before[:, 1:], tokens], axis=1)
         num_whole = inputs.shape[1] // length * length
-        nats: list[np.ndarray] = []
+        parts: list[Scores] = []
         starts = range(0, num_whole, length)
         segments = ((inputs[:, start : start + length], targets[:, start : start + length]) for start in starts)
         for scored, context in read_segments(self._read_segment, self._context, segments):
             self._context = context
-            nats.append(np.asarray(scored))
-            on_progress(min(len(nats) * length - num_before, tokens.shape[1]))
+            parts.append(scored)
+            on_progress(min(len(parts) * length - num_before, tokens.shape[1]))
         if num_whole:
             self._context = self._decoder.prepare(self._context)
         self._inputs = list(inputs[:, num_whole:].T)
         self._pending = tokens[:, -1].astype(np.int32)
         self._kv_cache = None
         if self._inputs:
-            nats.append(np.asarray(self._prefill(targets[:, num_whole:]))[:, : len(self._inputs)])
+            parts.append(jax.device_get(self._prefill(targets[:, num_whole:])))
         self.num_tokens += tokens.shape[1]
         on_progress(tokens.shape[1])
-        return np.concatenate(nats, axis=1)[:, num_before:]
+        scored = slice(num_before, num_before + tokens.shape[1])
+        return Scores(*(np.concatenate(part, axis=1)[:, scored] for part in zip(*parts, strict=True)))
 
     def generate(
         self, num_tokens: int, sampling: Sampling, seed: int, allowed: Bool[np.ndarray, "V"]
@@ -294,18 +294,18 @@ class TextDecoder:
         inputs = np.stack([*map(np.asarray, self._inputs), np.asarray(self._pending)], axis=1).astype(np.int32)
         return TextState(self._context, inputs, self.num_tokens)
 
-    def _read_segment(self, context: Context, segment: tuple[HostTokens, HostTokens]) -> tuple[PerToken, Context]:
+    def _read_segment(self, context: Context, segment: tuple[HostTokens, HostTokens]) -> tuple[Scores, Context]:
         return self._decoder.read(*self._weights, *segment, context)
 
-    def _prefill(self, targets: HostTokens) -> PerToken:
-        """Makes the KV cache of the open segment's inputs; returns the -log p of the targets, [B, T] on the device."""
+    def _prefill(self, targets: HostTokens) -> Scores:
+        """Makes the KV cache of the open segment's inputs; returns the scores of the targets, [B, T] on the device."""
         shape = (len(self._pending), self._decoder.segment_length)
         padded_inputs, padded_targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for place, column in enumerate(self._inputs):
             padded_inputs[:, place] = column
         padded_targets[:, : targets.shape[1]] = targets
-        nats, self._kv_cache = self._decoder.prefill(*self._weights, padded_inputs, padded_targets, self._context)
-        return nats
+        found, self._kv_cache = self._decoder.prefill(*self._weights, padded_inputs, padded_targets, self._context)
+        return found
 
 
 def _whole(tokens: Tokens, segment_length: int) -> Inputs:
@@ -316,10 +316,10 @@ def _whole(tokens: Tokens, segment_length: int) -> Inputs:
 
 def _read(
     config: LMConfig, params: Tree, buffers: Tree, inputs: Tokens, targets: Tokens, context: Context
-) -> tuple[PerToken, Context]:
+) -> tuple[Scores, Context]:
     output = language_model.apply(config, params, buffers, _whole(inputs, inputs.shape[1]), context)
     assert output.context is not None, "the segment is whole"
-    return next_token_nats(output.logits, targets), output.context
+    return scores(output.logits, targets), output.context
 
 
 def _prepare(config: LMConfig, context: Context) -> Context:
@@ -329,11 +329,11 @@ def _prepare(config: LMConfig, context: Context) -> Context:
 
 def _prefill(
     config: LMConfig, params: Tree, buffers: Tree, inputs: Tokens, targets: Tokens, context: Context
-) -> tuple[PerToken, KVCache]:
+) -> tuple[Scores, KVCache]:
     decoding = Decoding(jnp.zeros((), jnp.int32))
     segment = _whole(inputs, inputs.shape[1])
     output = language_model.apply(config, params, buffers, segment, context, decoding=decoding)
-    return next_token_nats(output.logits, targets), output.report.kv_cache
+    return scores(output.logits, targets), output.report.kv_cache
 
 
 def decode_step(

@@ -26,6 +26,7 @@ from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.generation import session_file
 from memorizing.generation.decoding import Decoder, Drawn, TextDecoder, TextState, Weights
 from memorizing.generation.sampling import Sampling
+from memorizing.models.losses import Scores
 from memorizing.generation.side_by_side import SideBySide
 from memorizing.runtime import sharding
 from memorizing.runtime.metrics import perplexity
@@ -206,9 +207,26 @@ class Session:
             raise UserError("the text is empty: give at least one character")
         vocabulary = self._model.vocabulary
         tokens = vocabulary.encode(text)
-        nats = self._decoder.read(tokens[None], on_progress)[0]
+        nats = self.read_tokens(tokens, on_progress).nats
         pieces = [piece.decode("utf-8", "replace") for piece in vocabulary.pieces(tokens)]
         return Score(tokens, nats, pieces, len(text.encode()))
+
+    def read_tokens(self, tokens: np.ndarray, on_progress: Callable[[int], None] = lambda _: None) -> Scores:
+        """Reads on, as `read`, what is in tokens already.
+
+        Args:
+          tokens: int32 [length], of the model's vocabulary.
+          on_progress: told after every segment how many of them have been read.
+
+        Returns:
+          How well each was predicted, [length].
+        """
+        scores = self._decoder.read(tokens[None], on_progress)
+        return Scores(*(of_rows[0] for of_rows in scores))
+
+    def copy(self) -> Session:
+        """Another session that has read the same, and goes on by itself."""
+        return Session(self._model, self._decoder.fork(1))
 
     def write(self, num_tokens: int = 200, num_samples: int = 1, seed: int = 0, **sampling: Any) -> Iterator[list[str]]:
         """Writes on in several samples side by side; the session stays where it is.

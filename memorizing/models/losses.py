@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from memorizing.array_typing import Logits, PerToken, Tokens
+
+
+class Scores(NamedTuple):
+    """How well targets were predicted.
+
+    Attributes:
+      nats: float32 [B, T], -log p of each.
+      is_likeliest: bool [B, T], whether no token had a larger p.
+    """
+
+    nats: PerToken | Any
+    is_likeliest: Bool[Array, "B T"] | Any
+
+
+def scores(logits: Logits, targets: Tokens) -> Scores:
+    """How well logits [B, T, V] predict targets [B, T]. Of equally likely tokens the one with the lowest id counts."""
+    return Scores(next_token_nats(logits, targets), jnp.argmax(logits, axis=-1) == targets)
 
 
 def next_token_nats(logits: Logits, targets: Tokens, log_normalizer: PerToken | None = None) -> PerToken:

@@ -181,7 +181,7 @@ class _Running:
         # A segment that was written may be full, and not closed yet.
         size = length - self._text.num_open or length
         tokens = self.job.tokens[self._num_read : self._num_read + size]
-        self._nats.append(self._text.read(tokens[None])[0])
+        self._nats.append(self._text.read(tokens[None]).nats[0])
         self._num_read += len(tokens)
 
     def take(self, token: np.ndarray) -> None:
