@@ -21,7 +21,7 @@ from memorizing.array_typing import Tree
 from memorizing.context import Context
 from memorizing.generation.decoding import Decoder, KVCache, TextDecoder, Weights, decode_step
 from memorizing.generation.sampling import SamplingArrays
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 
 
 class Writer(NamedTuple):
