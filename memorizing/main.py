@@ -10,7 +10,6 @@ import argparse
 import codecs
 import glob
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import os
@@ -68,14 +67,14 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:
+        # Until the run itself listens, after seconds of imports: there is nothing yet to be saved.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_START_AGAIN))
     _show_what_can_be_shown()
     leave_out_absent_tpus(os.environ)
     if arguments[:1] != ["prepare"]:
         # etils would read and write object stores through TensorFlow, where that is installed.
         os.environ.setdefault("EPATH_USE_TF", "false")
-    if arguments[:1] == ["train"]:
-        # Until the run itself listens, after seconds of imports: there is nothing yet to be saved.
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_START_AGAIN))
     sys.exit(_run(arguments))
 
 
@@ -122,7 +121,10 @@ def _has_plugin() -> bool:
     """Whether JAX has more than TPUs and CPUs: it finds the packages of others in these two ways."""
     if importlib.util.find_spec("jax_plugins") is not None:
         return True
-    return bool(importlib.metadata.entry_points(group="jax_plugins"))
+    # Not at the top: half of this module's time to import, in which a stopped training is not heard.
+    from importlib import metadata
+
+    return bool(metadata.entry_points(group="jax_plugins"))
 
 
 def _run(arguments: list[str]) -> int:

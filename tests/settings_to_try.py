@@ -12,6 +12,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+import memorizing.config.registry  # registers models and tasks
 import memorizing.data.gin_registry  # noqa: F401  registers data
 from memorizing import main
 from memorizing.config.types import REGISTERED

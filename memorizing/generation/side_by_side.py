@@ -21,7 +21,7 @@ from memorizing.array_typing import Tree
 from memorizing.context import Context
 from memorizing.generation.decoding import Decoder, KVCache, TextDecoder, Weights, decode_step
 from memorizing.generation.sampling import SamplingArrays
-from memorizing.models.language_model import LMConfig
+from memorizing.models.lm_config import LMConfig
 
 
 class Writer(NamedTuple):
@@ -104,8 +104,8 @@ class Programs:
     Attributes:
       repeat: `(R, tree) -> tree`, the same at every place.
       replace: `(tree of all places, tree, place) -> tree of all places`; the first is donated.
-      step: `(params, buffers, inputs [R, 1], index [R], KV caches, contexts, position [R], samplings) -> (tokens [R, 1],
-        KV caches)`, `Decoder.decode` at every place; the KV caches are donated.
+      step: `(params, buffers, inputs [R, 1], index [R], KV caches, contexts, position [R], samplings) -> (tokens
+        [R, 1], KV caches)`, `Decoder.decode` at every place; the KV caches are donated.
     """
 
     def __init__(self, decoder: Decoder) -> None:

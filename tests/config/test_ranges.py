@@ -21,6 +21,7 @@ from settings_to_try import EXTREMES, ODD, fields, flags
 
 from memorizing import main
 from memorizing.config.loading import load_experiment
+from memorizing.config.registry import MECHANISMS
 from memorizing.errors import Range, UserError
 
 
@@ -39,6 +40,12 @@ def test_every_number_of_a_configuration_has_a_range(cls: type, name: str, hint:
     for number in numbers(hint):
         ranges = [note for note in typing.get_args(number)[1:] if isinstance(note, Range)]
         assert ranges, f"{cls.__name__}.{name} is {number}: annotate it with a Range"
+
+
+def test_everything_is_tried():
+    """Else a module that nobody had imported would be left out."""
+    names = {cls.__name__ for cls, _, _ in fields()}
+    assert {"LMConfig", "AdamW", "LoopConfig", "CachedCorpus", *(kind.__name__ for kind in MECHANISMS)} <= names
 
 
 def test_every_number_of_a_command_has_a_range():

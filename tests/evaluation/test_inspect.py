@@ -34,10 +34,9 @@ from memorizing.evaluation.inspection.lookups import (
     recall_of,
 )
 from memorizing.evaluation.inspection.page import kept_positions, make_page
-from memorizing.models.attention.full import FullCore
 from memorizing.models.attention.knn import KNNAttention, KNNCore
+from memorizing.models.attention.local import LocalCore
 from memorizing.models.attention.sparse.factorized import SparseCore
-from memorizing.models.attention.xl import XLCore
 from memorizing.models.memory import external_memory, retrieval
 from memorizing.models.memory.continuous_cache import ContinuousCache
 from memorizing.models.memory.external_memory import positions_back
@@ -49,7 +48,7 @@ WITH_MEMORY = [mechanism for mechanism in MECHANISMS if "layer_01" in mechanism.
 # The others, in one softmax, are looked into in test_joint_memory.py.
 GATED = [mechanism for mechanism in WITH_MEMORY if isinstance(mechanism.config.stack.mechanisms[1], KNNAttention)]
 SMALL, LARGE = 2 * LENGTH, 5 * LENGTH
-LOCAL_CORES = (FullCore, XLCore, SparseCore)
+LOCAL_CORES = (LocalCore, SparseCore)
 
 
 @pytest.fixture(params=WITH_MEMORY, ids=lambda mechanism: mechanism.name)

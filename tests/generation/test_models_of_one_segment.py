@@ -55,7 +55,9 @@ def checksums(run: pathlib.Path) -> dict[str, int]:
     return json.loads(record.read_text())["checksums"]["state"]
 
 
-@pytest.mark.parametrize("name", ["sparse", "reformer", "routing"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ("sparse", "reformer")), "routing"]
+)
 def test_it_is_trained_evaluated_and_written_with(name: str, folder: pathlib.Path, capsys: pytest.CaptureFixture):
     run = finished(folder, name)
     assert main._run(["evaluate", f"--workdir={run}"]) == 0

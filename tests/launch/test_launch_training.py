@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 from etils import epath
 from launching import Workplace, until
 
@@ -51,6 +52,7 @@ def saved(workdir: pathlib.Path) -> dict:
     return json.loads((workdir / "checkpoints" / str(STEPS) / "data" / "metadata").read_text())
 
 
+@pytest.mark.nightly
 def test_a_run_that_was_preempted_twice_has_the_parameters_of_one_that_never_was(tmp_path: pathlib.Path):
     """Bit for bit: its machines vanish once, and once a host is told to stop."""
     compiling = [

@@ -86,17 +86,26 @@ def gradient(config: LMConfig) -> tuple:
 
 
 CONFIGS = {
-    "full": MODEL,
     "a pattern with a cache and hashes": dataclasses.replace(MODEL, attention=(XL, REFORMER)),
     "an external memory among others": dataclasses.replace(
         MODEL, num_layers=3, attention=FullAttention(), attention_at=((2, KNNAttention(2 * LENGTH, 4, local=XL)),)
     ),
     "centroids and a loss of their own": dataclasses.replace(MODEL, attention=ROUTING),
+}
+# What is a part of those above, or passed around the layers.
+MORE = {
+    "full": MODEL,
     "memory tokens around them": dataclasses.replace(MODEL, recurrent_tokens=RecurrentTokens(2)),
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(pytest.param(config, id=name) for name, config in CONFIGS.items()),
+        *(pytest.param(config, id=name, marks=pytest.mark.nightly) for name, config in MORE.items()),
+    ],
+)
 def test_gradients_are_those_of_ordinary_differentiation(config: LMConfig, monkeypatch: pytest.MonkeyPatch):
     """Dropout and hashing, carried context, buffers, auxiliary losses and reports included."""
     found = gradient(config)
@@ -145,7 +154,7 @@ def test_a_reversible_model_can_be_sparse_too():
     assert np.isfinite(gradient(config)[2]["loss"])
 
 
-@pytest.mark.parametrize("chunks", [2, 8])
+@pytest.mark.parametrize("chunks", [2, pytest.param(8, marks=pytest.mark.nightly)])
 def test_an_mlp_in_chunks_is_the_same_mlp(chunks: int):
     config = dataclasses.replace(MODEL, residuals="plain", num_layers=2)
     found, expected = gradient(dataclasses.replace(config, mlp_chunks=chunks)), gradient(config)
@@ -158,7 +167,7 @@ def test_a_loss_in_chunks_is_the_same_loss():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected)
 
 
-@pytest.mark.parametrize("remat", [("layer", 2), ("dots", 1)], ids=str)
+@pytest.mark.parametrize("remat", [("layer", 2), pytest.param(("dots", 1), marks=pytest.mark.nightly)], ids=str)
 def test_what_is_computed_again_is_the_same(remat: tuple[str, int]):
     """Dropout and hashes, too; also where the blocks do not divide the repetitions of the pattern."""
     plain = dataclasses.replace(MODEL, residuals="plain", num_layers=6, attention=(XL, REFORMER))

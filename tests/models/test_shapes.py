@@ -7,14 +7,26 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 TESTS = pathlib.Path(__file__).parents[1]
 # The models may not be imported before what checks them: hence a process of their own.
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(TESTS)}
 
 
-def test_every_mechanism_keeps_what_its_signatures_state():
-    """One training step and one gradient of each, every call in them checked."""
-    arguments = ["-o", "addopts=", "-q", "-p", "shape_checks", "-k", "keeps_shapes or gradients_are_finite and nan"]
+# One mechanism of each kind; a step is enough to call everything but what the gradient calls.
+SOME = (
+    "keeps_shapes and ("
+    + " or ".join(("followed", "joint", "gated", "strictly", "merged", "compressive", "adaptive", "(rmt and knn)"))
+    + ")"
+)
+ALL = "keeps_shapes or gradients_are_finite and nan"
+
+
+@pytest.mark.parametrize("chosen", [SOME, pytest.param(ALL, marks=pytest.mark.nightly)], ids=["some", "all"])
+def test_mechanisms_keep_what_their_signatures_state(chosen: str):
+    """Every call in a segment checked, and every night in a gradient."""
+    arguments = ["-o", "addopts=", "-q", "-p", "shape_checks", "-k", chosen]
     contract = TESTS / "models" / "test_context_contract.py"
     checked = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments, str(contract)],

@@ -157,6 +157,7 @@ def test_hosts_change_nothing_but_the_speed(undisturbed: pathlib.Path, tmp_path:
     assert record(continued, MIDDLE + 4)["rows"] == record(undisturbed, MIDDLE + 4)["rows"]
 
 
+@pytest.mark.nightly
 def test_four_hosts_of_eight_devices_go_on_from_two_of_four(undisturbed: pathlib.Path, tmp_path: pathlib.Path):
     """As many devices as the paper's pod has."""
     workdir = copy_until(MIDDLE, undisturbed, tmp_path / "workdir")
@@ -208,7 +209,7 @@ def test_a_damaged_checkpoint_ends_all_hosts(undisturbed: pathlib.Path, tmp_path
 
 @pytest.mark.parametrize(
     ("trouble", "victim", "code"),
-    [("bug", 0, 1), ("bug", 1, 1), ("mistake", 1, 2), ("hang", 1, 42)],
+    [pytest.param("bug", 0, 1, marks=pytest.mark.nightly), ("bug", 1, 1), ("mistake", 1, 2), ("hang", 1, 42)],
 )
 def test_one_that_fails_takes_the_others_with_it(trouble: str, victim: int, code: int):
     """At once, and with a code of which all agree."""

@@ -48,7 +48,7 @@ def lowered(experiment: Experiment) -> Any:
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.nightly), "layer"])
 def test_the_memory_is_updated_in_place(remat: str):
     """A larger memory makes the step's arguments larger, but hardly what it needs besides them."""
     usage = [
@@ -73,7 +73,14 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                 yield from equations(inner)
 
 
-@pytest.mark.parametrize(("remat", "num_segments"), [("none", 1), ("layer", 1), ("none", 2), ("layer", 2)])
+@pytest.mark.parametrize(
+    ("remat", "num_segments"),
+    [
+        ("none", 1),
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in (("layer", 1), ("none", 2))),
+        ("layer", 2),
+    ],
+)
 def test_the_search_runs_once_a_segment(remat: str, num_segments: int):
     """Recomputing a layer for its gradient must not search again: the search is what a memory costs."""
     once = sum(equation.primitive.name == "top_k" for equation in equations(lowered(experiment()).jaxpr.jaxpr))

@@ -159,6 +159,7 @@ def test_a_second_training_is_refused_and_the_first_goes_on_undisturbed(
     assert set(times.values()) == {1}
 
 
+@pytest.mark.nightly
 def test_a_damaged_checkpoint_is_told_in_a_line_or_two(undisturbed: pathlib.Path, tmp_path: pathlib.Path):
     """Whatever the libraries below have to say about it."""
     workdir = tmp_path / "damaged"

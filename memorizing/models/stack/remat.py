@@ -35,7 +35,7 @@ class Remat:
         return layer if self.kind == "none" or is_in_block else self._recomputed(layer, is_scanned)
 
     def scan(self, body: Callable, x: Activations, scanned: Tree) -> tuple[Activations, Tree]:
-        """`jax.lax.scan`, which stores the inputs of every `every`-th repetition only; the last block may be shorter."""
+        """`jax.lax.scan` that stores the inputs of every `every`-th repetition only; the last block may be shorter."""
         if self.kind == "none" or self.every == 1:
             return jax.lax.scan(body, x, scanned)
         num_repetitions = jax.tree.leaves(scanned)[0].shape[0]
