@@ -38,8 +38,8 @@ class Decoder:
 
     Attributes:
       config, segment_length: of the model.
-      read: `(params, buffers, inputs [B, T], targets [B, T], context) -> (Scores [B, T], context)`, a whole segment; the
-        context is donated.
+      read: `(params, buffers, inputs [B, T], targets [B, T], context) -> (Scores [B, T], context)`, a whole segment;
+        the context is donated.
       prepare: `(context) -> context` as the next segment reads it; donated.
       prefill: `(params, buffers, inputs, targets, context) -> (Scores, KV cache)`, the first positions of a segment,
         padded to T; the context as `prepare` gives it, as in every decode step.
