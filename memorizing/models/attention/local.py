@@ -70,9 +70,12 @@ class LocalCore(nn.Module):
         scale: HeadScale,
         segment: Segment,
         state: Tree,
-        soft_mask: Float[Array, "N T S"] | None = None,
+        soft_mask: Float[Array, "N T all_S"] | None = None,
     ) -> tuple[Attended, Tree | None, Report]:
-        """The same, with the normalisers of its softmax; and perhaps with a soft mask, see `local_attention`."""
+        """The same, with the normalisers of its softmax; and perhaps with a soft mask, see `local_attention`.
+
+        The mask is over all keys: those that are carried, and the segment's.
+        """
         state = self.readable(state)
         carried = self.carried(state)
         # [B, S, K, H], S = W + T
