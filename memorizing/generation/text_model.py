@@ -26,8 +26,8 @@ from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.generation import session_file
 from memorizing.generation.decoding import Decoder, Drawn, TextDecoder, TextState, Weights
 from memorizing.generation.sampling import Sampling
-from memorizing.models.losses import Scores
 from memorizing.generation.side_by_side import SideBySide
+from memorizing.models.losses import Scores
 from memorizing.runtime import sharding
 from memorizing.runtime.metrics import perplexity
 

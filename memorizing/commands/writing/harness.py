@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="examples before each question (default: as each task has it)",
     )
     parser.add_argument("--limit", type=Range(1, MOST).of(int), metavar="N", help="only the first N of each task")
-    parser.add_argument("--output", metavar="FILE", help=f"JSON of the results (default: {RESULTS} in the run's folder)")
+    parser.add_argument(
+        "--output", metavar="FILE", help=f"JSON of the results (default: {RESULTS} in the run's folder)"
+    )
 
 
 def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
