@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -63,27 +64,30 @@ def model(workdir: pathlib.Path) -> Iterator[TextModel]:
     yield model
 
 
+@contextlib.contextmanager
+def served(
+    model: TextModel, folder: pathlib.Path, limits: Limits = NO_LIMITS, in_memory: int = 64
+) -> Iterator[httpx.Client]:
+    """A client of a server of the model; the sessions stay in the folder."""
+    service = Service(model, SessionStore(epath.Path(folder), model, in_memory), PLACES)
+    server = uvicorn.Server(uvicorn.Config(make_app(service, limits, 200), log_level="warning"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with httpx.Client(base_url=address, timeout=60) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert service.close() == []
+
+
 @pytest.fixture
-def serve(model: TextModel, tmp_path: pathlib.Path) -> Iterator[Callable[..., contextlib.AbstractContextManager]]:
-    """Serves the model on a folder of sessions that is kept between servers; yields a client."""
-
-    @contextlib.contextmanager
-    def served(limits: Limits = NO_LIMITS, in_memory: int = 64) -> Iterator[httpx.Client]:
-        service = Service(model, SessionStore(epath.Path(tmp_path), model, in_memory), PLACES)
-        server = uvicorn.Server(uvicorn.Config(make_app(service, limits, 200), log_level="warning"))
-        listener = socket.create_server(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            with httpx.Client(base_url=address, timeout=60) as client:
-                yield client
-        finally:
-            server.should_exit = True
-            thread.join(60)
-            assert service.close() == []
-
-    yield served
+def serve(model: TextModel, tmp_path: pathlib.Path) -> Callable[..., contextlib.AbstractContextManager[httpx.Client]]:
+    """`served`, with the test's own folder."""
+    return functools.partial(served, model, tmp_path)
 
 
 def text_of(number: int, length: int = 30) -> str:
@@ -435,12 +439,9 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def shared_client(model: TextModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """Of an application without a server, for what is refused before it is worked on."""
-    from starlette.testclient import TestClient
-
-    service = Service(model, SessionStore(epath.Path(tmp_path_factory.mktemp("sessions")), model, 2), 1)
-    yield TestClient(make_app(service, Limits(None, 1000, 4), 200), base_url="http://localhost:8000")
-    service.close()
+    """For what is refused before it is worked on."""
+    with served(model, tmp_path_factory.mktemp("sessions"), Limits(None, 1000, 4)) as client:
+        yield client
 
 
 @pytest.mark.parametrize(

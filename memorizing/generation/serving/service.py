@@ -61,7 +61,10 @@ class Service:
     def warm_up(self) -> None:
         """Compiles what requests need."""
         tokens = np.zeros(self.model.run.experiment.batch.segment_length + 1, np.int32)
-        self._scheduler.submit(Job(self.model.start(), tokens, num_tokens=1)).result()
+        # The second one is put beside the first.
+        jobs = [Job(self.model.start(), tokens, num_tokens=1) for _ in range(2)]
+        for outcome in [self._scheduler.submit(job) for job in jobs]:
+            outcome.result()
 
     def close(self) -> list[CannotBeWritten]:
         """Ends what is being worked on, and writes all sessions to files; returns what could not be written."""
