@@ -41,7 +41,7 @@ COMMANDS = {
     "status": ("run",),
     "runs": (".",),
     "report": ("run",),
-    "prepare": ("--task=text_bytes", "--source=texts", "--output=cache"),
+    "prepare": ("--task=text_bytes", "--source=texts", "--output=cache", "--processes=1"),
     "gin": (),
 }
 TAKE_BINDINGS = ("train", "plan", "evaluate", "inspect", "generate")
