@@ -132,8 +132,10 @@ def test_what_is_read_is_scored_as_in_evaluation_however_it_is_cut(case: Case):
     expected = -np.asarray(log_probabilities)[np.arange(length), tokens[0]]
     for cuts in ((), (1,), (LENGTH - 1, LENGTH), (3, 3 + LENGTH, 3 * LENGTH + 1)):
         reader = case.reader()
-        nats = [reader.read(part)[0] for part in np.split(tokens, cuts, axis=1)]
-        np.testing.assert_allclose(np.concatenate(nats), expected, rtol=0, atol=2e-5)
+        parts = [reader.read(part) for part in np.split(tokens, cuts, axis=1)]
+        nats, is_likeliest = (np.concatenate(of_parts, axis=1)[0] for of_parts in zip(*parts, strict=True))
+        np.testing.assert_allclose(nats, expected, rtol=0, atol=2e-5)
+        np.testing.assert_array_equal(is_likeliest, np.argmax(log_probabilities, axis=-1) == tokens[0])
         assert reader.num_tokens == length
 
 

@@ -96,7 +96,7 @@ def test_a_document_is_scored_as_evaluation_scores_it(model: TextModel, workdir:
     for text in (HELD_OUT, "kurz"):
         tokens = np.append(BYTES.encode(text), BYTES.end_id)
         weights = Weights(jax.device_put(model.run.params), {})
-        nats.append(TextDecoder(decoder, weights, decoder.start(0)).read(tokens[None])[0])
+        nats.append(TextDecoder(decoder, weights, decoder.start(0)).read(tokens[None]).nats[0])
         score = model.score(text)
         np.testing.assert_allclose(score.nats, nats[-1][:-1], rtol=1e-5)
         assert (score.num_bytes, "".join(score.pieces[:3])) == (len(text.encode()), text[:3])
