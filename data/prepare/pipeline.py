@@ -266,8 +266,8 @@ class _Preparation:
         keys = itertools.chain.from_iterable(surveyed.keys(number) for number in range(len(surveyed.parts)))
         nearest = difflib.get_close_matches(first, itertools.islice(keys, _MAX_COMPARED), n=1, cutoff=0)
         told = (
-            f"{len(missing):,} of the keys in {self.settings.split_rule} are those of no document, such as {first!r}; "
-            f"the nearest is {nearest[0]!r}"
+            f"keys in {self.settings.split_rule} that no document has: {len(missing):,}, such as {first!r}; the nearest is "
+            f"{nearest[0]!r}"
         )
         if rule.by_key[first] != splits.NAMES.index(splits.TRAIN):
             raise DataError(f"{told}: what is to be held out has to be found; correct the file, or delete the line")

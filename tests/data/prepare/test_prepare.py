@@ -348,10 +348,12 @@ def test_a_file_divides_the_documents(corpus, tmp_path, capsys):
     # A document that was to be held out, and is not found, would be trained on.
     path.write_text(f"{whole}répositry 3\tvalidation\n")
     assert run(*flags, "--default_split=train", "--overwrite") == 2
-    assert re.search(r"1 of the keys .* such as 'répositry 3'; the nearest is 'répository 3'", capsys.readouterr().err)
+    assert re.search(
+        r"no document has: 1, such as 'répositry 3'; the nearest is 'répository 3'", capsys.readouterr().err
+    )
     path.write_text(f"{whole}répositry 3\ttrain\n")
     assert run(*flags, "--default_split=train", "--overwrite") == 0
-    assert "those of no document, such as 'répositry 3'" in capsys.readouterr().out
+    assert "that no document has: 1, such as 'répositry 3'" in capsys.readouterr().out
     path.write_text(whole)
     assert run(*flags, "--default_split=test", "--overwrite") == 2
     assert "no document is in the split 'train'" in capsys.readouterr().err
