@@ -104,8 +104,8 @@ class Programs:
     Attributes:
       repeat: `(R, tree) -> tree`, the same at every place.
       replace: `(tree of all places, tree, place) -> tree of all places`; the first is donated.
-      step: `(params, buffers, inputs [R, 1], index [R], KV caches, contexts, position [R], samplings) -> (tokens [R, 1],
-        KV caches)`, `Decoder.decode` at every place; the KV caches are donated.
+      step: `(params, buffers, inputs [R, 1], index [R], KV caches, contexts, position [R], samplings) -> (tokens
+        [R, 1], KV caches)`, `Decoder.decode` at every place; the KV caches are donated.
     """
 
     def __init__(self, decoder: Decoder) -> None:

@@ -1,4 +1,4 @@
-"""What clients ask for, checked before anything is done: every field that is given has a meaning here, or is refused."""
+"""What clients ask for, checked before anything is done: a field that is given has a meaning here, or is refused."""
 
 from __future__ import annotations
 
