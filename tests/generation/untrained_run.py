@@ -1,4 +1,4 @@
-"""The folder of a run on bytes, with random weights and no step of training: what it writes differs by prompt."""
+"""The folder of a run on bytes, with random weights and without training: what it writes differs by prompt."""
 
 from __future__ import annotations
 
