@@ -26,7 +26,7 @@ MODULES = sorted(
 LEAVES = {
     "runtime.sharding": {"array_typing", "errors"},
     # Groups of parameters speak of layers by name.
-    "training.optimizer": {"array_typing", "errors", "models.stack"},
+    "training.optimizer": {"array_typing", "errors", "models.stack", "models.stack.arrays"},
     "models.memory.search": {"errors"},
     "models.losses": {"array_typing"},
 }

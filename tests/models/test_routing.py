@@ -240,7 +240,10 @@ def changed(name: str, **fields: Any) -> Experiment:
 )
 def test_centroids_are_the_same_on_every_mesh_and_when_layers_are_recomputed(experiment: Experiment, num_devices: int):
     (expected, expected_losses), (found, losses) = train(EXPERIMENT), train(experiment, num_devices)
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    # Before and after an update. Adafactor divides by the size of a gradient, however small: with every further update
+    # rounding grows, to what the centroids are allowed.
+    np.testing.assert_allclose(losses[:2], expected_losses[:2], rtol=1e-6)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
     fresh = paths(jax.device_get(Program(EXPERIMENT, EXPERIMENT.mesh.make_mesh(jax.devices()[:1])).init()).buffers)
     for path, leaf in paths(expected.buffers).items():
         np.testing.assert_allclose(paths(found.buffers)[path], leaf, rtol=0, atol=2e-3, err_msg=path)
