@@ -119,13 +119,6 @@ class Programs:
 _programs = functools.lru_cache(maxsize=8)(Programs)
 
 
-def _step(self) -> Any:
-    """`Decoder.decode` at every place; the KV caches are donated."""
-    _, of_kv_caches = self._shardings
-    step = functools.partial(_step, self._decoder.config, self._decoder.segment_length)
-    return self._decoder.compiled(step, donate_argnums=4, out_shardings=(None, of_kv_caches))
-
-
 def _step(
     config: LMConfig,
     segment_length: int,

@@ -197,6 +197,9 @@ def test_later_tokens_decide_what_is_seen_as_published_and_not_with_strict_causa
 # In training.
 
 MODEL = LMConfig(VOCAB, 4, 16, 4, 8, 32, attention=dataclasses.replace(ROUTING, decay=0.9), initial_logit_scale=4.0)
+# Of batches. Among those of seeds 0 to 2 two positions are almost equally similar to a centroid: rounding decides which
+# one it takes, and so how a mesh adds shows.
+SEEDS = range(3, 6)
 EXPERIMENT = Experiment(
     data=RepeatedPassages(vocab_size=VOCAB),
     model=MODEL,
@@ -220,7 +223,7 @@ def train(experiment: Experiment, num_devices: int = 1) -> tuple[Any, list[float
     with jax.set_mesh(mesh):
         program = Program(experiment, mesh)
         state, losses = program.init(), []
-        for seed in range(3):
+        for seed in SEEDS:
             placed = jax.device_put(batch(seed, experiment.batch.num_segments), program.rows)
             state, metrics = program.step(state, placed)
             losses.append(float(metrics["loss"]))
@@ -240,13 +243,10 @@ def changed(name: str, **fields: Any) -> Experiment:
 )
 def test_centroids_are_the_same_on_every_mesh_and_when_layers_are_recomputed(experiment: Experiment, num_devices: int):
     (expected, expected_losses), (found, losses) = train(EXPERIMENT), train(experiment, num_devices)
-    # Before and after an update. Adafactor divides by the size of a gradient, however small: with every further update
-    # rounding grows, to what the centroids are allowed.
-    np.testing.assert_allclose(losses[:2], expected_losses[:2], rtol=1e-6)
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
     fresh = paths(jax.device_get(Program(EXPERIMENT, EXPERIMENT.mesh.make_mesh(jax.devices()[:1])).init()).buffers)
     for path, leaf in paths(expected.buffers).items():
-        np.testing.assert_allclose(paths(found.buffers)[path], leaf, rtol=0, atol=2e-3, err_msg=path)
+        np.testing.assert_allclose(paths(found.buffers)[path], leaf, rtol=0, atol=1e-5, err_msg=path)
         assert np.abs(leaf - fresh[path]).max() > 1e-2, "the test cannot see what it forbids"
 
 
