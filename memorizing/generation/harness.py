@@ -6,7 +6,7 @@ A prompt of any length is read into the memory, segment by segment: nothing is c
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports
 from tqdm import tqdm  # pyright: ignore[reportMissingModuleSource]
 
 from memorizing.errors import UserError
+from memorizing.generation.stopping_text import StoppingText
 from memorizing.generation.text_model import Session, TextModel
 
 # What a task may ask of generation, beside `until` and `max_gen_toks`.
@@ -111,16 +112,10 @@ class HarnessModel(TemplateLM):
             sampling = {"temperature": 0.0}
         session = self.model.session()
         session.read_tokens(self.model.vocabulary.encode(context))
-        parts = (texts[0] for texts in session.write(number, **sampling))
-        return _up_to(parts, [until] if isinstance(until, str) else until)
-
-
-def _up_to(parts: Iterator[str], ends: Sequence[str]) -> str:
-    """The text of the parts before the first place where one of some texts stands; no part after it is asked for."""
-    text = ""
-    for part in parts:
-        text += part
-        places = [text.index(end) for end in ends if end in text]
-        if places:
-            return text[: min(places)]
-    return text
+        ends = [until] if isinstance(until, str) else until
+        text, written = StoppingText([end for end in ends if end]), ""
+        for texts in session.write(number, **sampling):
+            written += text.add(texts[0])
+            if text.has_stopped:
+                break
+        return written + text.end()

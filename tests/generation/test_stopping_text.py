@@ -5,19 +5,17 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memorizing.data.tokens.vocabulary import ByteVocabulary
-from memorizing.generation.serving.service import StoppingText
+from memorizing.generation.stopping_text import StoppingText
 
-BYTES = ByteVocabulary()
 TEXT = st.text(st.sampled_from("abö"), max_size=12)
 
 
 @settings(max_examples=200)
 @given(text=TEXT, stop=st.lists(TEXT.filter(len), max_size=3))
 def test_a_text_ends_before_what_stops_it(text: str, stop: list[str]):
-    stream, said = StoppingText(BYTES, stop), ""
-    for token in BYTES.encode(text).tolist():
-        said += stream.add(token)
+    stream, said = StoppingText(stop), ""
+    for character in text:
+        said += stream.add(character)
         if stream.has_stopped:
             break
     said += stream.end()

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from memorizing.batch import Vocabulary
 from memorizing.generation.decoding import TextState
 from memorizing.generation.serving.requests import BadRequest, Completion
 from memorizing.generation.serving.scheduler import Job, Outcome, Scheduler
 from memorizing.generation.serving.session_store import CannotBeWritten, SessionStore, UnknownSession
+from memorizing.generation.stopping_text import StoppingText
 from memorizing.generation.text_model import Score, TextModel, TextStream
 
 
@@ -150,58 +150,18 @@ class Service:
         tokens = np.zeros(0, np.int32)
         if asked.prompt is not None:
             tokens = await asyncio.to_thread(vocabulary.encode, asked.prompt)
-        text, parts = StoppingText(vocabulary, asked.stop), []
+        stream, text, parts = TextStream(vocabulary), StoppingText(asked.stop), []
 
         def tell(part: str) -> None:
             parts.append(part)
             on_text(part)
 
         def on_token(token: int) -> bool:
-            loop.call_soon_threadsafe(tell, text.add(token))
+            loop.call_soon_threadsafe(tell, text.add(stream.add(token)))
             return text.has_stopped
 
         outcome = await self._run(
             Job(state, tokens, asked.max_tokens, asked.sampling, asked.seed, on_token, asked.remember)
         )
-        tell(text.end())
+        tell(text.add(stream.end()) + text.end())
         return Written("".join(parts), len(tokens), outcome.num_written, outcome.reason), outcome
-
-
-class StoppingText:
-    """Tokens to text as they come, which ends before the first of some texts.
-
-    Attributes:
-      has_stopped: whether one of them has come.
-    """
-
-    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str]) -> None:
-        self._stream, self._stop = TextStream(vocabulary), stop
-        self.has_stopped = False
-        # What may be the beginning of one of them.
-        self._held = ""
-
-    def add(self, token: int) -> str:
-        """The text that is certain with this token."""
-        self._held += self._stream.add(token)
-        return self._release()
-
-    def end(self) -> str:
-        """What is left."""
-        if self.has_stopped:
-            return ""
-        self._held += self._stream.end()
-        released = self._release()
-        return released if self.has_stopped else released + self._held
-
-    def _release(self) -> str:
-        places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
-        self.has_stopped = bool(places)
-        size = min(places, default=len(self._held) - self._num_open())
-        released, self._held = self._held[:size], self._held[size:]
-        return released
-
-    def _num_open(self) -> int:
-        """Characters at the end with which a stopping text may have begun."""
-        most = max(map(len, self._stop), default=1) - 1
-        ends = (self._held[-size:] for size in range(min(most, len(self._held)), 0, -1))
-        return next((len(end) for end in ends if any(stop.startswith(end) for stop in self._stop)), 0)
