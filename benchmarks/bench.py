@@ -20,7 +20,7 @@ BENCHMARKS = {
     "scaling": ("memorizing.benchmarks.scaling", "an attention layer against the length of a segment"),
     "activations": ("memorizing.benchmarks.activations", "memory and time of ways not to store activations"),
     "future": ("memorizing.benchmarks.future", "how much what a position sees depends on later tokens"),
-    "proofs": ("memorizing.benchmarks.proofs", "tasks that show that mechanisms do what their papers say"),
+    "proofs": ("memorizing.benchmarks.trained.proofs", "tasks that show that mechanisms do what their papers say"),
     "data": ("memorizing.benchmarks.data", "tokens a second that a host's stream hands out"),
 }
 
