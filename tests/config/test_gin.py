@@ -48,6 +48,17 @@ PUBLISHED = {
 }
 
 
+# Of models that differ in nothing but sizes, each is traced every night, and with the suite only these.
+IN_SUITE = ("runs/table4_context512_memory65536_xl512.gin", "runs/table5_context512_memory8192_to_65536.gin")
+OTHER_SIZES = ("runs/table", "runs/memory_in_qwen3", "models/memorizing_1b", "models/memorizing_8b")
+
+
+def traced(files: list[str]) -> list:
+    """Parameters of tests: the files, some of them for every night only."""
+    at_night = [name for name in files if name.startswith(OTHER_SIZES) and name not in IN_SUITE]
+    return [pytest.param(name, marks=pytest.mark.nightly if name in at_night else ()) for name in files]
+
+
 def given(file: str) -> list[str]:
     """Bindings for what a run leaves to its user."""
     names = {"START_FROM": "START_FROM=elsewhere", "CACHE": "CACHE=nowhere"}
@@ -84,7 +95,7 @@ def trace_step(experiment: Experiment, num_devices: int) -> float:
     return sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6
 
 
-@pytest.mark.parametrize("file", RUNS)
+@pytest.mark.parametrize("file", traced(RUNS))
 def test_every_run_traces_a_full_size_step(file: str):
     experiment, text = load_experiment([file], given(file))
     assert "Experiment.model = @LMConfig()" in text
@@ -96,7 +107,7 @@ def test_every_run_traces_a_full_size_step(file: str):
         assert experiment.batch.num_rows * experiment.batch.segment_length == 2**17
 
 
-@pytest.mark.parametrize("file", [name for name in FILES if name.startswith("models/")])
+@pytest.mark.parametrize("file", traced([name for name in FILES if name.startswith("models/")]))
 def test_every_model_traces_a_step(file: str):
     files = ["runs/base.gin", file, "tasks/repeated_passages.gin"]
     length = PUBLISHED.get(file.removeprefix("models/").removesuffix(".gin"), 128)

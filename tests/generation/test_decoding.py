@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mechanisms import LENGTH, MECHANISMS, VOCAB, Mechanism, apply_model, init_params
+from mechanisms import LENGTH, MECHANISMS, VOCAB, Mechanism, apply_model, drawn_variables, init_params
 
 from memorizing.context import Report, Segment
 from memorizing.errors import UserError
@@ -33,7 +33,6 @@ from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.recurrent_tokens import RecurrentTokens
-from memorizing.training.state import init_variables
 
 # Settings that change what a position sees, beside the mechanisms that every contract test runs over.
 VARIANTS = (
@@ -64,16 +63,8 @@ class Case:
     def __init__(self, mechanism: Mechanism) -> None:
         self.config = mechanism.config
         self.decoder = Decoder(self.config, LENGTH)
-        # Drawn by numpy: to compile an initialisation takes longer than these tests.
-        rng = np.random.default_rng(0)
-        shapes = jax.eval_shape(lambda: init_variables(self.config, 1, LENGTH, jax.random.key(0)))
-        self.params = jax.tree.map(
-            lambda leaf: (rng.normal(size=leaf.shape) / 2 + (leaf.ndim == 1)).astype(np.float32), shapes["params"]
-        )
-        # Counts are positive.
-        self.buffers = jax.tree.map(
-            lambda leaf: np.exp(rng.normal(size=leaf.shape)).astype(np.float32), shapes["buffers"]
-        )
+        variables = drawn_variables(self.config)
+        self.params, self.buffers = variables["params"], variables["buffers"]
 
     def reader(self) -> TextDecoder:
         return TextDecoder(self.decoder, Weights(self.params, self.buffers), self.decoder.start(0))

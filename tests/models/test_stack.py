@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from typing import Any, ClassVar
@@ -69,8 +70,19 @@ def test_what_repeats_is_scanned_whatever_stands_in_it():
     assert members(FULL, XL, num_layers=2) == alone[:2]
 
 
-@pytest.mark.parametrize("exceptions", [(), ((2, KNN),), ((0, KNN), (5, KNN))])
-@pytest.mark.parametrize("pattern", [(FULL,), (FULL, XL), (XL, XL, FULL)])
+PATTERNS = ((FULL,), (FULL, XL), (XL, XL, FULL))
+EXCEPTIONS = ((), ((2, KNN),), ((0, KNN), (5, KNN)))
+# Each pattern and each exception once; the other pairs every night.
+ONCE = tuple(zip(PATTERNS, EXCEPTIONS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "exceptions"),
+    [
+        pytest.param(*pair, marks=() if pair in ONCE else pytest.mark.nightly)
+        for pair in itertools.product(PATTERNS, EXCEPTIONS)
+    ],
+)
 def test_names_and_first_parameters_depend_on_the_layer_only(pattern: tuple, exceptions: tuple):
     """A layer has one name, and starts from the same values, wherever a memory sits and whatever is scanned."""
 
