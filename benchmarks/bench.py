@@ -21,6 +21,10 @@ BENCHMARKS = {
     "activations": ("memorizing.benchmarks.activations", "memory and time of ways not to store activations"),
     "future": ("memorizing.benchmarks.future", "how much what a position sees depends on later tokens"),
     "proofs": ("memorizing.benchmarks.trained.proofs", "tasks that show that mechanisms do what their papers say"),
+    "mechanisms": (
+        "memorizing.benchmarks.trained.mechanisms",
+        "the leaderboard: every mechanism on recall and on text",
+    ),
     "data": ("memorizing.benchmarks.data", "tokens a second that a host's stream hands out"),
 }
 

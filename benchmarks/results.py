@@ -17,24 +17,21 @@ import argparse
 import json
 import os
 import pathlib
-import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from memorizing.benchmarks import measure
+from memorizing.benchmarks.trained import trainings
 from memorizing.data.tasks import task_name
 from memorizing.data.tokens import token_cache
-from memorizing.errors import EXIT_START_AGAIN, MOST, Range
+from memorizing.errors import MOST, Range
 from memorizing.evaluation import baselines, bootstrap
 from memorizing.evaluation.plots import COLORS, MARKERS
 
 GIN_FILE = pathlib.Path(__file__).with_suffix(".gin")
-# What `memorizing train` leaves in a run's folder.
-RESULT = "evaluation.json"
 
 WINDOW = ("LOCAL=@XLAttention()", "XLAttention.window=128")
 MEMORY = (
@@ -105,29 +102,6 @@ def flags(row: Row, cache: str, steps: int, seed: int) -> list[str]:
     ]
 
 
-def run_row(row: Row, cache: str, steps: int, seed: int, workdir: pathlib.Path, output: pathlib.Path) -> None:
-    """Trains and evaluates the run of a row, unless that was done before."""
-    # The rows of one kind are the same program: it is compiled once.
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(output / "compiled")} | os.environ
-    while _step(workdir / RESULT) != steps:
-        command_line = ["train", *flags(row, cache, steps, seed), f"--workdir={workdir}"]
-        print("$ memorizing " + " ".join(command_line), flush=True)
-        start = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "memorizing", *command_line], env=environment).returncode
-        seconds = round(time.monotonic() - start, 1)
-        with (output / "times.jsonl").open("a") as file:
-            file.write(json.dumps({"run": workdir.name, "seconds": seconds, "code": code}) + "\n")
-        if code not in (0, EXIT_START_AGAIN):
-            sys.exit(f"{workdir.name}: memorizing train ended with exit code {code}")
-
-
-def _step(result: pathlib.Path) -> int | None:
-    """The step of a result file; None if there is no such file."""
-    if not result.exists():
-        return None
-    return json.loads(result.read_text())["step"]
-
-
 def folder_of(output: pathlib.Path, corpus: str, run: str, seed: int, steps: int) -> pathlib.Path:
     """The workdir of a run."""
     return output / "runs" / f"{corpus}-{run}-{steps}-seed{seed}"
@@ -145,8 +119,8 @@ def read_results(output: pathlib.Path, corpora: Iterable[str], seeds: Iterable[i
         for row in ROWS:
             for seed in seeds:
                 folder = folder_of(output, corpus, row.run, seed, steps)
-                if _step(folder / RESULT) == steps:
-                    evaluation = json.loads((folder / RESULT).read_text())
+                if trainings.finished_step(folder) == steps:
+                    evaluation = json.loads((folder / trainings.RESULT).read_text())
                     rows[row.title][seed] = {
                         "document_tokens": evaluation["documents"]["tokens"],
                         **evaluation[row.setting],
@@ -378,11 +352,17 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     if not options.report_only:
         trained = {row.run: row for row in ROWS if row.run in options.runs.split(",")}
+        # The rows of one kind are the same program: it is compiled once.
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(output / "compiled")}
         for seed in seeds:
             for corpus, cache in caches.items():
                 for row in trained.values():
                     folder = folder_of(output, corpus, row.run, seed, options.steps)
-                    run_row(row, cache, options.steps, seed, folder, output)
+                    row_flags = flags(row, cache, options.steps, seed)
+                    try:
+                        trainings.train(row_flags, folder, options.steps, environment, output / "times.jsonl")
+                    except trainings.Failed as error:
+                        sys.exit(str(error))
     report(output, caches, seeds, options.steps)
 
 

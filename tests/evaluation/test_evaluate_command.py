@@ -29,6 +29,12 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run without a memory, with another seed."""
+    return finished_run(tmp_path_factory.mktemp("plain"), model_file="models/transformer_tiny.gin", seed=1)
+
+
+@pytest.fixture(scope="module")
 def result(workdir: str) -> dict:
     arguments = ["evaluate", f"--workdir={workdir}", "--memory_sizes=" + ",".join(map(str, SIZES))]
     assert main._run(arguments) == 0
@@ -99,10 +105,9 @@ def test_what_is_left_in_the_workdir_and_told(
 
 
 def test_the_controls_are_told_unless_sizes_are_named(
-    tmp_path: pathlib.Path, workdir: str, result: dict, capsys: pytest.CaptureFixture
+    workdir: str, plain: str, result: dict, capsys: pytest.CaptureFixture
 ):
     """A cache that is the baseline itself is not told twice."""
-    plain = finished_run(tmp_path / "plain", model_file="models/transformer_tiny.gin")
     with_cache = "--gin.LMConfig.continuous_cache=@ContinuousCache()"
     sized = f"--gin.ContinuousCache.memory_size={MEMORY}"
     memories = ["memory 0", f"memory {MEMORY}", f"memory {4 * MEMORY}"]
@@ -140,14 +145,13 @@ def test_a_local_attention_that_sees_further_in_the_place_of_a_memory(
 
 
 def test_two_runs_document_by_document(
-    tmp_path: pathlib.Path, workdir: str, result: dict, capsys: pytest.CaptureFixture
+    tmp_path: pathlib.Path, workdir: str, plain: str, result: dict, capsys: pytest.CaptureFixture
 ):
-    other = finished_run(tmp_path / "other", model_file="models/transformer_tiny.gin", seed=1)
-    for first, second in ((workdir, other), (other, workdir)):
+    for first, second in ((workdir, plain), (plain, workdir)):
         assert main._run(["evaluate", "--compare", first, second]) == 0
     there, back = (
         json.loads((pathlib.Path(first) / "evaluation" / f"compare_with_{pathlib.Path(second).name}.json").read_text())
-        for first, second in ((workdir, other), (other, workdir))
+        for first, second in ((workdir, plain), (plain, workdir))
     )
     trained = result["evaluations"][f"memory {MEMORY}"]
     np.testing.assert_allclose(there["runs"]["A"]["by_document"], trained["by_document"], rtol=1e-6)

@@ -112,12 +112,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return workdir
 
 
-def test_a_run_killed_at_any_moment_ends_as_the_one_never_killed(undisturbed: pathlib.Path, tmp_path: pathlib.Path):
-    rng = random.Random(0)
+@pytest.mark.parametrize(
+    "steps", [(7,), pytest.param((5, 7, 9, 12, 15, 18), marks=pytest.mark.nightly)], ids=["one", "several"]
+)
+def test_a_run_killed_at_any_moment_ends_as_the_one_never_killed(
+    undisturbed: pathlib.Path, tmp_path: pathlib.Path, steps: tuple[int, ...]
+):
     assert Process(tmp_path).kill_when(in_the_middle_of_a_save) == -signal.SIGKILL
     # Told to stop, it saves first and asks to be started again.
     assert Process(tmp_path).kill_when(after_step(3), signal.SIGTERM) == 42
-    for step in (7, 12):
+    rng = random.Random(0)
+    for step in steps:
         assert Process(tmp_path).kill_when(after_step(step, rng.uniform(0, 0.1))) == -signal.SIGKILL
     assert Process(tmp_path).kill_when(in_the_final_evaluation) == -signal.SIGKILL
     code, out, error = Process(tmp_path).end()
@@ -202,7 +207,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
-@pytest.mark.parametrize("decay", ["0.0", "1e30"])
+@pytest.mark.parametrize("decay", ["0.0", pytest.param("1e30", marks=pytest.mark.nightly)])
 def test_an_absurd_learning_rate_is_a_failed_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, decay: str):
     """Also where the parameters overflow in an update whose loss and gradient are finite: they are not saved."""
     assert (
