@@ -6,9 +6,9 @@ python benchmarks/results.py --cache stdlib=FOLDER --cache isabelle=FOLDER
 A FOLDER is a token cache as `memorizing prepare` makes it; the caches may have different vocabularies. Every row is
 trained and evaluated on whole held-out documents by `memorizing train`, one process after the other, the first seed of
 all rows first. A row is benchmarks/results.gin, which is the demo without its memory, and the bindings of ROWS; rows
-differ in nothing else but one gate per head and two numbers of a cache. Finished runs are not run again, killed ones go
-on. OUTPUT/runs has the folders of the runs; results.md, results.json and results.png are made from the finished ones,
-with --report_only without running anything.
+differ in nothing else but one gate per head, how fast it learns, and two numbers of a cache. Finished runs are not run
+again, killed ones go on. OUTPUT/runs has the folders of the runs; results.md, results.json and results.png are made
+from the finished ones, with --report_only without running anything.
 """
 
 from __future__ import annotations
@@ -41,7 +41,15 @@ MEMORY = (
     "KNNAttention.num_neighbors=32",
 )
 # As in gin/models/with_recall.gin, and what the demo adds.
-RECALL = (*MEMORY, "KNNAttention.stored_value=next", "KNNAttention.retrieval_loss=1.0")
+RECALL = (
+    *MEMORY,
+    "KNNAttention.stored_value=next",
+    "KNNAttention.retrieval_loss=1.0",
+    "AdamW.groups=(@gates/ParameterGroup(),)",
+    "gates/ParameterGroup.pattern='attention/core/gate$'",
+    "gates/ParameterGroup.learning_rate=10.0",
+    "gates/ParameterGroup.decays=False",
+)
 CACHE = ("LMConfig.continuous_cache=@ContinuousCache()", "ContinuousCache.mixing=learned")
 CLEARED = "memory cleared"
 ANOTHER = "memory of another document"

@@ -203,7 +203,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budgets", default="1048576", metavar="B,...", help="bytes a row (default: %(default)s)")
     parser.add_argument("--rates", default="3e-3,1e-2", metavar="R,...", help="learning rates (default: %(default)s)")
     parser.add_argument("--seeds", default="0,1,2", metavar="N,...", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=Range(100, MOST).of(int), default=400, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=Range(100, MOST).of(int), default=400, metavar="N", help="(default: %(default)s)"
+    )
     parser.add_argument("--lengths", default="2,18", metavar="U,...", help="recall: segments of a sample (%(default)s)")
     parser.add_argument("--samples", type=Range(1, MOST).of(int), default=64, metavar="N", help="(%(default)s)")
     parser.add_argument("--source", default="stdlib", metavar="SOURCE", help="of the text (default: %(default)s)")
