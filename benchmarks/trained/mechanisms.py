@@ -332,7 +332,7 @@ def figures_of(cell: Cell, workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _recall(workdir: pathlib.Path) -> dict[str, Any]:
-    """Shares of right answers by the number of segments, as trained and with nothing carried, and the bytes of a row."""
+    """Shares of right answers by the number of segments, as trained and with nothing carried; bytes of a row."""
     lines = [json.loads(line) for line in _suite(workdir).read_text().splitlines()]
     own = [line for line in lines if line["pairs"] == PAIRS]
     by_length: dict[int, list[dict]] = {}
@@ -403,7 +403,10 @@ def markdown(rows: Sequence[Row]) -> str:
         head, *body = ["| " + " | ".join(cells) + " |" for cells in table]
         rule = "|" + "---|" * len(table[0])
         tables.append("\n".join([f"{TASKS[task].title}, at most {budget:,} bytes a row:", "", head, rule, *body]))
-    note = "Mean over seeds, in parentheses the largest less the smallest. Learning rates were chosen by the loss in training."
+    note = (
+        "Mean over seeds, in parentheses the largest less the smallest. "
+        "Learning rates were chosen by the loss in training."
+    )
     return "\n\n".join([*tables, note]) + "\n"
 
 
