@@ -20,180 +20,20 @@ import json
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Sequence
+from typing import Any
 
 from memorizing.benchmarks import measure
-from memorizing.benchmarks.trained import trainings
-from memorizing.config.loading import load_experiment
+from memorizing.benchmarks.trained import leaderboard, trainings
+from memorizing.benchmarks.trained.cells import ENTRIES, PAIRS, SEGMENT, TASKS, Cell, settings, size_within
 from memorizing.config.runs import open_run
 from memorizing.errors import MOST, Range, UserError
-from memorizing.evaluation import plots
 
-RUN = "mechanisms"
 # What cells that run side by side are given, a core each.
 ONE_CORE = {
     "MEMORIZING_CPU_DEVICES": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
 }
-
-
-class Entry(NamedTuple):
-    """A mechanism, or several together.
-
-    Attributes:
-      name: as the table shows it.
-      bindings: over the run; {size} is what a budget of bytes decides, in tokens.
-      files: of gin, over the run.
-    """
-
-    name: str
-    bindings: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-
-    @property
-    def is_sized(self) -> bool:
-        return any("{size}" in binding for binding in self.bindings)
-
-
-class Task(NamedTuple):
-    """What cells are trained on.
-
-    Attributes:
-      title: as the table shows it.
-      files: of gin, over the run.
-      bindings: over the run.
-    """
-
-    title: str
-    files: tuple[str, ...] = ()
-    bindings: tuple[str, ...] = ()
-
-
-_WINDOW = ("LOCAL=@XLAttention()", "XLAttention.window={size}")
-_MEMORY = ("LMConfig.attention_at=((1, @KNNAttention()),)", "KNNAttention.memory_size={size}")
-_TAUGHT = ("models/with_recall.gin",)
-_CACHE = ("ContinuousCache.memory_size={size}", "ContinuousCache.mixing='learned'")
-_WITH_CACHE = ("models/with_continuous_cache.gin",)
-_TOKENS = ("LMConfig.recurrent_tokens=@RecurrentTokens()", "RecurrentTokens.num_tokens=10")
-
-NOTHING = "nothing is carried"
-ENTRIES = (
-    Entry(NOTHING),
-    Entry("window", _WINDOW),
-    Entry("window and first positions", (*_WINDOW, "XLAttention.same_length=True", "XLAttention.num_sinks=8")),
-    Entry(
-        "adaptive span",
-        (
-            "LMConfig.attention=@AdaptiveSpanAttention()",
-            "AdaptiveSpanAttention.window={size}",
-            "AdaptiveSpanAttention.span_loss=1e-4",
-        ),
-    ),
-    Entry("Transformer-XL", ("LMConfig.attention=@TransformerXLAttention()", "TransformerXLAttention.window={size}")),
-    Entry(
-        "Compressive Transformer",
-        (
-            "LMConfig.attention=@CompressiveAttention()",
-            "CompressiveAttention.window={size}",
-            "CompressiveAttention.compressed_size={size}",
-            "CompressiveAttention.rate=4",
-        ),
-    ),
-    Entry("memory tokens (RMT)", _TOKENS),
-    Entry("memory tokens and window", (*_TOKENS, *_WINDOW)),
-    Entry("kNN memory as in the paper", _MEMORY),
-    Entry("kNN memory, taught", _MEMORY, _TAUGHT),
-    Entry("continuous cache", _CACHE, _WITH_CACHE),
-    Entry("kNN memory, taught, and continuous cache", (*_MEMORY, *_CACHE), (*_TAUGHT, *_WITH_CACHE)),
-    Entry(
-        "kNN memory, taught, over a window of a segment",
-        (*_MEMORY, "LOCAL=@XLAttention()", "XLAttention.window={segment}"),
-        _TAUGHT,
-    ),
-    Entry("Sparse Transformer", (), ("models/sparse_tiny.gin",)),
-    Entry("Reformer, strictly causal", (), ("models/reformer_tiny.gin",)),
-    Entry("Routing Transformer, strictly causal", (), ("models/routing_tiny.gin",)),
-)
-# What the files of a mechanism say of the size of the model.
-_SIZE = ("LMConfig.num_layers=2", "VOCAB_SIZE={vocabulary}")
-
-TASKS = {
-    "recall": Task("segmented MQAR"),
-    "text": Task(
-        "text",
-        ("tasks/stdlib.gin",),
-        ("BatchConfig.segment_length=64", "BatchConfig.tokens_per_step=2048"),
-    ),
-}
-_VOCABULARY = {"recall": 512, "text": 2048}
-_SEGMENT = {"recall": 48, "text": 64}
-# Of SegmentedMQAR in the run's file.
-PAIRS = 16
-
-
-class Cell(NamedTuple):
-    """One training.
-
-    Attributes:
-      entry, task: indices into ENTRIES, names of TASKS.
-      budget: bytes of context that a row may carry.
-      rate: the greatest learning rate.
-      seed: of the run.
-      steps: of training.
-    """
-
-    entry: Entry
-    task: str
-    budget: int
-    rate: float
-    seed: int
-    steps: int
-
-    @property
-    def folder_name(self) -> str:
-        entry = "".join(letter if letter.isalnum() else "_" for letter in self.entry.name)
-        budget = self.budget if self.entry.is_sized else 0
-        return f"{self.task}-{entry}-{budget}-{self.rate:g}-{self.steps}-seed{self.seed}"
-
-
-def settings(cell: Cell, size: int, source: str) -> tuple[list[str], list[str]]:
-    """Files and bindings of a cell's run.
-
-    Args:
-      size: of the mechanism, in tokens.
-      source: of the text.
-    """
-    task = TASKS[cell.task]
-    names = {"size": size, "segment": _SEGMENT[cell.task], "vocabulary": _VOCABULARY[cell.task]}
-    own = [binding.format(**names) for binding in (*_SIZE, *cell.entry.bindings)]
-    common = [f"STEPS={cell.steps}", f"RATE={cell.rate}", f"SEED={cell.seed}"]
-    if cell.task == "text":
-        common.append(f"SOURCE={source}")
-    return [RUN, *cell.entry.files, *task.files], [*task.bindings, *own, *common]
-
-
-def size_within(cell: Cell, source: str) -> int:
-    """The largest size, in whole segments, whose context of a row is within the budget; 0 for what has no size.
-
-    Raises:
-      UserError: the budget is too small for one segment.
-    """
-    if not cell.entry.is_sized:
-        return 0
-
-    unit = _SEGMENT[cell.task]
-
-    def context_bytes(size: int) -> int:
-        experiment, _ = load_experiment(*settings(cell, size, source))
-        return experiment.model.state_bytes(unit)
-
-    one, two = context_bytes(unit), context_bytes(2 * unit)
-    if one > cell.budget:
-        raise UserError(f"--budgets={cell.budget}: a segment of {cell.entry.name} alone takes {one:,} bytes a row")
-    return unit * (1 + (cell.budget - one) // (two - one))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -226,11 +66,11 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     if not options.report_only:
         _run_all(cells, folder, options)
     found = [figures for cell in cells if (figures := figures_of(cell, folder / cell.folder_name))]
-    rows = chosen(found)
-    page = markdown(rows)
+    rows = leaderboard.chosen(found)
+    page = leaderboard.markdown(rows)
     (folder / "mechanisms.md").write_text(page)
     if rows:
-        (folder / "mechanisms.png").write_bytes(picture(rows))
+        (folder / "mechanisms.png").write_bytes(leaderboard.picture(rows))
     print(
         f"\n{page}\nwritten to {folder}: mechanisms.md, mechanisms.png; {len(found)} of {len(cells)} cells have ended"
     )
@@ -352,130 +192,7 @@ def _text(workdir: pathlib.Path) -> dict[str, Any]:
     evaluation = json.loads((workdir / trainings.RESULT).read_text())
     cleared = evaluation.get("memory cleared")
     return {
-        "bytes_a_row": open_run(str(workdir)).experiment.model.state_bytes(_SEGMENT["text"]),
+        "bytes_a_row": open_run(str(workdir)).experiment.model.state_bytes(SEGMENT["text"]),
         "loss": evaluation["as trained"]["loss"],
         "cleared": cleared and cleared["loss"],
     }
-
-
-class Row(NamedTuple):
-    """A mechanism on one task with one budget, at the learning rate that training chose.
-
-    Attributes:
-      mechanism, task, budget, rate: of its cells.
-      cells: the figures of each seed.
-    """
-
-    mechanism: str
-    task: str
-    budget: int
-    rate: float
-    cells: list[dict[str, Any]]
-
-    def mean(self, figure: Callable[[dict[str, Any]], float]) -> float:
-        """Over the seeds."""
-        return statistics.fmean(map(figure, self.cells))
-
-    def spread(self, figure: Callable[[dict[str, Any]], float]) -> float:
-        """The largest less the smallest of the seeds."""
-        return float(np.ptp([figure(cell) for cell in self.cells]))
-
-
-def chosen(found: Iterable[dict[str, Any]]) -> list[Row]:
-    """Of every mechanism, task and budget the learning rate whose training ended with the lowest loss."""
-    by_row: dict[tuple, dict[float, list[dict]]] = {}
-    for cell in found:
-        rates = by_row.setdefault((cell["mechanism"], cell["task"], cell["budget"]), {})
-        rates.setdefault(cell["rate"], []).append(cell)
-    rows = []
-    for key, rates in by_row.items():
-        rate = min(rates, key=lambda rate: statistics.fmean(cell["train_loss"] for cell in rates[rate]))
-        rows.append(Row(*key, rate, rates[rate]))
-    return rows
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """A table for each task and budget."""
-    tables = []
-    for task, budget in dict.fromkeys((row.task, row.budget) for row in rows):
-        own = [row for row in rows if (row.task, row.budget) == (task, budget)]
-        table = _recall_table(own) if task == "recall" else _text_table(own)
-        head, *body = ["| " + " | ".join(cells) + " |" for cells in table]
-        rule = "|" + "---|" * len(table[0])
-        tables.append("\n".join([f"{TASKS[task].title}, at most {budget:,} bytes a row:", "", head, rule, *body]))
-    note = (
-        "Mean over seeds, in parentheses the largest less the smallest. "
-        "Learning rates were chosen by the loss in training."
-    )
-    return "\n\n".join([*tables, note]) + "\n"
-
-
-def _recall_table(rows: Sequence[Row]) -> list[list[str]]:
-    lengths = list(rows[0].cells[0]["recall"])
-    farthest = lengths[-1]
-    best_first = sorted(rows, key=lambda row: -row.mean(lambda cell: cell["recall"][farthest]))
-    asked = [f"recall, {length} segments" for length in lengths]
-    table = [["mechanism", "bytes a row", *asked, "nothing carried", *_COMMON]]
-    for row in best_first:
-        shares = [_over_seeds(row, lambda cell, length=length: cell["recall"][length], ".3f") for length in lengths]
-        cleared = _over_seeds(row, lambda cell: cell["cleared"][farthest], ".3f")
-        table.append([row.mechanism, f"{row.cells[0]['bytes_a_row']:,}", *shares, cleared, *_common(row)])
-    return table
-
-
-def _text_table(rows: Sequence[Row]) -> list[list[str]]:
-    base = next((row for row in rows if row.mechanism == NOTHING), None)
-    best_first = sorted(rows, key=lambda row: row.mean(lambda cell: cell["loss"]))
-    table = [["mechanism", "bytes a row", "loss", "less that of none", "memory cleared", *_COMMON]]
-    for row in best_first:
-        difference, cleared = "", ""
-        if base and row is not base:
-            difference = f"{row.mean(_loss) - base.mean(_loss):+.4f}"
-        if row.cells[0]["cleared"]:
-            cleared = _over_seeds(row, lambda cell: cell["cleared"], ".4f")
-        figures = [_over_seeds(row, _loss, ".4f"), difference, cleared]
-        table.append([row.mechanism, f"{row.cells[0]['bytes_a_row']:,}", *figures, *_common(row)])
-    return table
-
-
-_COMMON = ("learning rate", "microseconds a token", "seeds")
-
-
-def _common(row: Row) -> list[str]:
-    return [f"{row.rate:g}", f"{row.mean(lambda cell: cell['microseconds_a_token']):.0f}", str(len(row.cells))]
-
-
-def _loss(cell: dict[str, Any]) -> float:
-    return cell["loss"]
-
-
-def _over_seeds(row: Row, figure: Callable[[dict[str, Any]], float], form: str) -> str:
-    mean = format(row.mean(figure), form)
-    return mean if len(row.cells) == 1 else f"{mean} ({format(row.spread(figure), form)})"
-
-
-def picture(rows: Sequence[Row]) -> bytes:
-    """A PNG: what each mechanism reaches against the bytes that a row carries, a panel for each task."""
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    names = list(dict.fromkeys(row.mechanism for row in rows))
-    figure, panels = plots.sheet(len(tasks))
-    for panel, task in zip(panels, tasks, strict=False):
-        for name in names:
-            own = sorted((row for row in rows if (row.task, row.mechanism) == (task, name)), key=_bytes)
-            if task == "recall":
-                farthest = list(own[0].cells[0]["recall"])[-1]
-                reached = [row.mean(lambda cell, length=farthest: cell["recall"][length]) for row in own]
-                panel.set_ylabel(f"share of right answers, {farthest} segments")
-            else:
-                reached = [row.mean(_loss) for row in own]
-                panel.set_ylabel("held-out loss (nats per token)")
-            panel.plot([_bytes(row) for row in own], reached, label=name, **plots.style(names.index(name)))
-        panel.set_title(TASKS[task].title)
-        panel.set_xscale("symlog", linthresh=1024)
-        panel.set_xlabel("bytes that a row carries")
-    panels[0].legend(fontsize="x-small")
-    return plots.png(figure)
-
-
-def _bytes(row: Row) -> int:
-    return row.cells[0]["bytes_a_row"]

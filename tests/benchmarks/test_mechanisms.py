@@ -7,7 +7,8 @@ import argparse
 import pytest
 
 from memorizing.benchmarks.trained import mechanisms
-from memorizing.benchmarks.trained.mechanisms import ENTRIES, Cell, chosen, markdown, picture, settings, size_within
+from memorizing.benchmarks.trained.cells import ENTRIES, NOTHING, TASKS, Cell, Entry, settings, size_within
+from memorizing.benchmarks.trained.leaderboard import chosen, markdown, picture
 from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
 from memorizing.training.experiment import Experiment
@@ -29,9 +30,9 @@ def context_bytes(experiment: Experiment) -> int:
     return experiment.model.state_bytes(experiment.batch.segment_length)
 
 
-@pytest.mark.parametrize("task", mechanisms.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_a_size_is_the_largest_within_the_budget(entry: mechanisms.Entry, task: str):
+def test_a_size_is_the_largest_within_the_budget(entry: Entry, task: str):
     cell = Cell(entry, task, BUDGET, 1e-2, seed=0, steps=100)
     size = size_within(cell, "stdlib")
     experiment = experiment_of(cell, size)
@@ -67,7 +68,7 @@ def figures(mechanism: str, rate: float, seed: int, train_loss: float, loss: flo
 
 
 FOUND = [
-    figures(mechanisms.NOTHING, 1e-2, 0, train_loss=4.0, loss=4.5),
+    figures(NOTHING, 1e-2, 0, train_loss=4.0, loss=4.5),
     figures("window", 1e-2, 0, train_loss=3.0, loss=4.4),
     figures("window", 1e-2, 1, train_loss=3.2, loss=4.0),
     # Better on what is reported, worse in training.
@@ -86,7 +87,7 @@ def test_the_page_has_means_spreads_and_the_best_first():
     page = markdown(chosen(FOUND))
     lines = [line for line in page.splitlines() if line.startswith("| ")]
     assert lines[1].startswith("| window | 1,000 | 4.2000 (0.4000) | -0.3000 |")
-    assert lines[2].startswith(f"| {mechanisms.NOTHING} | 1,000 | 4.5000 |")
+    assert lines[2].startswith(f"| {NOTHING} | 1,000 | 4.5000 |")
     assert picture(chosen(FOUND)).startswith(b"\x89PNG")
 
 
