@@ -109,7 +109,8 @@ class Cell(NamedTuple):
     """One training.
 
     Attributes:
-      entry, task: indices into ENTRIES, names of TASKS.
+      entry: the mechanism.
+      task: a name of TASKS.
       budget: bytes of context that a row may carry.
       rate: the greatest learning rate.
       seed: of the run.

@@ -6,6 +6,7 @@ The neighbours on the page are those that the model attended to; and mistakes ar
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import json
 import pathlib
@@ -161,6 +162,14 @@ def test_neighbours_are_the_nearest_of_what_was_stored_and_what_was_attended_to(
                 np.testing.assert_allclose(y, gate[head] * read + (1 - gate[head]) * y_local, atol=1e-5)
 
 
+def test_a_capped_model_tells_its_cap():
+    capped = next(each for each in WITH_MEMORY if each.config.attention_logit_cap)
+    context = capped.config.init_context(1, LENGTH)
+    inputs = (np.ones((1, LENGTH), np.int32), np.ones((1, LENGTH), bool), np.ones(1, bool), context)
+    output = jax.eval_shape(lambda: apply_model(capped.config, capped.model.params, *inputs))
+    assert output.report.retrieved["layer_01"].logit_cap == capped.config.attention_logit_cap
+
+
 def test_slots_are_dated_rightly():
     """Whatever the clock, the age of every slot is that of what was last written there."""
     length, num_slots = 3, 12
@@ -257,8 +266,11 @@ def neighbours_on(page: str, layer: int = 0) -> tuple[np.ndarray, np.ndarray, np
     shape = (len(kept), len(stored["gate"]), stored["numNeighbours"])
     distances = unpacked(stored["distances"], f"<u{stored['distanceBytes']}").reshape(shape).astype(np.int64)
     raw = unpacked(stored["scores"], "<i2").reshape(shape)
-    scores = np.where(raw == data["noNeighbour"], np.nan, raw * data["scoreUnit"])
-    weights = np.nan_to_num(np.exp(np.array(stored["scale"])[:, None] * scores))
+    scores = np.where(raw == data["noNeighbour"], np.nan, raw * stored["scoreUnit"])
+    logits = np.array(stored["scale"])[:, None] * scores
+    if stored["logitCap"]:
+        logits = stored["logitCap"] * np.tanh(logits / stored["logitCap"])
+    weights = np.nan_to_num(np.exp(logits))
     return kept, distances, scores, weights / weights.sum(axis=-1, keepdims=True)
 
 
@@ -326,6 +338,24 @@ def test_a_long_document_keeps_what_fits():
     _, distances, scores, _ = neighbours_on(page)
     np.testing.assert_array_equal(distances, inspection.lookups[0].distances[1:])
     np.testing.assert_allclose(np.nan_to_num(scores), np.maximum(inspection.lookups[0].scores[1:], 0), atol=1e-4)
+
+
+@pytest.mark.parametrize("logit_cap", [0.0, 3.0])
+def test_the_page_weighs_scores_of_any_size(logit_cap: float):
+    """Keys of imported models have any length, and their logits may be capped."""
+    small = lookups(200)
+    large = dataclasses.replace(small, scores=300 * small.scores, scale=small.scale / 300, logit_cap=logit_cap)
+    nats = np.zeros((2, 200), np.float32)
+    page = make_page("", Inspection(np.ones(200, np.int32), (0, 64), 8, nats, (large,)), [b"word "] * 200, {}, {})
+    kept, _, scores, weights = neighbours_on(page)
+    has_any = large.distances[kept].max(axis=-1) > 0
+    np.testing.assert_allclose(np.nan_to_num(scores), np.maximum(large.scores[kept], 0), atol=0.01)
+    np.testing.assert_allclose(weights[has_any], large.weights(kept)[has_any], atol=1e-3)
+    logits = np.array(8.0) * small.scores[kept]
+    capped = logit_cap * np.tanh(logits / logit_cap) if logit_cap else logits
+    expected = np.exp(capped) * (small.distances[kept] > 0)
+    expected /= np.maximum(expected.sum(axis=-1, keepdims=True), 1e-30)
+    np.testing.assert_allclose(large.weights(kept), expected, atol=1e-5)
 
 
 def test_any_text_stands_on_the_page_as_it_is():

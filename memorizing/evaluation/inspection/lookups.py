@@ -15,6 +15,7 @@ import numpy as np
 
 from memorizing.array_typing import Tree
 from memorizing.evaluation.inspection.document import DocumentTokens, read_document
+from memorizing.models.layers import soft_cap
 from memorizing.models.lm_config import LMConfig
 from memorizing.models.memory import external_memory
 from memorizing.models.memory.external_memory import positions_back
@@ -34,7 +35,8 @@ class Lookups:
       scale: float32 [N], factor of the scores in the softmax.
       distances: int32 [tokens, N, K], how many positions back the neighbour's key was made; 0 where there is none. The
         best neighbour comes first.
-      scores: float32 [tokens, N, K], query . key, both of length 1; -inf where there is none.
+      scores: float32 [tokens, N, K], query . key; -inf where there is none.
+      logit_cap: of the scaled scores, see `layers.soft_cap`.
     """
 
     layer: str
@@ -42,6 +44,7 @@ class Lookups:
     scale: np.ndarray
     distances: np.ndarray
     scores: np.ndarray
+    logit_cap: float = 0.0
 
     def weights(self, positions: slice | np.ndarray = slice(None)) -> np.ndarray:
         """Attention to each neighbour, float32 [tokens, N, K]: the softmax over those of a head.
@@ -50,7 +53,8 @@ class Lookups:
         """
         scores = self.scores[positions]
         exists = scores > -np.inf
-        logits = np.where(exists, scores, -1e30) * self.scale[None, :, None]
+        scaled = np.where(exists, scores, 0.0) * self.scale[None, :, None]
+        logits = np.where(exists, soft_cap(scaled, self.logit_cap), -1e30)
         shifted = logits - logits.max(axis=-1, keepdims=True)
         unnormalised = np.where(exists, np.exp(shifted), 0.0)
         total = unnormalised.sum(axis=-1, keepdims=True)
@@ -239,4 +243,5 @@ def _lookups(layer: str, parts: list[Retrieved], memory_size: int, num_tokens: i
         scale=np.asarray(parts[0].scale, np.float32),
         distances=np.concatenate(distances)[:num_tokens],
         scores=np.concatenate(scores)[:num_tokens],
+        logit_cap=parts[0].logit_cap,
     )

@@ -16,9 +16,9 @@ from memorizing.evaluation.inspection.page_parts import packed, text_page, texts
 # under 20 MB.
 NEIGHBOUR_BUDGET = 11_000_000
 # Scores lie in [-1, 1] up to rounding and are stored as int16 in this unit.
-SCORE_UNIT = 1 / 16384
 NO_NEIGHBOUR = -32768
 _SCORE_TYPE = "<i2"
+_LARGEST_SCORE = 32767
 
 
 def make_page(
@@ -45,7 +45,6 @@ def make_page(
         "numEqual": inspection.num_equal,
         "nats": [packed(nats, "<f4") for nats in inspection.nats],
         "kept": packed(kept, "<u4"),
-        "scoreUnit": SCORE_UNIT,
         "noNeighbour": NO_NEIGHBOUR,
         "layers": [_layer(lookups, kept) | _recall(inspection, lookups) for lookups in inspection.lookups],
     }
@@ -87,13 +86,17 @@ def kept_positions(inspection: Inspection, budget: int = NEIGHBOUR_BUDGET) -> np
 def _layer(lookups: Lookups, kept: np.ndarray) -> dict[str, Any]:
     scores = lookups.scores[kept]
     exists = scores > -np.inf
-    in_units = np.round(np.where(exists, scores, 0) / SCORE_UNIT)
-    stored = np.where(exists, np.clip(in_units, -32767, 32767), NO_NEIGHBOUR)
+    finite = np.where(exists, scores, 0)
+    # Of models whose keys have any length as fine as of those whose keys have length 1.
+    unit = max(float(np.abs(finite).max(initial=0)), 1.0) / _LARGEST_SCORE
+    stored = np.where(exists, np.round(finite / unit), NO_NEIGHBOUR)
     distance_type = _distance_type(lookups)
     return {
         "name": lookups.layer,
         "gate": [float(gate) for gate in lookups.gate],
         "scale": [float(scale) for scale in lookups.scale],
+        "logitCap": lookups.logit_cap,
+        "scoreUnit": unit,
         "numNeighbours": lookups.distances.shape[-1],
         "distanceBytes": distance_type.itemsize,
         "distances": packed(lookups.distances[kept], distance_type),

@@ -233,7 +233,7 @@ class JointMemoryCore(nn.Module):
         mean_share = jnp.sum(own_share, axis=(0, 1)) / jnp.maximum(jnp.sum(is_real), 1)
         metrics["memory_share"] = mean_share
         neighbours = jax.tree.map(layout.own, reading.neighbours)
-        retrieved = Retrieved(neighbours, mean_share, scale)
+        retrieved = Retrieved(neighbours, mean_share, scale, logit_cap=self.dims.attention_logit_cap)
         return dataclasses.replace(
             report,
             metrics=jax.lax.stop_gradient(metrics),

@@ -58,12 +58,14 @@ class Retrieved:
       gate: float32 [N], share of the memory in the layer's output.
       scale: float32 [N], factor of the scores in the softmax.
       stores_next: whether a slot has the key of the position before its own.
+      logit_cap: of the scaled scores, see `layers.soft_cap`.
     """
 
     neighbours: Neighbours
     gate: HeadScale | Any
     scale: HeadScale | Any
     stores_next: bool = struct.field(pytree_node=False, default=False)
+    logit_cap: float = struct.field(pytree_node=False, default=0.0)
 
 
 @struct.dataclass
