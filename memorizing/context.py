@@ -153,6 +153,16 @@ class Segment:
         """Whether the layer reads its state and the earlier positions from the KV cache."""
         return self.decoding is not None and self.decoding.kv_cache is not None
 
+    def tied(self, parameter: jax.Array) -> jax.Array:
+        """A parameter from which much is computed, such as a bias for each query and key, to be computed in each layer.
+
+        JAX takes what depends on nothing but parameters out of the loop over segments, computes it for all layers at
+        once, and keeps it for the gradient: more than all activations where these are not kept. What is tied depends on
+        the segment too.
+        """
+        tied, _ = jax.lax.optimization_barrier((parameter, self.is_real))
+        return tied
+
     def select(self, table: jax.Array, size: int, axis: int = 0) -> jax.Array:
         """The entries of a table that belong to the positions of the activations.
 

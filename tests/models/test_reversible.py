@@ -125,15 +125,16 @@ def test_gradients_are_those_of_ordinary_differentiation(config: LMConfig, monke
 def temporary_bytes(residuals: str, num_layers: int, remat: str = "none", remat_every: int = 1) -> int:
     """Of a gradient, by the compiled program's own account."""
     config = LMConfig(VOCAB, num_layers, 32, 2, 16, 64, residuals=residuals, remat=remat, remat_every=remat_every)
-    variables = jax.eval_shape(lambda: init_variables(config, 8, 64, jax.random.key(0)))
-    context = jax.eval_shape(lambda: config.init_context(8, 64))
-    tokens = jax.ShapeDtypeStruct((8, 1, 64), jnp.int32)
-    flags = jax.ShapeDtypeStruct((8, 1, 64), bool)
-    weights = jax.ShapeDtypeStruct((8, 1, 64), jnp.float32)
-    start = jax.ShapeDtypeStruct((8, 1), bool)
+    rows, length = 2, 256
+    variables = jax.eval_shape(lambda: init_variables(config, rows, length, jax.random.key(0)))
+    context = jax.eval_shape(lambda: config.init_context(rows, length))
+    tokens = jax.ShapeDtypeStruct((rows, 1, length), jnp.int32)
+    flags = jax.ShapeDtypeStruct((rows, 1, length), bool)
+    weights = jax.ShapeDtypeStruct((rows, 1, length), jnp.float32)
+    start = jax.ShapeDtypeStruct((rows, 1), bool)
 
     def loss(params: Any, buffers: Any, context: Any, batch: Batch) -> Any:
-        rngs = Rngs(jax.random.key(1), jnp.arange(8))
+        rngs = Rngs(jax.random.key(1), jnp.arange(rows))
         return batch_gradient(config, params, batch, Carried(context, buffers), rngs, 1)[0]
 
     batch = Batch(tokens, tokens, weights, flags, start)
@@ -143,8 +144,9 @@ def temporary_bytes(residuals: str, num_layers: int, remat: str = "none", remat_
 
 @pytest.mark.usefixtures("optimized")
 def test_memory_does_not_grow_with_the_number_of_layers():
-    few, many = (temporary_bytes("reversible", num_layers) for num_layers in (4, 12))
-    assert many < 1.05 * few
+    """Nor with what depends on parameters alone: the bias of all layers would weigh more than their activations."""
+    few, many = (temporary_bytes("reversible", num_layers) for num_layers in (4, 24))
+    assert many < 1.01 * few
     few, many = (temporary_bytes("plain", num_layers) for num_layers in (4, 12))
     assert many > 1.8 * few, "the test cannot see what it forbids"
 

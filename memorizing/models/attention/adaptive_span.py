@@ -120,7 +120,7 @@ class AdaptiveSpanCore(nn.Module):
         # A later key is hidden by the causal mask.
         distances = np.maximum(positions.distances(segment.layout.size, num_keys), 0)
         ramp = self.attention.ramp
-        soft = jnp.clip((ramp + span[:, None] - distances[None, :]) / ramp, 0, 1)
+        soft = jnp.clip((ramp + segment.tied(span)[:, None] - distances[None, :]) / ramp, 0, 1)
         is_seen = soft > 0
         # The logarithm has a gradient where it is taken only.
         logarithm = jnp.where(is_seen, jnp.log(jnp.where(is_seen, soft, 1.0)), partial_softmax.HIDDEN)

@@ -56,7 +56,7 @@ class T5Bias(nn.Module):
         )
         # [N, R], R = S + T - 1
         num_distances = num_queries + num_keys - 1
-        by_distance = segment.select(self.table[:, buckets], num_distances, axis=1)
+        by_distance = segment.select(segment.tied(self.table)[:, buckets], num_distances, axis=1)
         return positions.same_by_key(by_distance, num_queries, num_keys)
 
 

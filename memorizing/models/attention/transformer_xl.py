@@ -234,7 +234,7 @@ class RelativeAttention(nn.Module):
             distances = distances.clip(max=self.clamp_distance)
         # [R, D]
         encoded = positions.sinusoids(distances, self.dims.embed_dim)
-        return self.position(encoded.astype(self.dims.dtype))
+        return self.position(segment.tied(encoded.astype(self.dims.dtype)))
 
 
 def relative_attention_flops(dims: LayerDims, layout: Layout, num_cached: int) -> int:
