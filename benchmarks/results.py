@@ -49,6 +49,7 @@ RECALL = (
     "gates/ParameterGroup.pattern='attention/core/gate$'",
     "gates/ParameterGroup.learning_rate=10.0",
     "gates/ParameterGroup.decays=False",
+    "gates/ParameterGroup.is_optional=True",
 )
 CACHE = ("LMConfig.continuous_cache=@ContinuousCache()", "ContinuousCache.mixing=learned")
 CLEARED = "memory cleared"

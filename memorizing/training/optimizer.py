@@ -89,11 +89,13 @@ class ParameterGroup:
       learning_rate: factor of the optimizer's; 0 freezes them: they have no gradient, and the optimizer keeps nothing
         for them.
       decays: whether AdamW decays those of them whose role is to be decayed.
+      is_optional: whether a model without such parameters is no mistake.
     """
 
     pattern: str = ""
     learning_rate: Factor = 1.0
     decays: bool = True
+    is_optional: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -287,7 +289,7 @@ def _check_groups(groups: tuple[ParameterGroup, ...], stacked: Collection[str], 
     for layers, tree in params.items():
         found |= {*jax.tree.leaves(_groups_of(groups, stacked, layers, tree))}
     for group in groups:
-        if group not in found:
+        if group not in found and not group.is_optional:
             raise UserError(
                 f"ParameterGroup.pattern = {group.pattern!r}: no parameter has such a name that no group before it has; "
                 "names are like layer_03/attention/query/kernel"

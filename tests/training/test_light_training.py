@@ -122,6 +122,13 @@ def test_groups_that_cannot_work_are_refused(groups: tuple[ParameterGroup, ...],
         jax.eval_shape(functools.partial(init_train_state, MODEL, rule, ROWS, LENGTH, 0))
 
 
+def test_a_group_may_be_optional():
+    """As in a gin file that is named after any run: `models/with_recall` names gates."""
+    gates = ParameterGroup("core/gate", learning_rate=10.0, is_optional=True)
+    rule = AdamW(SCHEDULE, groups=(gates,)).build(MODEL.stack.stacked_layers)
+    jax.eval_shape(functools.partial(init_train_state, MODEL, rule, ROWS, LENGTH, 0))
+
+
 def test_what_is_no_pattern_and_what_has_no_such_projections_is_refused():
     with pytest.raises(UserError, match=r"ParameterGroup.pattern = '\('"):
         ParameterGroup("(")
