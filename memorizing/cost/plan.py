@@ -188,6 +188,11 @@ def _devices(topology: str, num_slices: int) -> list[Any]:
             devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception as error:  # What the compiler raises depends on what is wrong.
         reason = str(error).splitlines()[0]
+        if "lockfile" in reason:
+            raise UserError(
+                "another process uses the TPU compiler, or one that was killed has left its lock: wait for it, or "
+                f"delete the file that is named here ({reason})"
+            ) from None
         raise UserError(
             f"topology {topology!r}: {reason}; expected a generation and the shape of a slice, "
             "such as v3:4x4, v4:2x2x4, v5e:4x8, v5p:2x2x4 or v6e:4x8"

@@ -164,6 +164,18 @@ def test_what_to_install_is_said():
         run_plan("--topology=v3:4x4", "--gin_file=smoke")
 
 
+def test_a_compiler_that_another_process_uses_is_told_as_that(monkeypatch: pytest.MonkeyPatch):
+    from jax.experimental import topologies
+
+    def locked(**_: object) -> None:
+        raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile. Run something.")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", locked)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: "found")
+    with pytest.raises(UserError, match=r"another process uses the TPU compiler.*lockfile"):
+        plan._devices("v3:4x4", 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
