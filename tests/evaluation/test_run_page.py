@@ -193,7 +193,7 @@ def test_a_browser_shows_the_page_on_a_small_screen(source: str, tmp_path: pathl
     look = """<script>
 const charts = [...document.querySelectorAll("svg")];
 document.title = JSON.stringify({
-  wider: document.documentElement.scrollWidth - innerWidth,
+  wider: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   named: charts.every(each => each.getAttribute("aria-labelledby").split(" ").every(id => document.getElementById(id).textContent)),
   drawn: charts.filter(each => each.getBoundingClientRect().height > 50).length,
   first: document.querySelector("a, summary, [tabindex='0']").textContent,
