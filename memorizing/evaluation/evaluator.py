@@ -17,7 +17,16 @@ from memorizing.array_typing import RowFlags, Tree
 from memorizing.batch import Batch, DataSource, EvaluationBatch, text_of
 from memorizing.context import Context
 from memorizing.evaluation.another_document import OtherDocuments, with_memories_of
-from memorizing.evaluation.reading import ReadingBar, inputs_of, read_segments
+from memorizing.evaluation.reading import (
+    MOST_SEGMENTS,
+    Pace,
+    ReadingBar,
+    in_groups,
+    inputs_of,
+    joined,
+    pass_segments,
+    read_segments,
+)
 from memorizing.models import language_model
 from memorizing.models.lm_config import LMConfig
 from memorizing.models.losses import Scores, scores
@@ -187,7 +196,7 @@ class Evaluator:
           num_rows: documents read side by side.
           segment_length: T.
           mesh: where the parameters lie.
-          on_step: called before every segment, in all processes.
+          on_step: called before every few segments, in all processes.
         """
 
         def init_context() -> Context:
@@ -206,13 +215,13 @@ class Evaluator:
         shardings = sharding.tree_shardings(mesh, abstract, config.context_axes(), sharding.STATE_RULES)
         self._init_context = jax.jit(init_context, out_shardings=shardings)
         self._step = jax.jit(
-            functools.partial(_evaluation_step, config),
+            functools.partial(_evaluation_steps, config),
             static_argnames="ablation",
             donate_argnums=2,
             out_shardings=(None, shardings),
         )
         self._step_beside = jax.jit(
-            functools.partial(_evaluation_step_beside, config),
+            functools.partial(_evaluation_steps_beside, config),
             donate_argnums=2,
             out_shardings=(None, (shardings, shardings)),
         )
@@ -248,25 +257,32 @@ class Evaluator:
         # Of several processes, each reads its own rows' documents.
         is_shared = jax.process_count() > 1
         rows = (self._rows.rows,) if is_shared else ()
+        # Clocks of several processes differ, and all have to pass as many segments at once.
+        pace = Pace(1 if is_shared else MOST_SEGMENTS)
 
-        def step(context: Any, segment: EvaluationBatch) -> tuple[tuple, Any]:
+        def step(context: Any, group: list[EvaluationBatch]) -> tuple[tuple, Any]:
             self._on_step()
-            placed = self._rows.put(segment.batch)
+            num_segments = np.int32(len(group))
+            placed = self._rows.put(joined([segment.batch for segment in group]))
             if others:
-                beside = self._rows.put(others.beside(segment))
-                result, context = self._step_beside(params, buffers, context, (placed, beside))
+                beside = self._rows.put(joined([others.beside(segment) for segment in group]))
+                found, context = self._step_beside(params, buffers, context, (placed, beside), num_segments)
             else:
-                result, context = self._step(params, buffers, context, placed, ablation=ablation)
+                found, context = self._step(params, buffers, context, placed, num_segments, ablation=ablation)
             if not is_shared:
-                return (result, *segment), context
+                return (found, group), context
             # ... and learns what came of the others', so that all have the same sums.
+            (segment,) = group
             place = self._rows.put((segment.document, segment.offset.astype(np.int32)))
-            return self._rows.gather((result, placed, *place)), context
+            found, batch, *place = self._rows.gather((found, self._rows.put(segment.batch), *place))
+            return (found, [EvaluationBatch(batch, *place)]), context
 
         segments = source.evaluation_batches(*size, *rows)
         context = (self._init_context(), self._init_context()) if others else self._init_context()
-        for result, _ in read_segments(step, context, segments):
-            yield ReadSegment(*result)
+        for (found, group), _ in read_segments(step, context, in_groups(segments, pace)):
+            pace.has_passed(len(group))
+            for place, segment in enumerate(group):
+                yield ReadSegment(Scores(*(leaf[:, place] for leaf in found)), *segment)
 
 
 def _named(ablation: Ablation) -> str:
@@ -316,31 +332,50 @@ def accuracy_by_reach(
     return accuracies
 
 
-def _evaluation_step(
-    config: LMConfig, params: Tree, buffers: Tree, context: Context, batch: Batch, *, ablation: Ablation
+def _evaluation_steps(
+    config: LMConfig,
+    params: Tree,
+    buffers: Tree,
+    context: Context,
+    batch: Batch,
+    num_segments: jax.Array,
+    *,
+    ablation: Ablation,
 ) -> tuple[Scores, Context]:
-    segment: Batch = jax.tree.map(lambda leaf: leaf[:, 0], batch)  # [B, 1, T] -> [B, T]
-    context, start = ablate(config, ablation, context, segment)
-    inputs = dataclasses.replace(inputs_of(segment), start_of_document=start)
-    output = language_model.apply(config, params, buffers, inputs, context)
-    # Only a decode step returns none.
-    assert output.context is not None
-    return scores(output.logits, segment.targets), output.context
+    """Reads so many segments of a batch [B, S, T]; scores are [B, S, T]."""
+
+    def step(context: Context, segment: Batch) -> tuple[Scores, Context]:
+        context, start = ablate(config, ablation, context, segment)
+        inputs = dataclasses.replace(inputs_of(segment), start_of_document=start)
+        output = language_model.apply(config, params, buffers, inputs, context)
+        # Only a decode step returns none.
+        assert output.context is not None
+        return scores(output.logits, segment.targets), output.context
+
+    return pass_segments(step, context, batch, num_segments)
 
 
-def _evaluation_step_beside(
-    config: LMConfig, params: Tree, buffers: Tree, contexts: tuple[Context, Context], batches: tuple[Batch, Batch]
+def _evaluation_steps_beside(
+    config: LMConfig,
+    params: Tree,
+    buffers: Tree,
+    contexts: tuple[Context, Context],
+    batches: tuple[Batch, Batch],
+    num_segments: jax.Array,
 ) -> tuple[Scores, tuple[Context, Context]]:
-    """Reads a segment with the memories that other documents have written, and then a segment of these."""
-    own, other = contexts
-    segment: Batch
-    segment, beside = jax.tree.map(lambda leaf: leaf[:, 0], batches)
-    own = with_memories_of(config, own, other)
-    output = language_model.apply(config, params, buffers, inputs_of(segment), own)
-    of_other = language_model.apply(config, params, buffers, inputs_of(beside), other)
-    # Only a decode step returns none.
-    assert output.context is not None and of_other.context is not None
-    return scores(output.logits, segment.targets), (output.context, of_other.context)
+    """Reads segments with the memories that other documents have written, and after each a segment of these."""
+
+    def step(contexts: tuple[Context, Context], segments: tuple[Batch, Batch]) -> tuple[Scores, Any]:
+        own, other = contexts
+        segment, beside = segments
+        own = with_memories_of(config, own, other)
+        output = language_model.apply(config, params, buffers, inputs_of(segment), own)
+        of_other = language_model.apply(config, params, buffers, inputs_of(beside), other)
+        # Only a decode step returns none.
+        assert output.context is not None and of_other.context is not None
+        return scores(output.logits, segment.targets), (output.context, of_other.context)
+
+    return pass_segments(step, contexts, batches, num_segments)
 
 
 class _Sums:

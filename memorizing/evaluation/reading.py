@@ -1,13 +1,18 @@
-"""Reading a document segment by segment: the one loop of evaluation, inspection and generation."""
+"""Reading a document segment by segment: the loops of evaluation, inspection and generation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
+from memorizing.array_typing import Tree
 from memorizing.batch import Batch, DataSource, text_of
 from memorizing.context import Inputs
 from memorizing.runtime.progress import Bar
@@ -16,6 +21,9 @@ Segment = TypeVar("Segment")
 Result = TypeVar("Result")
 # A context, or several.
 Carried = TypeVar("Carried")
+
+# Segments that the device is given at once, at most.
+MOST_SEGMENTS = 8
 
 
 def read_segments(
@@ -41,6 +49,85 @@ def read_segments(
             yield jax.device_get(results.pop(0)), context
     for result in results:
         yield jax.device_get(result), context
+
+
+def pass_segments(
+    step: Callable[[Carried, Any], tuple[Any, Carried]],
+    context: Carried,
+    segments: Tree,
+    num_segments: Int[Array, ""] | int,
+) -> tuple[Tree, Carried]:
+    """The same within a compiled program: one for any number of segments, up to as many as there is room for.
+
+    Args:
+      step: `(context, segment) -> (result, new context)`.
+      context: that the first segment reads.
+      segments: leaves [B, S, ...].
+      num_segments: how many of them to pass, the first ones.
+
+    Returns:
+      The results, leaves [B, S, ...], zeros where no segment was passed; and the context after the last one.
+    """
+
+    def segment(index: Int[Array, ""] | int) -> Tree:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, axis=1, keepdims=False), segments)
+
+    def pass_one(index: Int[Array, ""], carried: tuple[Tree, Carried]) -> tuple[Tree, Carried]:
+        results, context = carried
+        result, context = step(context, segment(index))
+        return jax.tree.map(lambda all_of, one: all_of.at[:, index].set(one), results, result), context
+
+    room = jax.tree.leaves(segments)[0].shape[1]
+    shapes, _ = jax.eval_shape(lambda: step(context, segment(0)))
+    empty = jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], room, *leaf.shape[1:]), leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, num_segments, pass_one, (empty, context))
+
+
+class Pace:
+    """How many steps the device is given at once: as many as take a moment.
+
+    So it seldom waits for the host, results come without a delay that is noticed, and a signal is answered soon. What
+    is computed must not depend on it.
+
+    Attributes:
+      number: of steps, from 1 up.
+    """
+
+    _SECONDS = 0.05
+
+    def __init__(self, at_most: int) -> None:
+        self.number = 1
+        self._at_most = at_most
+        self._before = time.monotonic()
+
+    def start(self) -> None:
+        """The next steps begin now."""
+        self._before = time.monotonic()
+
+    def has_passed(self, num_steps: int) -> None:
+        """Their results have come, and the next steps have begun."""
+        now = time.monotonic()
+        seconds = max(now - self._before, 1e-9)
+        self.number = max(1, min(self._at_most, int(num_steps * self._SECONDS / seconds)))
+        self._before = now
+
+
+def in_groups(segments: Iterable[Segment], pace: Pace) -> Iterator[list[Segment]]:
+    """Segments in lists, as many in each as are passed at once."""
+    remaining = iter(segments)
+    while group := list(itertools.islice(remaining, pace.number)):
+        yield group
+
+
+def joined(segments: Sequence[Tree]) -> Tree:
+    """Segments, leaves [B, 1, ...] on the host, behind each other, zeros behind the last: [B, MOST_SEGMENTS, ...]."""
+
+    def join(*leaves: np.ndarray) -> np.ndarray:
+        num_rows, _, *rest = leaves[0].shape
+        room = np.zeros((num_rows, MOST_SEGMENTS - len(leaves), *rest), leaves[0].dtype)
+        return np.concatenate([*leaves, room], axis=1)
+
+    return jax.tree.map(join, *segments)
 
 
 def inputs_of(batch: Batch) -> Inputs:

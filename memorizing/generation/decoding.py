@@ -8,6 +8,7 @@ whether it was read or generated.
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,12 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.array_typing import Tokens, Tree
 from memorizing.context import Context, Decoding, Inputs
-from memorizing.evaluation.reading import read_segments
+from memorizing.evaluation.reading import MOST_SEGMENTS, Pace, in_groups, joined, pass_segments, read_segments
 from memorizing.generation.sampling import Sampling, SamplingArrays, draw
 from memorizing.models import language_model
 from memorizing.models.lm_config import LMConfig
@@ -31,21 +32,50 @@ from memorizing.runtime import sharding
 KVCache = Mapping[str, Any]
 # On the host.
 HostTokens = Int[np.ndarray, "B T"]
+# Tokens that the device is given to draw at once, at most.
+MOST_TOKENS = 32
+
+
+class Weights(NamedTuple):
+    """Parameters and buffers of a model, on the devices."""
+
+    params: Tree
+    buffers: Tree
+
+
+class OpenSegment(NamedTuple):
+    """A segment that is being written, as far as it has come: what a decode step takes and gives.
+
+    What the KV cache holds of later positions is arbitrary. So whoever drew more tokens than are wanted goes on from
+    an earlier place with the same cache.
+
+    Attributes:
+      inputs: int32 [B], the pending tokens: predicted, but not read yet.
+      index: int32 scalar, where in the segment they stand.
+      position: int32 scalar, in the document, of the tokens that are drawn next.
+      kv_cache: of the segment's earlier positions.
+    """
+
+    inputs: Any
+    index: Any
+    position: Any
+    kv_cache: KVCache
 
 
 class Decoder:
     """What a model compiles to for reading and generating. No program depends on a position or on the length of a text.
 
+    S is `MOST_SEGMENTS`.
+
     Attributes:
       config, segment_length: of the model.
-      read: `(params, buffers, inputs [B, T], targets [B, T], context) -> (Scores [B, T], context)`, a whole segment;
-        the context is donated.
+      read: `(weights, context, inputs [B, S, T], targets [B, S, T], num_segments) -> (Scores [B, S, T], context)`, so
+        many whole segments, the first ones; the context is donated.
       prepare: `(context) -> context` as the next segment reads it; donated.
-      prefill: `(params, buffers, inputs, targets, context) -> (Scores, KV cache)`, the first positions of a segment,
-        padded to T; the context as `prepare` gives it, as in every decode step.
-      decode: `(params, buffers, inputs [B], index, KV cache, context, position, sampling) -> (Drawn, KV cache)`, the
-        input at `index` of the segment, and a draw from what it predicts, the token at `position` of the document; the
-        KV cache is donated.
+      prefill: `(weights, context, inputs [B, T], targets [B, T]) -> (Scores [B, T], KV cache)`, the first positions of
+        a segment, padded to T; the context as `prepare` gives it, as in every decode step.
+      decode: `(weights, context, open segment, sampling, num_tokens) -> (tokens [B, MOST_TOKENS], open segment)`, so
+        many decode steps; the open segment is donated.
     """
 
     def __init__(self, config: LMConfig, segment_length: int, mesh: Mesh | None = None) -> None:
@@ -61,10 +91,17 @@ class Decoder:
         self.config = config
         self.segment_length = segment_length
         self._mesh = mesh
-        self.read = self.compiled(functools.partial(_read, config), donate_argnums=4)
+        self.read = self.compiled(functools.partial(_read, config), donate_argnums=1)
         self.prepare = self.compiled(functools.partial(_prepare, config), donate_argnums=0)
         self.prefill = self.compiled(functools.partial(_prefill, config))
-        self.decode = self.compiled(functools.partial(decode_step, config, segment_length), donate_argnums=4)
+        # What a step gives lies as what the first one is given: else that would be another program.
+        self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        row = self._everywhere
+        self.decode = self.compiled(
+            functools.partial(_decode, config, segment_length),
+            donate_argnums=2,
+            out_shardings=(row, OpenSegment(inputs=row, index=row, position=row, kv_cache=None)),
+        )
 
     def init(self, num_rows: int) -> Context:
         """The context of rows that have read nothing."""
@@ -86,6 +123,10 @@ class Decoder:
         """A context on the devices."""
         num_rows = max(leaf.shape[0] if leaf.ndim else 1 for leaf in jax.tree.leaves(context))
         return jax.device_put(context, self._shardings(num_rows))
+
+    def everywhere(self, tree: Tree) -> Tree:
+        """Arrays of the host on every device."""
+        return tree if self._everywhere is None else jax.device_put(tree, self._everywhere)
 
     def start(self, start_id: int) -> TextState:
         """One row at the start of a document, before which `start_id` stands."""
@@ -109,38 +150,6 @@ class Decoder:
                 return compiled(*arguments)
 
         return call
-
-
-class Weights(NamedTuple):
-    """Parameters and buffers of a model, on the devices."""
-
-    params: Tree
-    buffers: Tree
-
-
-class Drawn(NamedTuple):
-    """A token of every row, int32 [B], and the logits that it was drawn from, float32 [B, V]."""
-
-    tokens: Int[Array, "B"]
-    logits: Float[Array, "B V"]
-
-
-class DecodeStep(NamedTuple):
-    """What the next token is drawn from, but for the weights and how it is drawn: arguments of `Decoder.decode`.
-
-    Attributes:
-      inputs: int32 [B], the pending tokens.
-      index: where in the segment they stand.
-      kv_cache: of the segment's earlier positions.
-      context: of the segments before.
-      position: of the tokens that will be drawn, in their document.
-    """
-
-    inputs: Any
-    index: np.int32
-    kv_cache: KVCache
-    context: Context
-    position: np.int32
 
 
 class TextState(NamedTuple):
@@ -175,13 +184,14 @@ class TextDecoder:
           state: of the rows that these go on from, or `Decoder.start`.
         """
         self._decoder, self._weights = decoder, weights
-        # The open segment's inputs, each [B].
+        # The open segment's inputs, each [B], on the host as the pending ones.
         self._inputs: list[Any]
         *self._inputs, self._pending = np.asarray(state.inputs).T
         self._context = decoder.prepare(decoder.place(state.context))
         self.num_tokens = int(state.num_tokens)
         # Of the open segment; None where it has to be prefilled first.
         self._kv_cache: KVCache | None = None
+        self._reading, self._writing = Pace(MOST_SEGMENTS), Pace(MOST_TOKENS)
 
     def read(self, tokens: HostTokens, on_progress: Callable[[int], None] = lambda _: None) -> Scores:
         """Reads on.
@@ -202,14 +212,9 @@ class TextDecoder:
         targets = np.concatenate([before[:, 1:], tokens], axis=1)
         num_whole = inputs.shape[1] // length * length
         parts: list[Scores] = []
-        starts = range(0, num_whole, length)
-        segments = ((inputs[:, start : start + length], targets[:, start : start + length]) for start in starts)
-        for scored, context in read_segments(self._read_segment, self._context, segments):
-            self._context = context
+        for scored in self._pass_whole(inputs[:, :num_whole], targets[:, :num_whole]):
             parts.append(scored)
             on_progress(min(len(parts) * length - num_before, tokens.shape[1]))
-        if num_whole:
-            self._context = self._decoder.prepare(self._context)
         self._inputs = list(inputs[:, num_whole:].T)
         self._pending = tokens[:, -1].astype(np.int32)
         self._kv_cache = None
@@ -222,11 +227,12 @@ class TextDecoder:
 
     def generate(
         self, num_tokens: int, sampling: Sampling, seed: int, allowed: Bool[np.ndarray, "V"]
-    ) -> Iterator[Drawn]:
+    ) -> Iterator[Int[np.ndarray, "B"]]:
         """Draws tokens and reads them.
 
         Row r's token at a position depends on nothing but the seed, r, the position and what row r has read: not on the
-        number of rows or of tokens, nor on where generating was interrupted.
+        number of rows or of tokens, nor on where generating was interrupted. Whoever stops has read those tokens that
+        were handed out, also where the device has drawn more.
 
         Args:
           num_tokens: how many.
@@ -235,40 +241,36 @@ class TextDecoder:
           allowed: which tokens may be drawn.
 
         Yields:
-          The next token of every row, on the device: the caller may ask for the next before it looks at one.
+          The next token of every row, int32.
         """
         arrays = sampling.arrays(allowed, seed)
-        for _ in range(num_tokens):
-            step = self.next_step()
-            drawn, kv_cache = self._decoder.decode(*self._weights, *step, arrays)
-            self.accept(drawn.tokens, kv_cache)
-            yield drawn
+        while num_tokens:
+            segment = self.open_segment()
+            num_here = min(num_tokens, self.room)
+            for tokens in self._drawn(segment, arrays, num_here):
+                self.accept(tokens)
+                yield tokens
+            num_tokens -= num_here
 
-    def next_step(self) -> DecodeStep:
+    def open_segment(self) -> OpenSegment:
         """What the next token is drawn from; a full segment is closed first, and the next one opened."""
         if len(self._inputs) == self._decoder.segment_length:
-            inputs = np.stack([np.asarray(column) for column in self._inputs], axis=1)
+            inputs = np.stack(self._inputs, axis=1)[:, None]
             # Targets only matter to the scores, which nobody asks for here.
-            _, context = self._decoder.read(*self._weights, inputs, inputs, self._context)
+            _, context = self._read_group(self._context, [(inputs, inputs)])
             self._context = self._decoder.prepare(context)
-            self._inputs, self._kv_cache = [], None
+            self._inputs = []
+            if not self._decoder.config.caches_segment_only:
+                self._kv_cache = None
         if self._kv_cache is None:
             self._prefill(np.zeros((len(self._pending), 0), np.int32))
         assert self._kv_cache is not None, "prefilled above"
-        index, position = np.int32(len(self._inputs)), np.int32(self.num_tokens)
-        return DecodeStep(self._pending, index, self._kv_cache, self._context, position)
+        return OpenSegment(self._pending, np.int32(len(self._inputs)), np.int32(self.num_tokens), self._kv_cache)
 
-    def accept(self, tokens: Any, kv_cache: KVCache | None = None) -> None:
-        """Takes what was drawn from `next_step`.
-
-        Args:
-          tokens: int32 [B], they become the pending ones.
-          kv_cache: after that step; None where the caller keeps it for as long as the segment is open.
-        """
+    def accept(self, tokens: Int[np.ndarray, "B"]) -> None:
+        """Takes tokens that were drawn from `open_segment`, or from what came of it: they become the pending ones."""
         self._inputs.append(self._pending)
         self._pending = tokens
-        if kv_cache is not None:
-            self._kv_cache = kv_cache
         self.num_tokens += 1
 
     def fork(self, num_rows: int) -> TextDecoder:
@@ -289,13 +291,43 @@ class TextDecoder:
         return len(self._inputs)
 
     @property
+    def room(self) -> int:
+        """Tokens that can be read before the open segment is full, from 0 to T."""
+        return self._decoder.segment_length - len(self._inputs)
+
+    @property
+    def context(self) -> Context:
+        """That the open segment reads."""
+        return self._context
+
+    @property
     def state(self) -> TextState:
         """For another one to go on from, as long as this one does not go on itself."""
-        inputs = np.stack([*map(np.asarray, self._inputs), np.asarray(self._pending)], axis=1).astype(np.int32)
+        inputs = np.stack([*self._inputs, self._pending], axis=1).astype(np.int32)
         return TextState(self._context, inputs, self.num_tokens)
 
-    def _read_segment(self, context: Context, segment: tuple[HostTokens, HostTokens]) -> tuple[Scores, Context]:
-        return self._decoder.read(*self._weights, *segment, context)
+    def _pass_whole(self, inputs: HostTokens, targets: HostTokens) -> Iterator[Scores]:
+        """Passes whole segments, if there are any, a few at a time; yields the scores of each, on the host."""
+        if not inputs.size:
+            return
+        self._reading.start()
+        length = self._decoder.segment_length
+        ranges = (slice(first, first + length) for first in range(0, inputs.shape[1], length))
+        segments = ((inputs[:, None, of_segment], targets[:, None, of_segment]) for of_segment in ranges)
+        groups = in_groups(segments, self._reading)
+        for (found, num_segments), context in read_segments(self._read_group, self._context, groups):
+            self._context = context
+            self._reading.has_passed(num_segments)
+            for place in range(num_segments):
+                yield Scores(*(leaf[:, place] for leaf in found))
+        self._context = self._decoder.prepare(self._context)
+
+    def _read_group(
+        self, context: Context, group: list[tuple[HostTokens, HostTokens]]
+    ) -> tuple[tuple[Scores, int], Context]:
+        inputs, targets = joined(group)
+        found, context = self._decoder.read(self._weights, context, inputs, targets, np.int32(len(group)))
+        return (found, len(group)), context
 
     def _prefill(self, targets: HostTokens) -> Scores:
         """Makes the KV cache of the open segment's inputs; returns the scores of the targets, [B, T] on the device."""
@@ -304,8 +336,29 @@ class TextDecoder:
         for place, column in enumerate(self._inputs):
             padded_inputs[:, place] = column
         padded_targets[:, : targets.shape[1]] = targets
-        found, self._kv_cache = self._decoder.prefill(*self._weights, padded_inputs, padded_targets, self._context)
+        found, self._kv_cache = self._decoder.prefill(self._weights, self._context, padded_inputs, padded_targets)
         return found
+
+    def _drawn(self, segment: OpenSegment, sampling: SamplingArrays, num_tokens: int) -> Iterator[Int[np.ndarray, "B"]]:
+        """Tokens of the open segment; the device draws the next few while the caller has these."""
+        self._writing.start()
+        *place, kv_cache = segment
+        segment = OpenSegment(*self._decoder.everywhere(place), kv_cache)
+        drawn: collections.deque[tuple[Any, int]] = collections.deque()
+        while num_tokens or drawn:
+            if num_tokens and len(drawn) < 2:
+                num_now = min(self._writing.number, num_tokens)
+                tokens, segment = self._decoder.decode(
+                    self._weights, self._context, segment, sampling, np.int32(num_now)
+                )
+                self._kv_cache = segment.kv_cache
+                drawn.append((tokens, num_now))
+                num_tokens -= num_now
+            else:
+                tokens, num_drawn = drawn.popleft()
+                of_rows = np.asarray(tokens)
+                self._writing.has_passed(num_drawn)
+                yield from of_rows[:, :num_drawn].T
 
 
 def _whole(tokens: Tokens, segment_length: int) -> Inputs:
@@ -315,11 +368,20 @@ def _whole(tokens: Tokens, segment_length: int) -> Inputs:
 
 
 def _read(
-    config: LMConfig, params: Tree, buffers: Tree, inputs: Tokens, targets: Tokens, context: Context
+    config: LMConfig,
+    weights: Weights,
+    context: Context,
+    inputs: Int[Array, "B S T"],
+    targets: Int[Array, "B S T"],
+    num_segments: Int[Array, ""],
 ) -> tuple[Scores, Context]:
-    output = language_model.apply(config, params, buffers, _whole(inputs, inputs.shape[1]), context)
-    assert output.context is not None, "the segment is whole"
-    return scores(output.logits, targets), output.context
+    def step(context: Context, segment: tuple[Tokens, Tokens]) -> tuple[Scores, Context]:
+        inputs, targets = segment
+        output = language_model.apply(config, *weights, _whole(inputs, inputs.shape[1]), context)
+        assert output.context is not None, "the segment is whole"
+        return scores(output.logits, targets), output.context
+
+    return pass_segments(step, context, (inputs, targets), num_segments)
 
 
 def _prepare(config: LMConfig, context: Context) -> Context:
@@ -328,29 +390,71 @@ def _prepare(config: LMConfig, context: Context) -> Context:
 
 
 def _prefill(
-    config: LMConfig, params: Tree, buffers: Tree, inputs: Tokens, targets: Tokens, context: Context
+    config: LMConfig, weights: Weights, context: Context, inputs: Tokens, targets: Tokens
 ) -> tuple[Scores, KVCache]:
     decoding = Decoding(jnp.zeros((), jnp.int32))
     segment = _whole(inputs, inputs.shape[1])
-    output = language_model.apply(config, params, buffers, segment, context, decoding=decoding)
+    output = language_model.apply(config, *weights, segment, context, decoding=decoding)
     return scores(output.logits, targets), output.report.kv_cache
+
+
+def predict(
+    config: LMConfig, segment_length: int, weights: Weights, context: Context, segment: OpenSegment
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """What follows the pending tokens: logits, float32, and the KV cache with these tokens."""
+    decoding = Decoding(segment.index + config.layout(segment_length).num_read, segment.kv_cache)
+    inputs = _whole(segment.inputs[:, None], segment_length)
+    output = language_model.apply(config, *weights, inputs, context, decoding=decoding)
+    return output.logits[:, 0], output.report.kv_cache
 
 
 def decode_step(
     config: LMConfig,
     segment_length: int,
-    params: Tree,
-    buffers: Tree,
-    inputs: Int[Array, "B"],
-    index: Int[Array, ""],
-    kv_cache: KVCache,
+    weights: Weights,
     context: Context,
-    position: Int[Array, ""],
+    segment: OpenSegment,
     sampling: SamplingArrays,
-) -> tuple[Drawn, KVCache]:
-    """`Decoder.decode`, not compiled."""
-    decoding = Decoding(index + config.layout(segment_length).num_read, kv_cache)
-    segment = _whole(inputs[:, None], segment_length)
-    output = language_model.apply(config, params, buffers, segment, context, decoding=decoding)
-    logits = output.logits[:, 0]
-    return Drawn(draw(logits, position, sampling), logits), output.report.kv_cache
+) -> OpenSegment:
+    """The segment one token further: the tokens that were drawn are its pending ones."""
+    logits, kv_cache = predict(config, segment_length, weights, context, segment)
+    drawn = draw(logits, segment.position, sampling)
+    return OpenSegment(drawn, segment.index + 1, segment.position + 1, kv_cache)
+
+
+def decode_steps(
+    step: Callable[[OpenSegment], OpenSegment], segment: OpenSegment, num_tokens: Int[Array, ""]
+) -> tuple[Int[Array, "*rows MOST_TOKENS"], OpenSegment]:
+    """So many decode steps within a compiled program, which is one for any number up to `MOST_TOKENS`.
+
+    Args:
+      step: one of them.
+      segment: before the first; its pending tokens are int32 [*rows].
+      num_tokens: how many.
+
+    Returns:
+      The tokens that were drawn, zeros behind them; and the segment after the last step.
+    """
+
+    def draw_one(index: Int[Array, ""], carried: tuple[Array, OpenSegment]) -> tuple[Array, OpenSegment]:
+        tokens, segment = carried
+        segment = step(segment)
+        return tokens.at[..., index].set(segment.inputs), segment
+
+    tokens = jnp.zeros((*segment.inputs.shape, MOST_TOKENS), jnp.int32)
+    return jax.lax.fori_loop(0, num_tokens, draw_one, (tokens, segment))
+
+
+def _decode(
+    config: LMConfig,
+    segment_length: int,
+    weights: Weights,
+    context: Context,
+    segment: OpenSegment,
+    sampling: SamplingArrays,
+    num_tokens: Int[Array, ""],
+) -> tuple[Int[Array, "B MOST_TOKENS"], OpenSegment]:
+    def step(segment: OpenSegment) -> OpenSegment:
+        return decode_step(config, segment_length, weights, context, segment, sampling)
+
+    return decode_steps(step, segment, num_tokens)

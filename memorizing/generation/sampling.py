@@ -89,9 +89,11 @@ def draw(logits: Float[Array, "B V"], position: Int[Array, ""], sampling: Sampli
       sampling: how it is drawn.
     """
     logits = jnp.where(sampling.allowed[None], logits, -jnp.inf)
-    # By rank, so that of equal logits the lower token comes first and exactly k are left.
-    tokens = jnp.argsort(-logits, axis=-1, stable=True)  # [B, V], the most probable first
-    scaled = jnp.take_along_axis(logits, tokens, axis=-1) / sampling.temperature  # [B, V]
+    # Only values are sorted, which is several times as fast on CPUs as to sort tokens by them. A draw is a rank, and
+    # the token of a rank is found by its value.
+    values = _ascending(logits)  # [B, V]
+    ranked = ~jnp.sort(~values, axis=-1, stable=False)  # [B, V], the greatest first
+    scaled = _logits_of(ranked) / sampling.temperature  # [B, V]
     rank = jnp.arange(logits.shape[-1])[None]  # [1, V]
     scaled = jnp.where(rank < sampling.top_k, scaled, -jnp.inf)
     probabilities = jax.nn.softmax(scaled, axis=-1)
@@ -107,6 +109,27 @@ def draw(logits: Float[Array, "B V"], position: Int[Array, ""], sampling: Sampli
         return jax.random.categorical(key, row_logits)
 
     rows = jnp.arange(len(logits))  # [B]
-    drawn = jax.vmap(draw_rank)(rows, scaled)  # [B]
-    drawn_tokens = jnp.take_along_axis(tokens, drawn[:, None], axis=-1)  # [B, 1]
-    return drawn_tokens[:, 0].astype(jnp.int32)
+    drawn = jax.vmap(draw_rank)(rows, scaled)[:, None]  # [B, 1]
+    value = jnp.take_along_axis(ranked, drawn, axis=-1)  # [B, 1]
+    # Of equal logits the lower token comes first, so that exactly k are left.
+    place = drawn - jnp.sum(values > value, axis=-1, keepdims=True)  # [B, 1], among those of this value
+    is_same = values == value  # [B, V]
+    is_drawn = is_same & (jnp.cumsum(is_same, axis=-1) == place + 1)
+    return jnp.argmax(is_drawn, axis=-1).astype(jnp.int32)
+
+
+def _ascending(logits: Float[Array, "B V"]) -> Int[Array, "B V"]:
+    """Integers in the order of float32 logits."""
+    # -0 is 0.
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)
+    return _swapped(bits)
+
+
+def _logits_of(values: Int[Array, "B V"]) -> Float[Array, "B V"]:
+    """The inverse of `_ascending`."""
+    return jax.lax.bitcast_convert_type(_swapped(values), jnp.float32)
+
+
+def _swapped(bits: Int[Array, "B V"]) -> Int[Array, "B V"]:
+    """The order of negative ones turned around: of floats it is that of their absolute values."""
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)

@@ -24,7 +24,7 @@ from memorizing.batch import Vocabulary
 from memorizing.errors import UserError
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.generation import session_file
-from memorizing.generation.decoding import Decoder, Drawn, TextDecoder, TextState, Weights
+from memorizing.generation.decoding import Decoder, TextDecoder, TextState, Weights
 from memorizing.generation.sampling import Sampling
 from memorizing.generation.side_by_side import SideBySide
 from memorizing.models.losses import Scores
@@ -294,10 +294,10 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _texts(vocabulary: Vocabulary, steps: Iterator[Drawn], num_samples: int) -> Iterator[list[str]]:
+def _texts(vocabulary: Vocabulary, steps: Iterator[np.ndarray], num_samples: int) -> Iterator[list[str]]:
     """The text of every sample, step by step, until all of them have ended."""
     streams: list[TextStream | None] = [TextStream(vocabulary) for _ in range(num_samples)]
-    for tokens in _one_late(steps):
+    for tokens in steps:
         texts = [""] * num_samples
         for sample, (stream, token) in enumerate(zip(streams, tokens.tolist(), strict=True)):
             if stream and token == vocabulary.end_id:
@@ -308,12 +308,3 @@ def _texts(vocabulary: Vocabulary, steps: Iterator[Drawn], num_samples: int) -> 
         if not any(streams):
             return
     yield [stream.end() if stream else "" for stream in streams]
-
-
-def _one_late(steps: Iterator[Drawn]) -> Iterator[np.ndarray]:
-    """Tokens on the host, each read when the device has already been given the next step."""
-    before = next(steps)
-    for drawn in steps:
-        yield np.asarray(before.tokens)
-        before = drawn
-    yield np.asarray(before.tokens)

@@ -398,6 +398,11 @@ class LMConfig:
                     f"score a text token by token{group.attention.decoding_advice}"
                 )
 
+    @property
+    def caches_segment_only(self) -> bool:
+        """Whether a KV cache holds nothing from before its segment: see `Attention`."""
+        return not self.recurrent_tokens and all(group.attention.caches_segment_only for group in self.groups)
+
     # The context.
 
     def init_context(self, batch_size: int, segment_length: int) -> Context:

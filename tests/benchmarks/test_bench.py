@@ -58,6 +58,15 @@ def test_a_benchmark_prints_a_table_and_writes_a_record(tmp_path: pathlib.Path, 
     assert {"date", "processor", "cores", "packages"} <= record.keys()
 
 
+def test_reading_and_writing_are_measured(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture):
+    output = tmp_path / "text.json"
+    flags = ["--gin_file=smoke", "--read=70", "--written=9", "--num_samples=2", "--rounds=2", f"--output={output}"]
+    assert main._run(["bench", "text", *flags]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    results = json.loads(output.read_text())["results"]
+    assert results["read"]["tokens_per_second"] > 0 and results["written"]["tokens_per_second"] > 0
+
+
 def test_a_stream_is_timed_in_blocks_that_begin_side_by_side():
     """What happens between blocks is in no block's time, and a block that is cut short is not counted."""
 

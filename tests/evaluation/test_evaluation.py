@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mechanisms import apply_model, init_params
+from paces import pass_at_once
 
 from memorizing.batch import Batch, EvaluationBatch
 from memorizing.evaluation.evaluator import Evaluator
@@ -166,3 +167,20 @@ def test_evaluation_is_that_of_one_document_after_another():
     assert values["loss"] == pytest.approx(total / 85, rel=1e-5)
     assert values["perplexity"] == pytest.approx(np.exp(total / 85), rel=1e-4)
     assert values["bits_per_byte"] == pytest.approx(total / np.log(2) / 170, rel=1e-5)
+
+
+@pytest.mark.parametrize("ablation", ["none", "memory_of_another_document"])
+def test_figures_do_not_depend_on_how_many_segments_are_passed_at_once(ablation: str, monkeypatch: pytest.MonkeyPatch):
+    """Documents of other lengths, that end and begin anywhere among them."""
+    model = LMConfig(VOCAB, 1, 16, 2, 8, 32, XLAttention(window=4), ((0, KNNAttention(16, 4)),))
+    length, source = 8, Documents()
+    params = jax.jit(lambda: init_params(model, 2, length, jax.random.key(0)))()
+    mesh = MeshConfig().make_mesh(jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        evaluator = Evaluator(model, 2, length, mesh)
+        pass_at_once(monkeypatch, 1)
+        expected = list(evaluator.read(params, {}, source, ablation))
+        for at_once in (2, 3, 8):
+            pass_at_once(monkeypatch, at_once)
+            jax.tree.map(np.testing.assert_array_equal, list(evaluator.read(params, {}, source, ablation)), expected)
+    assert np.std(expected[0].scores.nats) > 0

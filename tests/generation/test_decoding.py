@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from typing import ClassVar
@@ -21,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mechanisms import LENGTH, MECHANISMS, VOCAB, Mechanism, apply_model, drawn_variables, init_params
+from paces import pass_at_once
 
 from memorizing.context import Report, Segment
 from memorizing.errors import UserError
-from memorizing.generation.decoding import Decoder, TextDecoder, Weights
-from memorizing.generation.sampling import Sampling
+from memorizing.generation.decoding import Decoder, OpenSegment, TextDecoder, Weights, predict
+from memorizing.generation.sampling import Sampling, draw
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
@@ -52,6 +54,8 @@ VARIANTS = (
     ),
 )
 ANYTHING = np.arange(VOCAB) > 0
+ANY_TOKEN = Sampling(1.0, top_p=1.0)
+DRAW = jax.jit(draw)
 # Nothing, one token, a segment but for one input (the first input is the padding before a document), exactly one, and
 # more than the memory of most of them holds.
 PROMPT_LENGTHS = (0, 1, LENGTH - 2, LENGTH - 1, LENGTH, 3 * LENGTH + 3)
@@ -66,8 +70,16 @@ class Case:
         variables = drawn_variables(self.config)
         self.params, self.buffers = variables["params"], variables["buffers"]
 
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.params, self.buffers)
+
+    @functools.cached_property
+    def predict(self) -> Callable:
+        return jax.jit(functools.partial(predict, self.config, LENGTH))
+
     def reader(self) -> TextDecoder:
-        return TextDecoder(self.decoder, Weights(self.params, self.buffers), self.decoder.start(0))
+        return TextDecoder(self.decoder, self.weights, self.decoder.start(0))
 
     @functools.cached_property
     def _forward(self) -> Callable:
@@ -98,17 +110,33 @@ def text(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, VOCAB, (1, length), np.int32)
 
 
-def write(reader: TextDecoder, num_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, num_tokens] that the reader writes, and the logits [B, num_tokens, V] that each was drawn from."""
-    drawn = list(reader.generate(num_tokens, Sampling(1.0, top_p=1.0), seed, ANYTHING))
-    return tuple(np.stack([np.asarray(array) for array in arrays], axis=1) for arrays in zip(*drawn, strict=True))
+def write(reader: TextDecoder, num_tokens: int, seed: int = 0) -> np.ndarray:
+    """Tokens [B, num_tokens] that the reader writes."""
+    return np.stack(list(reader.generate(num_tokens, ANY_TOKEN, seed, ANYTHING)), axis=1)
+
+
+def write_stepwise(case: Case, reader: TextDecoder, num_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The same one token at a time; and the logits [B, num_tokens, V] that each was drawn from."""
+    sampling, drawn, logits = ANY_TOKEN.arrays(ANYTHING, seed), [], []
+    segment = reader.open_segment()
+    for _ in range(num_tokens):
+        of_token, kv_cache = case.predict(case.weights, reader.context, segment)
+        tokens = np.asarray(DRAW(of_token, segment.position, sampling))
+        reader.accept(tokens)
+        drawn.append(tokens)
+        logits.append(np.asarray(of_token))
+        after = OpenSegment(tokens, segment.index + 1, segment.position + 1, kv_cache)
+        segment = after if reader.room else reader.open_segment()
+    return np.stack(drawn, axis=1), np.stack(logits, axis=1)
 
 
 @pytest.mark.parametrize("prompt_length", PROMPT_LENGTHS)
 def test_written_tokens_are_drawn_from_the_teacher_forced_logits(case: Case, prompt_length: int):
     reader, prompt = case.reader(), text(prompt_length)
     reader.read(prompt)
-    written, logits = write(reader, 2 * LENGTH + 3)
+    alone = reader.fork(1)
+    written, logits = write_stepwise(case, reader, 2 * LENGTH + 3)
+    np.testing.assert_array_equal(write(alone, 2 * LENGTH + 3), written)
     whole = np.concatenate([prompt, written], axis=1)
     expected = case.teacher_forced(whole)
     # Heads that are not scaled have logits several times as large, and so is what is rounded away.
@@ -133,7 +161,7 @@ def test_what_is_read_is_scored_as_in_evaluation_however_it_is_cut(case: Case):
 def test_what_is_remembered_is_the_same_bit_for_bit_whether_it_was_read_or_written(case: Case):
     writer, prompt = case.reader(), text(LENGTH + 3)
     writer.read(prompt)
-    written, _ = write(writer, 3 * LENGTH)
+    written = write(writer, 3 * LENGTH)
     reader = case.reader()
     reader.read(np.concatenate([prompt, written], axis=1))
     for path, leaf in jax.tree_util.tree_leaves_with_path(reader.state.context):
@@ -166,11 +194,39 @@ def test_no_position_and_no_length_compiles_again(case: Case, caplog: pytest.Log
         assert "Compiling" in caplog.text, "the test cannot see what it forbids"
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_what_is_written_does_not_depend_on_how_many_tokens_the_device_draws_at_once(
+    case: Case, at_once: int, monkeypatch: pytest.MonkeyPatch
+):
+    expected, other = case.reader(), case.reader()
+    prompt = text(LENGTH - 1)
+    expected.read(prompt)
+    other.read(prompt)
+    pass_at_once(monkeypatch, 32)
+    written = write(expected, 2 * LENGTH + 1)
+    pass_at_once(monkeypatch, at_once)
+    np.testing.assert_array_equal(write(other, 2 * LENGTH + 1), written)
+
+
+@pytest.mark.parametrize("num_read", [1, 3, LENGTH, LENGTH + 2])
+def test_whoever_stops_early_has_not_read_what_the_device_has_drawn_since(
+    case: Case, num_read: int, monkeypatch: pytest.MonkeyPatch
+):
+    pass_at_once(monkeypatch, 5)
+    stopped, expected = case.reader(), case.reader()
+    written = list(itertools.islice(stopped.generate(3 * LENGTH, ANY_TOKEN, 3, ANYTHING), num_read))
+    np.testing.assert_array_equal(write(expected, num_read, seed=3), np.stack(written, axis=1))
+    assert stopped.num_tokens == expected.num_tokens == num_read
+    jax.tree.map(np.testing.assert_array_equal, stopped.state, expected.state)
+    # It goes on as if nothing had been drawn.
+    np.testing.assert_array_equal(write(stopped, LENGTH + 1, seed=4), write(expected, LENGTH + 1, seed=4))
+
+
 def test_writing_may_be_interrupted_anywhere(case: Case):
-    expected, _ = write(case.reader(), 2 * LENGTH + 1, seed=5)
+    expected = write(case.reader(), 2 * LENGTH + 1, seed=5)
     parts, written = case.reader(), []
     for num_tokens in (1, LENGTH - 1, 2, LENGTH - 1):
-        written.append(write(parts, num_tokens, seed=5)[0])
+        written.append(write(parts, num_tokens, seed=5))
         parts = parts.fork(1)
     np.testing.assert_array_equal(np.concatenate(written, axis=1), expected)
 
@@ -180,10 +236,11 @@ def test_what_is_kept_has_one_shape_and_dtype_while_a_segment_is_open(case: Case
     config = dataclasses.replace(case.config, dtype="bfloat16")
     decoder, tokens = Decoder(config, LENGTH), np.zeros((1, LENGTH), np.int32)
     context = jax.eval_shape(lambda: config.init_context(1, LENGTH))
-    _, prefilled = jax.eval_shape(decoder.prefill, case.params, case.buffers, tokens, tokens, context)
-    place, sampling = np.int32(0), Sampling().arrays(ANYTHING, 0)
-    arguments = (case.params, case.buffers, tokens[:, 0], place, prefilled, context, place, sampling)
-    _, cached = jax.eval_shape(decoder.decode, *arguments)
+    _, prefilled = jax.eval_shape(decoder.prefill, case.weights, context, tokens, tokens)
+    place = np.int32(0)
+    segment = OpenSegment(tokens[:, 0], place, place, prefilled)
+    arguments = (case.weights, context, segment, Sampling().arrays(ANYTHING, 0), place)
+    cached = jax.eval_shape(decoder.decode, *arguments)[1].kv_cache
     assert prefilled == cached
     floats = [leaf.dtype for leaf in jax.tree.leaves(cached) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert floats and set(floats) == {jnp.dtype("bfloat16")}
@@ -193,8 +250,9 @@ def test_rows_that_write_side_by_side_do_not_notice_each_other():
     case, length = Case(VARIANTS[-1]), LENGTH + 5
     reader = case.reader()
     reader.read(text(length))
-    alone, _ = write(reader.fork(1), 2 * LENGTH)
-    together, logits = write(reader.fork(3), 2 * LENGTH)
+    alone = write(reader.fork(1), 2 * LENGTH)
+    together, logits = write_stepwise(case, reader.fork(3), 2 * LENGTH)
+    np.testing.assert_array_equal(write(reader.fork(3), 2 * LENGTH), together)
     np.testing.assert_array_equal(together[:1], alone)
     assert len({tuple(row) for row in together.tolist()}) == 3
     # Each row remembers what it has written itself.
@@ -203,7 +261,7 @@ def test_rows_that_write_side_by_side_do_not_notice_each_other():
         np.testing.assert_allclose(logits[row], expected[length:-1], rtol=0, atol=2e-5)
     # And the reader that they came from has not moved.
     assert reader.num_tokens == length
-    np.testing.assert_array_equal(write(reader, 2 * LENGTH)[0], alone)
+    np.testing.assert_array_equal(write(reader, 2 * LENGTH), alone)
 
 
 @dataclasses.dataclass(frozen=True)

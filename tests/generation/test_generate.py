@@ -28,7 +28,7 @@ from memorizing.data.tokens.cache_writer import TokenisedDocument
 from memorizing.data.tokens.vocabulary import ByteVocabulary
 from memorizing.errors import UserError
 from memorizing.generation import text_model
-from memorizing.generation.decoding import Decoder, Drawn, TextDecoder, Weights
+from memorizing.generation.decoding import Decoder, TextDecoder, Weights
 from memorizing.generation.text_model import TextModel, TextStream
 from memorizing.runtime import sharding
 from memorizing.runtime.workdir import write_record
@@ -148,7 +148,7 @@ def test_a_wrong_setting_is_told_at_once(model: TextModel, setting: dict):
 
 def test_a_sample_ends_where_the_model_ends_the_document():
     steps = [[3 + 65, 3 + 65], [1, 3 + 66], [3 + 65, 1], [3 + 65, 3 + 65]]
-    texts = list(text_model._texts(BYTES, (Drawn(np.array(step), None) for step in steps), 2))
+    texts = list(text_model._texts(BYTES, (np.array(step) for step in steps), 2))
     assert ["".join(sample) for sample in zip(*texts, strict=True)] == ["A", "AB"]
 
 

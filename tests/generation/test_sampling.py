@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memorizing.errors import UserError
-from memorizing.generation.sampling import Sampling, draw
+from memorizing.generation.sampling import Sampling, SamplingArrays, draw
 
 VOCAB = 12
 ANYTHING = np.ones(VOCAB, bool)
@@ -55,6 +55,43 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(
     shares = np.bincount(tokens, minlength=VOCAB) / len(tokens)
     # Four and a half standard deviations of a share.
     np.testing.assert_array_less(np.abs(shares - probabilities), 4.5 * np.sqrt(0.25 / len(tokens)))
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 1000),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    top_k=st.integers(0, VOCAB),
+    top_p=st.sampled_from([0.5, 0.95, 1.0]),
+)
+def test_a_seed_draws_the_token_that_is_drawn_among_tokens_in_order(
+    seed: int, temperature: float, top_k: int, top_p: float
+):
+    """What was written with a seed once is written again."""
+    rng = np.random.default_rng(seed)
+    # Many are equal, some of them to 0, which has two signs.
+    logits = np.round(rng.normal(0, 2, (64, VOCAB))).astype(np.float32) * rng.choice([-1, 1], (64, 1))
+    sampling, position = Sampling(temperature, top_k, top_p).arrays(rng.random(VOCAB) < 0.9, seed), 5
+    np.testing.assert_array_equal(DRAW(logits, position, sampling), in_order(logits, position, sampling))
+
+
+@jax.jit
+def in_order(logits: jax.Array, position: int, sampling: SamplingArrays) -> jax.Array:
+    """Reference: tokens in the order of their logits, and a draw among the first ones."""
+    logits, ranks = jnp.where(sampling.allowed[None], logits, -jnp.inf), jnp.arange(VOCAB)[None]
+    tokens = jnp.argsort(-logits, axis=-1, stable=True)
+    scaled = jnp.take_along_axis(logits, tokens, axis=-1) / sampling.temperature
+    scaled = jnp.where(ranks < sampling.top_k, scaled, -jnp.inf)
+    p = jax.nn.softmax(scaled, axis=-1)
+    is_candidate = (jnp.cumsum(p, axis=-1) - p < sampling.top_p) | (ranks == 0)
+    scaled = jnp.where(is_candidate, scaled, -jnp.inf)
+
+    def of_row(row: jax.Array, scaled: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), position)
+        return jax.random.categorical(key, scaled)
+
+    drawn = jax.vmap(of_row)(jnp.arange(len(logits)), scaled)
+    return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0]
 
 
 def test_temperature_0_takes_the_first_of_the_most_probable():

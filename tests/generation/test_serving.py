@@ -28,6 +28,7 @@ import pytest
 import untrained_run
 import uvicorn
 from etils import epath
+from paces import pass_at_once
 
 import memorizing
 from memorizing import main
@@ -117,13 +118,13 @@ def file_of(model: TextModel, path: pathlib.Path, *texts: str) -> bytes:
 
 @pytest.fixture
 def slow_draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Draws that take their time, so that a test is not overtaken; a list of how many writers each had."""
+    """Draws of one token that take their time, so that a test is not overtaken; a list of how many writers each had."""
     draw, drawn = SideBySide.draw, []
 
-    def slow(side_by_side: SideBySide, writers: Any) -> Any:
+    def slow(side_by_side: SideBySide, writers: Any, at_most: int) -> Any:
         time.sleep(0.05)
         drawn.append(len(writers))
-        return draw(side_by_side, writers)
+        return draw(side_by_side, writers, at_most=1)
 
     monkeypatch.setattr(SideBySide, "draw", slow)
     return drawn
@@ -241,6 +242,26 @@ def test_a_state_stays_as_it_is_while_jobs_go_on_from_it(model: TextModel):
     scheduler.close()
     jax.tree.map(np.testing.assert_array_equal, before, state.context)
     assert np.array_equal(first.inputs, third.inputs) and not np.array_equal(first.inputs, second.inputs)
+
+
+def test_a_stop_among_tokens_that_are_drawn_at_once_leaves_nothing_beyond_it(
+    model: TextModel, monkeypatch: pytest.MonkeyPatch
+):
+    pass_at_once(monkeypatch, 32)
+    tokens = model.vocabulary.encode(text_of(2))[: model.run.experiment.batch.segment_length + 1]
+    drawn: list[int] = []
+
+    def is_enough(token: int) -> bool:
+        drawn.append(token)
+        return len(drawn) == 5
+
+    scheduler = Scheduler(model, PLACES)
+    outcome = scheduler.submit(Job(model.start(), tokens, 40, on_token=is_enough, keep=True)).result(60)
+    scheduler.close()
+    assert (outcome.reason, outcome.num_written, len(drawn)) == ("stop", 5, 5)
+    reader = model.reader(model.start())
+    reader.read(np.append(tokens, drawn).astype(np.int32)[None])
+    jax.tree.map(np.testing.assert_array_equal, outcome.state, reader.state)
 
 
 @pytest.mark.nightly

@@ -2,7 +2,8 @@
 
 A job reads a text into what is known of another, and writes on. So many as there are places run at once, the others
 wait in the order in which they came. In a round every job that reads passes one segment, and every job that writes gets
-one token, of one decode step for all: a long text keeps nobody from writing.
+a token, of one decode step for all, or several tokens if nobody reads: a long text keeps nobody from writing, and nobody
+who writes keeps it waiting.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from memorizing.generation.decoding import TextDecoder, TextState
-from memorizing.generation.sampling import Sampling
+from memorizing.generation.decoding import MOST_TOKENS, TextDecoder, TextState
+from memorizing.generation.sampling import Sampling, SamplingArrays
 from memorizing.generation.side_by_side import Writer
 from memorizing.generation.text_model import TextModel
 
@@ -127,20 +128,23 @@ class Scheduler:
             return True
 
     def _round(self) -> None:
-        """A segment for every job that reads, a token for every one that writes."""
+        """A segment for every job that reads, a token or a few for every one that writes."""
+        is_read = False
         for place, running in [*self._running.items()]:
             if running.job.outcome.cancelled():
                 del self._running[place]
             elif running.has_more_to_read:
                 running.read()
+                is_read = True
         writers = {
             place: running.writer
             for place, running in self._running.items()
             if not running.has_more_to_read and not running.is_done
         }
         if writers:
-            for place, token in self._side_by_side.draw(writers).items():
-                self._running[place].take(token)
+            drawn = self._side_by_side.draw(writers, 1 if is_read else MOST_TOKENS)
+            for place, tokens in drawn.items():
+                self._running[place].take(tokens)
         for place, running in [*self._running.items()]:
             if running.is_done:
                 # Before the outcome is told, so that whoever waits for it finds a free place.
@@ -164,8 +168,12 @@ class _Running:
         return self._model.reader(self.job.state)
 
     @functools.cached_property
+    def _sampling(self) -> SamplingArrays:
+        return self.job.sampling.arrays(self._model.allowed, self.job.seed)
+
+    @property
     def writer(self) -> Writer:
-        return Writer(self._text, self.job.sampling.arrays(self._model.allowed, self.job.seed))
+        return Writer(self._text, self._sampling, self.job.num_tokens - self._num_written)
 
     @property
     def has_more_to_read(self) -> bool:
@@ -184,14 +192,20 @@ class _Running:
         self._nats.append(self._text.read(tokens[None]).nats[0])
         self._num_read += len(tokens)
 
-    def take(self, token: np.ndarray) -> None:
-        """Goes on with a token that was drawn, int32 [1]; not with the end of the document."""
-        if token[0] == self._model.vocabulary.end_id:
-            self._has_stopped = True
-            return
-        self._text.accept(token)
-        self._num_written += 1
-        self._has_stopped = self.job.on_token(int(token[0]))
+    def take(self, tokens: np.ndarray) -> None:
+        """Goes on with tokens that were drawn, int32 [tokens, 1]: up to the last that is wanted, if there is one.
+
+        The end of the document is not written.
+        """
+        for token in tokens:
+            if token[0] == self._model.vocabulary.end_id:
+                self._has_stopped = True
+                return
+            self._text.accept(token)
+            self._num_written += 1
+            self._has_stopped = self.job.on_token(int(token[0]))
+            if self._has_stopped:
+                return
 
     def end(self) -> None:
         """Tells the outcome."""

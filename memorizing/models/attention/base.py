@@ -147,6 +147,8 @@ class Attention:
       is_compiled_apart: whether layers that stand alone are compiled apart from each other, as those of a scan are: so
         a model computes the same bits when some of its layers get this mechanism.
       can_decode: whether the layer also passes segments that are still being generated: see `context.Decoding`.
+      caches_segment_only: whether its KV cache holds nothing from before the segment: then the next segment may begin
+        with it as it is, and nothing has to be prefilled.
       memory_size: slots of its external memory in positions, 0 without one.
       takes_memory_tokens: whether recurrent memory tokens may stand before and after the segment's own.
       takes_all_parts: whether its layers can be put together from all that `LayerDims` offers.
@@ -161,6 +163,7 @@ class Attention:
     stackable: ClassVar[bool] = True
     is_compiled_apart: ClassVar[bool] = False
     can_decode: ClassVar[bool] = False
+    caches_segment_only: ClassVar[bool] = False
     memory_size: ClassVar[int] = 0
     takes_memory_tokens: ClassVar[bool] = True
     takes_all_parts: ClassVar[bool] = False

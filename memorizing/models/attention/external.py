@@ -86,6 +86,11 @@ class MemoryAttention(Attention):
         return self.local.can_decode
 
     @property
+    def caches_segment_only(self) -> bool:
+        """Whether its local attention does: the memory is read anew for every position."""
+        return self.local.caches_segment_only
+
+    @property
     def tells_attention(self) -> bool:
         """Whether its local attention does; what the memory found is told apart."""
         return self.local.tells_attention

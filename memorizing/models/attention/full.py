@@ -25,6 +25,7 @@ class FullAttention(BiasedAttention):
     """
 
     can_decode: ClassVar[bool] = True
+    caches_segment_only: ClassVar[bool] = True
     takes_all_parts: ClassVar[bool] = True
     joins_memory: ClassVar[bool] = True
 

@@ -224,7 +224,10 @@ def _search_heads(
     search: Search,
     placement: Placement | None,
 ) -> tuple[NeighbourScores, NeighbourIndices]:
-    """Searches head after head: the scores of all heads at once would not fit beside a large memory."""
+    """Searches head after head: the scores of all heads at once would not fit beside a large memory.
+
+    Those of a decode step do, one query a head: all heads of a row are searched at once.
+    """
     # One loop over rows and heads: in two, each row of the memory would be copied before its heads are searched.
     num_rows, num_heads = queries.shape[:2]
 
@@ -239,7 +242,8 @@ def _search_heads(
         _flatten_heads(queries),
         _flatten_heads(memory.keys),
     )
-    scores, indices = jax.lax.map(search_head, heads)
+    num_at_once = num_heads if queries.shape[2] == 1 else None
+    scores, indices = jax.lax.map(search_head, heads, batch_size=num_at_once)
     # [B, N, T, K]
     scores = _unflatten_heads(scores, num_rows, num_heads)
     indices = _unflatten_heads(indices, num_rows, num_heads)

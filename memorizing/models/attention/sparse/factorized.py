@@ -53,6 +53,7 @@ class SparseAttention(BiasedAttention):
     """
 
     can_decode: ClassVar[bool] = True
+    caches_segment_only: ClassVar[bool] = True
     tells_attention: ClassVar[bool] = True
     takes_memory_tokens: ClassVar[bool] = False
 

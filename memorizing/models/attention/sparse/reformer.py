@@ -59,6 +59,7 @@ class ReformerAttention(BiasedAttention):
     """
 
     tells_attention: ClassVar[bool] = True
+    caches_segment_only: ClassVar[bool] = True
     takes_memory_tokens: ClassVar[bool] = False
     decoding_advice: ClassVar[str] = (
         ", since where its chunks begin depends on later tokens; set ReformerAttention.strictly_causal = True in "

@@ -99,6 +99,11 @@ class RoutingAttention(BiasedAttention):
         """Whether no position depends on later ones, and the local heads can decode."""
         return self.strictly_causal and self.local.can_decode
 
+    @property
+    def caches_segment_only(self) -> bool:
+        """Whether the local heads do."""
+        return self.local.caches_segment_only
+
     def check(self, segment_length: int) -> None:
         size = self.cluster_size
         if size > segment_length:
