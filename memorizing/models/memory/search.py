@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from memorizing.errors import Count, Share, UserError
+from memorizing.models.memory import blocks
+from memorizing.models.memory.blocks import PRECISION, Indices, Scores, pad_neighbours, scores_of
 
-_PRECISION = jax.lax.Precision.HIGHEST
 # Two programs may round the same product otherwise: of vectors of length 1, or relative to a greater product.
 _ROUNDING = 1e-5
-
-Scores = Float[Array, "T K"]
-Indices = Int[Array, "T K"]
 
 
 @runtime_checkable
@@ -45,34 +43,6 @@ class Search(Protocol):
     ) -> tuple[Scores, Indices]:
         """Scores of the k best slots of each query in descending order, and their indices."""
         ...
-
-
-class Groups(NamedTuple):
-    """G groups of S neighbouring slots for each query, in the order of the memory.
-
-    Attributes:
-      number: int32, index of the group in the memory.
-      scores: float32, of each slot.
-      maximum: float32, the greatest of them, which stands for the group.
-    """
-
-    number: Int[Array, "T G"]
-    scores: Float[Array, "T G S"]
-    maximum: Float[Array, "T G"]
-
-
-class Block(NamedTuple):
-    """Consecutive slots of the memory, which are scored together; of several blocks, with an axis of blocks in front.
-
-    Attributes:
-      first_group: int32 scalar, index of its first group in the memory.
-      keys: [slots, H].
-      valid: bool [slots].
-    """
-
-    first_group: Int[Array, "*blocks"]
-    keys: Float[Array, "*blocks slots H"]
-    valid: Bool[Array, "*blocks slots"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,43 +76,7 @@ class ExactSearch:
         k: int,
     ) -> tuple[Scores, Indices]:
         """Scores of the k best slots of each query in descending order, and their indices."""
-        num_queries = len(queries)
-        num_slots = len(keys)
-        group_size = _largest_divisor(num_slots, self.group_size)
-        num_groups = num_slots // group_size
-        if num_groups <= k:
-            all_scores = _scores(queries, keys, valid)
-            scores, indices = jax.lax.top_k(all_scores, min(k, num_slots))
-            return _pad_neighbours(scores, indices, k)
-
-        block_groups = self._groups_of_block(num_queries, num_groups, group_size)
-
-        def add_block(best: Groups, block: Block) -> tuple[Groups, None]:
-            groups = _score_block(queries, block, group_size)
-            return _best_groups(_joined(best, groups), k), None
-
-        blocks = _split(keys, valid, block_groups, group_size)
-        # The first one outside the loop: there is nothing yet to be joined with.
-        first_block = jax.tree.map(lambda leaf: leaf[0], blocks)
-        first_groups = _score_block(queries, first_block, group_size)
-        if block_groups < k:
-            first_groups = _joined(_no_groups(num_queries, k - block_groups, group_size), first_groups)
-        best = _best_groups(first_groups, k)
-        other_blocks = jax.tree.map(lambda leaf: leaf[1:], blocks)
-        best, _ = jax.lax.scan(add_block, best, other_blocks)
-
-        # [T, k * S]
-        candidates = best.scores.reshape(num_queries, -1)
-        scores, place = jax.lax.top_k(candidates, k)
-        group = jnp.take_along_axis(best.number, place // group_size, axis=1)
-        indices = group * group_size + place % group_size
-        return scores, indices
-
-    def _groups_of_block(self, num_queries: int, num_groups: int, group_size: int) -> int:
-        """As many groups as fit into a block, in equal blocks."""
-        group_scores = num_queries * group_size
-        at_most = max(1, self.block_scores // group_scores)
-        return _largest_divisor(num_groups, at_most)
+        return blocks.top_k(queries, keys, valid, k, self.block_scores, self.group_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +131,7 @@ class ApproximateSearch:
             "SH,TH->ST",
             keys,
             queries,
-            precision=_PRECISION,
+            precision=PRECISION,
             preferred_element_type=jnp.float32,
         )
         scores = jnp.where(valid[:, None], scores, -jnp.inf)
@@ -209,7 +143,7 @@ class ApproximateSearch:
         )
         # Left to itself XLA transposes all that was sorted, and takes the k best from that.
         best_scores, best_indices = [with_layout_constraint(leaf, Layout((0, 1))) for leaf in found]
-        return _pad_neighbours(best_scores.T, best_indices.T, k)
+        return pad_neighbours(best_scores.T, best_indices.T, k)
 
 
 def recall(
@@ -227,7 +161,7 @@ def recall(
       found: [T, K] scores that the search returned.
     """
     num_neighbors = found.shape[-1]
-    scores = _scores(queries, keys, valid)
+    scores = scores_of(queries, keys, valid)
     # [T, K]
     rounding = _ROUNDING * jnp.maximum(jnp.abs(found), 1.0)
     is_better = scores[:, None, :] > (found + rounding)[:, :, None]
@@ -275,98 +209,3 @@ def best_of_all_shards(
 
     rank = jnp.sum(is_before, axis=-1)
     return jnp.where(rank < k, scores, -jnp.inf)
-
-
-def _scores(
-    queries: Float[Array, "T H"],
-    keys: Float[Array, "S H"],
-    valid: Bool[Array, "S"],
-) -> Float[Array, "T S"]:
-    """query . key, -inf for empty slots."""
-    scores = jnp.einsum(
-        "TH,SH->TS",
-        queries,
-        keys,
-        precision=_PRECISION,
-        preferred_element_type=jnp.float32,
-    )
-    return jnp.where(valid[None, :], scores, -jnp.inf)
-
-
-def _split(
-    keys: Float[Array, "M H"],
-    valid: Bool[Array, "M"],
-    block_groups: int,
-    group_size: int,
-) -> Block:
-    """All blocks of a memory, each of `block_groups` groups."""
-    num_slots, width = keys.shape
-    num_blocks = num_slots // (block_groups * group_size)
-    return Block(
-        first_group=jnp.arange(num_blocks, dtype=jnp.int32) * block_groups,
-        keys=keys.reshape(num_blocks, -1, width),
-        valid=valid.reshape(num_blocks, -1),
-    )
-
-
-def _score_block(queries: Float[Array, "T H"], block: Block, group_size: int) -> Groups:
-    """The groups of a block with the scores of their slots."""
-    num_queries = len(queries)
-    num_groups = len(block.keys) // group_size
-    scores = _scores(queries, block.keys, block.valid)
-    # [T, G, S]
-    scores = scores.reshape(num_queries, num_groups, group_size)
-    number = block.first_group + jnp.arange(num_groups, dtype=jnp.int32)
-    return Groups(
-        number=jnp.broadcast_to(number, (num_queries, num_groups)),
-        scores=scores,
-        maximum=scores.max(axis=-1),
-    )
-
-
-def _no_groups(num_queries: int, num_groups: int, group_size: int) -> Groups:
-    """Groups of slots that do not exist."""
-    return Groups(
-        number=jnp.zeros((num_queries, num_groups), jnp.int32),
-        scores=jnp.full((num_queries, num_groups, group_size), -jnp.inf),
-        maximum=jnp.full((num_queries, num_groups), -jnp.inf),
-    )
-
-
-def _joined(earlier: Groups, later: Groups) -> Groups:
-    """The groups of both, in their order."""
-    return jax.tree.map(lambda *groups: jnp.concatenate(groups, axis=1), earlier, later)
-
-
-def _best_groups(groups: Groups, k: int) -> Groups:
-    """The k groups with the greatest maxima, still in the order of the memory.
-
-    Of equal maxima the lower group comes first.
-    """
-    _, best = jax.lax.top_k(groups.maximum, k)
-    # [T, k]
-    place = jnp.sort(best, axis=-1)
-    return Groups(
-        number=jnp.take_along_axis(groups.number, place, axis=1),
-        scores=jnp.take_along_axis(groups.scores, place[:, :, None], axis=1),
-        maximum=jnp.take_along_axis(groups.maximum, place, axis=1),
-    )
-
-
-def _pad_neighbours(
-    scores: Float[Array, "T found"],
-    indices: Int[Array, "T found"],
-    k: int,
-) -> tuple[Scores, Indices]:
-    """The neighbours that were found, followed by neighbours that do not exist: k in all."""
-    num_missing = k - scores.shape[-1]
-    padding = ((0, 0), (0, num_missing))
-    scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
-    indices = jnp.pad(indices, padding)
-    return scores, indices
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of a number that is not above the limit."""
-    candidates = range(min(number, limit), 0, -1)
-    return next(divisor for divisor in candidates if number % divisor == 0)
