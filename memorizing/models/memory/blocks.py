@@ -178,13 +178,13 @@ def _best_groups(groups: Groups, k: int) -> Groups:
 
 
 def pad_neighbours(
-    scores: Float[Array, "T found"],
-    indices: Int[Array, "T found"],
+    scores: Float[Array, "*queries found"],
+    indices: Int[Array, "*queries found"],
     k: int,
-) -> tuple[Scores, Indices]:
+) -> tuple[Float[Array, "*queries K"], Int[Array, "*queries K"]]:
     """The neighbours that were found, followed by neighbours that do not exist: k in all."""
     num_missing = k - scores.shape[-1]
-    padding = ((0, 0), (0, num_missing))
+    padding = [(0, 0)] * (scores.ndim - 1) + [(0, num_missing)]
     scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
     indices = jnp.pad(indices, padding)
     return scores, indices

@@ -1,4 +1,4 @@
-"""Top-k search of one head's memory: pure functions on matrices.
+"""Top-k search of heads' memories: pure functions of queries, keys and which slots are valid.
 
 Both searches return `-inf` as the score of a neighbour that does not exist (fewer valid slots than neighbours asked
 for). Scores are accumulated in float32 whatever the dtype of the keys, and float32 keys are multiplied as such: TPUs
@@ -9,19 +9,35 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.errors import Count, Share, UserError
-from memorizing.models.memory import blocks
+from memorizing.models.memory import blocks, slabs
 from memorizing.models.memory.blocks import PRECISION, Indices, Scores, pad_neighbours, scores_of
+from memorizing.models.memory.external_memory import Placement, turned
 
+# Scope of what runs where many slots are equally good only: estimates of a program's cost leave it out.
+RARE = "rare"
 # Two programs may round the same product otherwise: of vectors of length 1, or relative to a greater product.
 _ROUNDING = 1e-5
+
+
+class HeadScores(NamedTuple):
+    """What a search finds for all heads.
+
+    Attributes:
+      scores: float32, of the k best slots of each query, in descending order; -inf where there is none.
+      indices: int32, of these slots.
+    """
+
+    scores: Float[Array, "heads T K"]
+    indices: Int[Array, "heads T K"]
 
 
 @runtime_checkable
@@ -41,7 +57,25 @@ class Search(Protocol):
         valid: Bool[Array, "M"],
         k: int,
     ) -> tuple[Scores, Indices]:
-        """Scores of the k best slots of each query in descending order, and their indices."""
+        """Scores of the k best slots of each query of a head in descending order, and their indices."""
+        ...
+
+    def of_heads(
+        self,
+        queries: Float[Array, "heads T H"],
+        keys: Float[Array, "heads M H"],
+        valid: Bool[Array, "rows M"],
+        k: int,
+        placement: Placement | None = None,
+    ) -> HeadScores:
+        """The same for every head, in its own memory.
+
+        Args:
+          queries, keys: of the heads of one row after those of the other.
+          valid: of each row.
+          k: how many.
+          placement: where keys stand, if they are to be turned.
+        """
         ...
 
 
@@ -49,24 +83,28 @@ class Search(Protocol):
 class ExactSearch:
     """Finds exactly the k best slots (recall 1.0). Of equal scores the lower slot wins, as in `lax.top_k`.
 
-    Each of the k best scores lies in one of the k groups with the greatest maxima: blocks of slots are scored one after
-    the other with a running choice of k groups, and only the slots of the last choice are sorted. The defaults were the
-    fastest of several on CPUs, for 256 and 1024 queries and 2048 to 65536 slots.
+    On TPUs in slabs (see `slabs`), elsewhere, and where many slots are equally good, in blocks (see `blocks`). The
+    defaults for blocks were the fastest of several on CPUs, for 256 and 1024 queries and 2048 to 65536 slots; those for
+    slabs are the cheapest of several by the estimate of the TPU compiler.
 
     Attributes:
       block_scores: scores computed at a time for a head, at most: queries times the slots of a block, as many as stay
         in a cache.
       group_size: slots of a group, at most.
+      slabs: slots of a group on TPUs, at most, each from another slab; 1 for blocks there too.
+      slab_scores: scores written at a time on TPUs, at most.
     """
 
     is_exact: ClassVar[bool] = True
 
     block_scores: Count = 1 << 21
     group_size: Count = 16
+    slabs: Count = 16
+    slab_scores: Count = 1 << 25
 
     def __post_init__(self) -> None:
-        if min(self.block_scores, self.group_size) < 1:
-            raise UserError(f"{self}: block_scores and group_size have to be at least 1")
+        if min(self.block_scores, self.group_size, self.slabs, self.slab_scores) < 1:
+            raise UserError(f"{self}: block_scores, group_size, slabs and slab_scores have to be at least 1")
 
     def top_k(
         self,
@@ -75,8 +113,59 @@ class ExactSearch:
         valid: Bool[Array, "M"],
         k: int,
     ) -> tuple[Scores, Indices]:
-        """Scores of the k best slots of each query in descending order, and their indices."""
+        """Scores of the k best slots of each query of a head, in blocks."""
         return blocks.top_k(queries, keys, valid, k, self.block_scores, self.group_size)
+
+    def of_heads(
+        self,
+        queries: Float[Array, "heads T H"],
+        keys: Float[Array, "heads M H"],
+        valid: Bool[Array, "rows M"],
+        k: int,
+        placement: Placement | None = None,
+    ) -> HeadScores:
+        """The same for every head, in its own memory."""
+        in_blocks = functools.partial(_head_by_head, self.top_k, k=k, placement=placement)
+        if self.slabs == 1:
+            return in_blocks(queries, keys, valid)
+        in_slabs = functools.partial(self.in_slabs, k=k, placement=placement)
+        return jax.lax.platform_dependent(queries, keys, valid, tpu=in_slabs, default=in_blocks)
+
+    def in_slabs(
+        self,
+        queries: Float[Array, "heads T H"],
+        keys: Float[Array, "heads M H"],
+        valid: Bool[Array, "rows M"],
+        k: int,
+        placement: Placement | None = None,
+    ) -> HeadScores:
+        """`of_heads` as TPUs compute it."""
+        found = slabs.top_k(queries, keys, valid, k, self.slabs, self.slab_scores, placement)
+        num_heads = len(queries)
+        heads_of_row = num_heads // len(valid)
+
+        def again(head: Int[Array, ""]) -> tuple[Scores, Indices]:
+            head_keys = turned(keys[head], placement)
+            row_valid = valid[head // heads_of_row]
+            return blocks.top_k(queries[head], head_keys, row_valid, k, self.block_scores, self.group_size)
+
+        def certain(head: Int[Array, ""]) -> tuple[Scores, Indices]:
+            return found.scores[head], found.indices[head]
+
+        def repaired() -> HeadScores:
+            return HeadScores(
+                *jax.lax.map(
+                    lambda head: jax.lax.cond(found.is_certain[head], certain, again, head),
+                    jnp.arange(num_heads),
+                )
+            )
+
+        with jax.named_scope(RARE):
+            return jax.lax.cond(
+                jnp.all(found.is_certain),
+                lambda: HeadScores(found.scores, found.indices),
+                repaired,
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +206,17 @@ class ApproximateSearch:
             default=elsewhere,
         )
 
+    def of_heads(
+        self,
+        queries: Float[Array, "heads T H"],
+        keys: Float[Array, "heads M H"],
+        valid: Bool[Array, "rows M"],
+        k: int,
+        placement: Placement | None = None,
+    ) -> HeadScores:
+        """The same for every head, in its own memory."""
+        return _head_by_head(self.top_k, queries, keys, valid, k, placement)
+
     def partial_reduction(
         self,
         queries: Float[Array, "T H"],
@@ -144,6 +244,26 @@ class ApproximateSearch:
         # Left to itself XLA transposes all that was sorted, and takes the k best from that.
         best_scores, best_indices = [with_layout_constraint(leaf, Layout((0, 1))) for leaf in found]
         return pad_neighbours(best_scores.T, best_indices.T, k)
+
+
+def _head_by_head(
+    top_k: Callable,
+    queries: Float[Array, "heads T H"],
+    keys: Float[Array, "heads M H"],
+    valid: Bool[Array, "rows M"],
+    k: int,
+    placement: Placement | None,
+) -> HeadScores:
+    """`Search.of_heads` by a search of one head: the scores of all heads at once would not fit beside a large memory."""
+    # One loop over rows and heads: in two, each row of the memory would be copied before its heads are searched.
+    heads_of_row = len(queries) // len(valid)
+
+    def search_head(head: tuple) -> HeadScores:
+        number, head_queries, head_keys = head
+        row = number // heads_of_row
+        return HeadScores(*top_k(head_queries, turned(head_keys, placement), valid[row], k))
+
+    return jax.lax.map(search_head, (jnp.arange(len(queries)), queries, keys))
 
 
 def recall(
