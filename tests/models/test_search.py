@@ -47,7 +47,7 @@ SEARCHES = [
     ExactSearch(block_scores=64 * T, group_size=8),
     ExactSearch(block_scores=100 * T, group_size=7),
     ExactSearch(block_scores=M * T, group_size=1),
-    InSlabs(),
+    InSlabs(slabs=16),
     # Two levels of groups where k is small, and a memory in three parts.
     InSlabs(slabs=4),
     InSlabs(slabs=5, slab_scores=300 * T),

@@ -99,7 +99,7 @@ class ExactSearch:
 
     block_scores: Count = 1 << 21
     group_size: Count = 16
-    slabs: Count = 16
+    slabs: Count = 32
     slab_scores: Count = 1 << 25
 
     def __post_init__(self) -> None:
