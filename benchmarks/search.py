@@ -121,14 +121,8 @@ def ours(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]]:
 
     def found(search: ExactSearch | ApproximateSearch) -> Found:
         def search_heads(queries: jax.Array, keys: jax.Array) -> jax.Array:
-            valid = jnp.ones(keys.shape[1], bool)
-
-            def search_head(head: tuple[jax.Array, jax.Array]) -> jax.Array:
-                head_queries, head_keys = head
-                _, slots = search.top_k(head_queries, head_keys, valid, K)
-                return slots
-
-            return jax.lax.map(search_head, (queries, keys))
+            valid = jnp.ones((1, keys.shape[1]), bool)
+            return search.of_heads(queries, keys, valid, K).indices
 
         program = jax.jit(jax.shard_map(search_heads, mesh=mesh, in_specs=heads, out_specs=heads))
         return lambda: jax.block_until_ready(program(*on_devices))

@@ -37,6 +37,7 @@ class Instruction:
       cycles: of one run, as the compiler expects.
       num_bytes: size of its result.
       count: how often it runs in one run of the program.
+      is_rare: whether it belongs to a branch that hardly ever runs.
     """
 
     opcode: str
@@ -44,6 +45,7 @@ class Instruction:
     cycles: int
     num_bytes: int
     count: int
+    is_rare: bool
 
     @property
     def total_cycles(self) -> int:
@@ -58,13 +60,14 @@ class Traffic:
     num_bytes: int
 
 
-def instructions(text: str) -> list[Instruction]:
+def instructions(text: str, rare: str = "") -> list[Instruction]:
     """All instructions that the entry computation runs, those of every branch among them.
 
     Instructions in a loop have the number of their runs.
 
     Args:
       text: `as_text()` of a compiled program.
+      rare: name of the scope in which branches hardly ever run.
 
     Raises:
       ValueError: the text has no entry computation, or the bound of a loop cannot be read.
@@ -72,7 +75,7 @@ def instructions(text: str) -> list[Instruction]:
     computations, entry = _computations(text)
     if entry is None:
         raise ValueError("the text of the program has no entry computation")
-    return list(_run(entry, 1, computations))
+    return list(_run(entry, 1, computations, rare))
 
 
 def cycles(program: list[Instruction], scope: str = "") -> int:
@@ -133,7 +136,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     return computations, entry
 
 
-def _run(name: str, count: int, computations: dict[str, list[str]]) -> Iterator[Instruction]:
+def _run(
+    name: str, count: int, computations: dict[str, list[str]], rare: str, is_rare: bool = False
+) -> Iterator[Instruction]:
     """Instructions of a computation that runs `count` times, and of those that it calls."""
     for line in computations[name]:
         found = _INSTRUCTION.match(line)
@@ -142,18 +147,21 @@ def _run(name: str, count: int, computations: dict[str, list[str]]) -> Iterator[
         opcode = found["opcode"]
         if opcode == "while":
             trips = _trip_count(_group(_CONDITION, line), computations)
-            yield from _run(_group(_BODY, line), count * trips, computations)
+            yield from _run(_group(_BODY, line), count * trips, computations, rare, is_rare)
             continue
+        op_name = _group(_OP_NAME, line, default="")
         if opcode in ("call", "conditional", "async-start"):
             for group, single in _CALLED.findall(line):
                 for called in _NAME.findall(group or single):
-                    yield from _run(called, count, computations)
+                    is_rarely_called = is_rare or (opcode == "conditional" and rare in op_name.split("/"))
+                    yield from _run(called, count, computations, rare, is_rarely_called)
         yield Instruction(
             opcode=opcode,
-            op_name=_group(_OP_NAME, line, default=""),
+            op_name=op_name,
             cycles=int(_group(_CYCLES, line, default="0")),
             num_bytes=_num_bytes(found["type"], opcode),
             count=count,
+            is_rare=is_rare,
         )
 
 

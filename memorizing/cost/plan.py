@@ -1,9 +1,6 @@
 """What a training step will need on TPUs: the real step, compiled by the real TPU compiler, on a machine without TPUs.
 
-It takes libtpu, the extra `tpu`. Memory is the compiler's own account. Times are estimates: the cycles that the
-compiler expects of each instruction, counted as often as it runs (`compiled_cost`), over the clock of the chip. The
-compiler prices neither collectives nor some gathers and sorts, which are counted but not timed here, nor the fused
-matrix product and partial top-k of the approximate search, which is added at the chip's peak.
+It takes libtpu, the extra `tpu`. Memory is the compiler's own account. Times are estimates: see `pricing`.
 """
 
 from __future__ import annotations
@@ -22,10 +19,11 @@ import jax.numpy as jnp
 
 from memorizing.array_typing import Tree
 from memorizing.batch import Batch
-from memorizing.cost import compiled_cost
+from memorizing.cost import compiled_cost, pricing
 from memorizing.cost.accelerators import Accelerator, accelerator, training_flops
 from memorizing.cost.compiled_cost import Traffic
 from memorizing.errors import UserError
+from memorizing.models.attention.base import matmul_flops
 from memorizing.models.lm_config import LMConfig
 from memorizing.training.experiment import Experiment
 from memorizing.training.program import Program
@@ -33,8 +31,6 @@ from memorizing.training.state import TrainState
 
 # The scope of the external memory in a program.
 _MEMORY = "external_memory"
-# JAX cannot print programs in which a SparseCore (v5p, v6e) gathers: here the TensorCore does.
-_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_tpu_offload_gather_to_sparsecore": "False"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +47,10 @@ class Plan:
       hbm_total, hbm_limit: the compiler's account of all of it, and what a device has.
       model_flops, memory_flops: of a step, without what is recomputed; the second is what the external memory adds.
       seconds, memory_seconds: estimates for the step, and for what the external memory takes of it.
-      collectives, moves: by kind, for one device and step; neither is in `seconds`. Moves are gathers, scatters and
-        sorts.
+      moving_seconds: what gathers, scatters and sorts take of `seconds`, at the bandwidth of the device's memory.
+      rare_seconds: what comes on top where the memories of all heads hold many slots that are equally good.
+      collectives, moves: by kind, for one device and step; collectives are not in `seconds`. Moves are gathers, scatters
+        and sorts.
       advice: what to change where the step does not fit.
     """
 
@@ -71,6 +69,8 @@ class Plan:
     memory_flops: float
     seconds: float
     memory_seconds: float
+    moving_seconds: float
+    rare_seconds: float
     collectives: dict[str, Traffic]
     moves: dict[str, Traffic]
     advice: list[str]
@@ -82,7 +82,7 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Model FLOPs utilisation, an estimate: FLOPs without those of the memory, over the time of the whole step."""
-        chip = _chip(self.topology, self.device_kind)
+        chip = chip_of(self.topology, self.device_kind)
         peak = chip.peak_flops / chip.devices_per_chip * self.num_devices
         return self.model_flops / (self.seconds * peak)
 
@@ -112,9 +112,9 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
       DoesNotFit: the step needs so much more memory than a device has that the compiler gives no program. With a
         little more it does, and the plan says so.
     """
-    devices = _devices(topology, num_slices)
+    devices = slice_devices(topology, num_slices)
     device_kind = devices[0].device_kind
-    chip = _chip(topology, device_kind)
+    chip = chip_of(topology, device_kind)
     mesh = experiment.make_mesh(devices)
     batch = experiment.batch
     with jax.set_mesh(mesh):
@@ -126,7 +126,7 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
         lowered = program.step.lower(program.abstract_state, abstract_batch)
     arguments = _arguments(experiment, program.abstract_state, abstract_batch)
     try:
-        compiled = lowered.compile(_COMPILER_OPTIONS)
+        compiled = lowered.compile(pricing.COMPILER_OPTIONS)
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
@@ -139,10 +139,11 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
     model_flops, memory_flops = training_flops(experiment.model, batch.segment_length)
     model_flops *= tokens_per_step
     memory_flops *= tokens_per_step
-    instructions = compiled_cost.instructions(compiled.as_text() or "")
-    search = _unpriced_search(instructions, memory_flops / len(devices), chip)
-    seconds = compiled_cost.cycles(instructions) / chip.clock + search
-    memory_seconds = compiled_cost.cycles(instructions, _MEMORY) / chip.clock + search
+    step = pricing.read(compiled)
+    product = 0.0
+    if step.has_unpriced_product:
+        product = _product_seconds(experiment, program.abstract_state, memory_flops / len(devices), devices[0], chip)
+    of_memory = [instruction for instruction in step.usual if _MEMORY in instruction.op_name]
     return Plan(
         topology=topology,
         num_slices=num_slices,
@@ -157,15 +158,17 @@ def plan(experiment: Experiment, topology: str, num_slices: int = 1) -> Plan:
         hbm_limit=chip.hbm_bytes,
         model_flops=model_flops,
         memory_flops=memory_flops,
-        seconds=seconds,
-        memory_seconds=memory_seconds,
-        collectives=compiled_cost.collectives(instructions),
-        moves=compiled_cost.moves(instructions),
+        seconds=pricing.seconds(step.usual, chip) + product,
+        memory_seconds=pricing.seconds(of_memory, chip) + product,
+        moving_seconds=pricing.moving_seconds(step.usual, chip),
+        rare_seconds=pricing.seconds(step.rare, chip),
+        collectives=compiled_cost.collectives(step.usual),
+        moves=compiled_cost.moves(step.usual),
         advice=_advice(experiment, devices, hbm) if total > chip.hbm_bytes else [],
     )
 
 
-def _devices(topology: str, num_slices: int) -> list[Any]:
+def slice_devices(topology: str, num_slices: int) -> list[Any]:
     """The devices of a slice that need not exist."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("a slice of TPUs needs the TPU compiler: pip install 'memorizing[tpu]'")
@@ -200,7 +203,7 @@ def _devices(topology: str, num_slices: int) -> list[Any]:
     return list(devices)
 
 
-def _chip(topology: str, device_kind: str) -> Accelerator:
+def chip_of(topology: str, device_kind: str) -> Accelerator:
     """The chip of a slice. Raises UserError if its clock and memory are not known."""
     chip = accelerator(device_kind)
     if chip is None or not chip.clock:
@@ -237,17 +240,14 @@ def _abstract_batch(program: Program, shape: tuple[int, int, int]) -> Batch:
     )
 
 
-def _unpriced_search(
-    instructions: list[compiled_cost.Instruction], flops_per_device: float, chip: Accelerator
-) -> float:
-    """Seconds of the search's matrix products at the chip's peak, where the compiler has no price for them."""
-    is_unpriced = any(
-        instruction.opcode == "fusion" and not instruction.cycles and "approx_top_k" in instruction.op_name
-        for instruction in instructions
-    )
-    if not is_unpriced:
-        return 0.0
-    return flops_per_device * chip.devices_per_chip / chip.peak_flops
+def _product_seconds(experiment: Experiment, state: TrainState, flops: float, device: Any, chip: Accelerator) -> float:
+    """Seconds of so many FLOPs of a search's matrix products, by those of one head of the largest memory."""
+    memories = jax.tree.leaves(experiment.model.memories(state.context))
+    largest = max(memories, key=lambda leaf: leaf.size)
+    *_, num_slots, width = largest.sharding.shard_shape(largest.shape)
+    num_queries = experiment.batch.segment_length
+    of_head = pricing.product_seconds(num_queries, num_slots, width, largest.dtype, device, chip)
+    return of_head * flops / matmul_flops(num_queries, num_slots, width)
 
 
 def _arguments(experiment: Experiment, state: TrainState, batch: Batch) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from memorizing.cost.compiled_cost import Traffic
 from memorizing.cost.plan import Plan
 from memorizing.runtime.tables import align, with_unit
 
@@ -33,28 +34,33 @@ def as_text(plan: Plan) -> str:
     times = [
         ("  step", f"{plan.seconds * 1e3:.1f} ms"),
         ("  of it the external memory", f"{plan.memory_seconds * 1e3:.1f} ms ({share:.1%})"),
+        ("  of it gathers, scatters and sorts", f"{plan.moving_seconds * 1e3:.1f} ms, at the memory's bandwidth"),
         ("  tokens a second", f"{plan.tokens_per_step / plan.seconds:,.0f}"),
         ("  FLOPs of the model a step", with_unit(plan.model_flops)),
         ("  FLOPs of the memory a step", with_unit(plan.memory_flops)),
         ("  MFU, the memory's FLOPs apart", f"{plan.mfu:.1%}"),
     ]
-    not_priced = [
-        (f"  {kind}", f"{traffic.count}", f"{traffic.num_bytes / _GIB:.3f} GiB")
-        for kind, traffic in (plan.collectives | plan.moves).items()
-    ]
-    if not not_priced:
-        not_priced = [("  nothing", "", "")]
+    if plan.rare_seconds:
+        times.insert(2, ("  more, where many slots are equal", f"{plan.rare_seconds * 1e3:.1f} ms at most"))
     parts = [
         header,
         f"memory of a device:\n{align(memory)}",
         f"time, ESTIMATED from the compiler's cycles, never measured:\n{align(times)}",
-        "not in this time, since the compiler has no price for it, for a device and step, with the bytes of the results:"
-        f"\n{align(not_priced)}",
+        f"gathers, scatters and sorts without a price of the compiler's, in this time by their bytes:\n{_table(plan.moves)}",
+        f"collectives, not in this time, with the bytes of the results on a device:\n{_table(plan.collectives)}",
     ]
     if plan.advice:
         lines = ["it does not fit; what would help, the largest gain first:", *plan.advice]
         parts.append("\n  ".join(lines))
     return "\n\n".join(parts)
+
+
+def _table(traffic: dict[str, Traffic]) -> str:
+    """How often each kind runs in a step, and the bytes of its results."""
+    rows = [
+        (f"  {kind}", f"{of_kind.count}", f"{of_kind.num_bytes / _GIB:.3f} GiB") for kind, of_kind in traffic.items()
+    ]
+    return align(rows or [("  none", "", "")])
 
 
 def _gib(num_bytes: int) -> str:

@@ -19,7 +19,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from memorizing.commands import plan as command
-from memorizing.cost import compiled_cost, plan
+from memorizing.cost import compiled_cost, plan, pricing
+from memorizing.cost.accelerators import Accelerator
 from memorizing.errors import UserError
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.lm_config import LMConfig
@@ -92,6 +93,30 @@ def test_what_has_no_price_is_counted():
         "sort": compiled_cost.Traffic(15, 15 * 4 * 8 * 8),
     }
     assert compiled_cost.moves(compiled_cost.instructions(PROGRAM)) == {}
+
+
+def test_a_branch_that_hardly_ever_runs_is_told_apart():
+    branch = PROGRAM.replace(
+        "  %copy.1",
+        "  %decided = f32[8]{0} conditional(%x, %x, %x), branch_computations={%often, %inner_body}, "
+        'metadata={op_name="jit(step)/rare/cond"}\n  %copy.1',
+    ).replace("%compared (", "%often (x.1: f32[8]) -> f32[8] {\n  %x.1 = f32[8]{0} parameter(0)\n}\n\n%compared (")
+    every = compiled_cost.cycles(compiled_cost.instructions(branch))
+    assert every == compiled_cost.cycles(compiled_cost.instructions(PROGRAM)) + 10
+    program = compiled_cost.instructions(branch, rare="rare")
+    assert sum(instruction.total_cycles for instruction in program if instruction.is_rare) == 10
+    # The scope is a whole name.
+    assert not any(instruction.is_rare for instruction in compiled_cost.instructions(branch, rare="are"))
+
+
+def test_moves_take_the_time_to_read_and_write_them():
+    sort = '  %sorted = (f32[4,8]{1,0}, s32[4,8]{1,0}) sort(%p), dimensions={1}, metadata={op_name="jit(step)/sort"}\n'
+    program = compiled_cost.instructions(PROGRAM.replace("  %fusion.1", sort + "  %fusion.1"))
+    # Two devices share the chip's memory.
+    chip = Accelerator(peak_flops=1.0, devices_per_chip=2, clock=1e3, bandwidth=1e6)
+    moving = 2 * 15 * 4 * 8 * 8 / (1e6 / 2)
+    assert pricing.moving_seconds(program, chip) == pytest.approx(moving)
+    assert pricing.seconds(program, chip) == pytest.approx((7 + 3 * 5 * 10) / 1e3 + moving)
 
 
 def test_of_an_asynchronous_collective_the_result_counts():
@@ -173,7 +198,7 @@ def test_a_compiler_that_another_process_uses_is_told_as_that(monkeypatch: pytes
     monkeypatch.setattr(topologies, "get_topology_desc", locked)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: "found")
     with pytest.raises(UserError, match=r"another process uses the TPU compiler.*lockfile"):
-        plan._devices("v3:4x4", 1)
+        plan.slice_devices("v3:4x4", 1)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -109,14 +109,18 @@ def test_holds_the_last_positions_of_the_document_far_past_capacity(
 
 
 @dataclasses.dataclass(frozen=True)
-class HalfBlind:
+class HalfBlind(ApproximateSearch):
     """A search that does not see the odd half of what is to be found."""
-
-    is_exact: ClassVar[bool] = False
 
     def top_k(self, queries: jax.Array, keys: jax.Array, valid: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         scores, slots = ExactSearch().top_k(queries, keys, valid, k)
         return jnp.where(jnp.arange(k) % 2, -jnp.inf, scores), slots
+
+
+class InSlabs(ExactSearch):
+    """As on TPUs."""
+
+    of_heads = ExactSearch.in_slabs
 
 
 def random_memory(rng: np.random.Generator, num_slots: int = M, dtype: jnp.dtype = jnp.float32) -> Memory:
@@ -142,6 +146,35 @@ def read_gradient(queries: jax.Array, scale: jax.Array, memory: Memory, k: int) 
     return jax.grad(lambda *args: jnp.sum(jnp.sin(read(*args, k=k))), argnums=(0, 1, 2), allow_int=True)(
         queries, scale, memory
     )
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, model=2, memory=2)], ids=["one device", "8 devices"])
+def test_what_tpus_read_is_what_others_read(mesh: MeshConfig | None):
+    """Values, neighbours and gradients; one row's keys are all the same, which the slabs leave to the blocks."""
+    rng, k = np.random.default_rng(0), 2
+    keys, values = rng.normal(size=(2, 4, N, 96, H))
+    keys[1] = keys[1, 0, 0]
+    valid = jnp.asarray(rng.random((4, 96)) < 0.8)
+    memory = Memory(
+        normalize(jnp.asarray(keys, jnp.float32)),
+        jnp.asarray(values, jnp.float32),
+        jnp.zeros((4, 96), jnp.int32),
+        valid,
+    )
+    queries = normalize(jnp.asarray(rng.normal(size=(4, T, N, H)), jnp.float32))
+
+    def results(search: ExactSearch) -> tuple:
+        def loss(queries: jax.Array) -> tuple:
+            reading = retrieval.read(queries, SCALE, memory, k, search)
+            return jnp.sum(jnp.sin(reading.values)), reading.neighbours
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(queries)
+
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh.make_mesh()):
+        found = results(InSlabs(slabs=4))
+        expected = results(ExactSearch())
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+    np.testing.assert_array_equal(found[0][1].slots, expected[0][1].slots)
 
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, model=2, memory=2)], ids=["one device", "8 devices"])

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from memorizing.errors import UserError
 from memorizing.models.attention.base import normalize
+from memorizing.models.memory import slabs
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch, best_of_all_shards, recall
 from memorizing.runtime.sharding import MeshConfig
 
@@ -33,11 +34,23 @@ class OnTPU(ApproximateSearch):
         return self.partial_reduction(queries, keys, valid, k)
 
 
+class InSlabs(ExactSearch):
+    """Its program for TPUs."""
+
+    def top_k(self, queries: jax.Array, keys: jax.Array, valid: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        scores, indices = self.in_slabs(queries[None], keys[None], jnp.asarray(valid)[None], k)
+        return scores[0], indices[0]
+
+
 SEARCHES = [
     ExactSearch(),
     ExactSearch(block_scores=64 * T, group_size=8),
     ExactSearch(block_scores=100 * T, group_size=7),
     ExactSearch(block_scores=M * T, group_size=1),
+    InSlabs(slabs=16),
+    # Two levels of groups where k is small, and a memory in three parts.
+    InSlabs(slabs=4),
+    InSlabs(slabs=5, slab_scores=300 * T),
     ApproximateSearch(),
     OnTPU(),
 ]
@@ -106,7 +119,13 @@ small_integers = hnp.arrays(np.float32, (96, 2), elements=st.integers(-2, 2).map
 
 @pytest.mark.parametrize(
     "search",
-    [ExactSearch(), ExactSearch(block_scores=3 * 32, group_size=4), ExactSearch(block_scores=3 * 20, group_size=3)],
+    [
+        ExactSearch(),
+        ExactSearch(block_scores=3 * 32, group_size=4),
+        ExactSearch(block_scores=3 * 20, group_size=3),
+        InSlabs(slabs=4),
+        InSlabs(slabs=2, slab_scores=3 * 48),
+    ],
     ids=str,
 )
 @settings(max_examples=25)
@@ -122,6 +141,44 @@ def test_of_equal_scores_the_lower_slot_wins(search: ExactSearch, keys: np.ndarr
     scores, indices = compiled(search, 8)(queries, keys, valid)
     np.testing.assert_array_equal(scores, np.take_along_axis(reference, expected, axis=-1))
     np.testing.assert_array_equal(np.where(scores > -np.inf, indices, -1), np.where(scores > -np.inf, expected, -1))
+
+
+@pytest.mark.parametrize(
+    ("same", "is_certain"),
+    [
+        # As many groups as may be equal to the k-th.
+        (slabs._SPARE - 1, True),
+        (slabs._SPARE, False),
+    ],
+)
+def test_slabs_tell_where_too_many_groups_are_equally_good(same: int, is_certain: bool):
+    """Then, and only then, the slower search in blocks has to run: that is what slabs are fast without."""
+    k = 8
+    scores = np.linspace(-1, 0, M)
+    # Groups of the first slab's slots: one better than the others, the k-th and as many as are equal to it.
+    scores[: k + same] = 0.5
+    scores[: k - 1] = 1 + np.arange(k - 1)
+    keys = jnp.asarray(scores[None, :, None], jnp.float32)
+    found = slabs.top_k(jnp.ones((1, 1, 1)), keys, jnp.ones((1, M), bool), k, num_slabs=4, most_scores=M)
+    assert bool(found.is_certain[0]) == is_certain
+    np.testing.assert_array_equal(found.scores[0, 0], [*range(k - 1, 0, -1), 0.5])
+
+
+def test_every_head_finds_its_own_slots():
+    """Rows with their own empty slots, two heads each, on either platform."""
+    rng = np.random.default_rng(0)
+    queries = jnp.asarray(rng.normal(size=(6, T, H)), jnp.float32)
+    keys = jnp.asarray(rng.normal(size=(6, M, H)), jnp.float32)
+    # The second row's keys are so often the same that the slabs are not certain of its heads.
+    keys = keys.at[2:4].set(jnp.asarray(duplicated(rng), jnp.float32))
+    valid = jnp.asarray(rng.random((3, M)) < 0.5)
+    search = ExactSearch(slabs=4, slab_scores=T * M // 2)
+    for of_heads in (search.of_heads, search.in_slabs):
+        found = jax.jit(functools.partial(of_heads, k=8))(queries, keys, valid)
+        for head in range(6):
+            scores, indices = compiled(search, 8)(queries[head], keys[head], valid[head // 2])
+            np.testing.assert_allclose(found.scores[head], scores, rtol=1e-6)
+            np.testing.assert_array_equal(found.indices[head], indices)
 
 
 @pytest.mark.parametrize("valid", VALID.values(), ids=VALID)
@@ -179,6 +236,8 @@ def test_all_unsharded_neighbours_are_among_the_best():
     [
         (ExactSearch, {"block_scores": 0}),
         (ExactSearch, {"group_size": 0}),
+        (ExactSearch, {"slabs": 0}),
+        (ExactSearch, {"slab_scores": 0}),
         (ApproximateSearch, {"recall_target": 0.0}),
         (ApproximateSearch, {"recall_target": 1.1}),
     ],

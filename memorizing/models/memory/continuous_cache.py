@@ -334,9 +334,8 @@ def _look_up_shard(
     # [B, M, D]
     keys = memory.keys[:, 0]
     with jax.named_scope("search"):
-        rows = (jax.lax.stop_gradient(queries), keys, memory.valid)
-        # [B, T, K]; row by row, since the scores of all rows at once would not fit beside a large memory.
-        scores, slots = jax.lax.map(lambda row: search.top_k(row[0], row[1], row[2], num_neighbors), rows)
+        # [B, T, K]
+        scores, slots = search.of_heads(jax.lax.stop_gradient(queries), keys, memory.valid, num_neighbors)
         scores, slots = checkpoint_name((scores, slots), NEIGHBOURS)
         scores = search_lib.best_of_all_shards(scores, num_neighbors, axis_name)
     is_neighbour = scores > -jnp.inf

@@ -23,8 +23,8 @@ from memorizing.array_typing import (
 )
 from memorizing.models.layers import soft_cap
 from memorizing.models.memory import search as search_lib
-from memorizing.models.memory.external_memory import Memory, first_slot, sharded, specs
-from memorizing.models.memory.search import Indices, Scores, Search
+from memorizing.models.memory.external_memory import Memory, Placement, first_slot, sharded, specs, turned
+from memorizing.models.memory.search import Scores, Search
 from memorizing.models.positions import Rotary
 
 # Rematerialisation saves what has this name (see stack/remat.py): the search then runs once a step.
@@ -66,19 +66,6 @@ class Retrieved:
     scale: HeadScale | Any
     stores_next: bool = struct.field(pytree_node=False, default=False)
     logit_cap: float = struct.field(pytree_node=False, default=0.0)
-
-
-@struct.dataclass
-class Placement:
-    """Where keys of a memory stand, which were stored before their positions turned them.
-
-    Attributes:
-      of_slots: int32 [M], the position of each.
-      rotary: how positions turn keys.
-    """
-
-    of_slots: Int[Array, "M"] | Any
-    rotary: Rotary = struct.field(pytree_node=False)
 
 
 class Reading(NamedTuple):
@@ -224,35 +211,19 @@ def _search_heads(
     search: Search,
     placement: Placement | None,
 ) -> tuple[NeighbourScores, NeighbourIndices]:
-    """Searches head after head: the scores of all heads at once would not fit beside a large memory.
-
-    Those of a decode step do, one query a head: all heads of a row are searched at once.
-    """
-    # One loop over rows and heads: in two, each row of the memory would be copied before its heads are searched.
+    """The k nearest slots of each query, in each head's own memory."""
     num_rows, num_heads = queries.shape[:2]
-
-    def search_head(head: tuple) -> tuple[Scores, Indices]:
-        number, head_queries, head_keys = head
-        row = number // num_heads
-        head_keys = _turned(head_keys, placement)
-        return search.top_k(head_queries, head_keys, memory.valid[row], num_neighbors)
-
-    heads = (
-        jnp.arange(num_rows * num_heads),
+    scores, indices = search.of_heads(
         _flatten_heads(queries),
         _flatten_heads(memory.keys),
+        memory.valid,
+        num_neighbors,
+        placement,
     )
-    num_at_once = num_heads if queries.shape[2] == 1 else None
-    scores, indices = jax.lax.map(search_head, heads, batch_size=num_at_once)
     # [B, N, T, K]
     scores = _unflatten_heads(scores, num_rows, num_heads)
     indices = _unflatten_heads(indices, num_rows, num_heads)
     return checkpoint_name((scores, indices), NEIGHBOURS)
-
-
-def _turned(head_keys: Float[Array, "M H"], placement: Placement | None) -> Float[Array, "M H"]:
-    """The keys of a head where they stand."""
-    return head_keys if placement is None else placement.rotary.turn(head_keys, placement.of_slots)
 
 
 def _recall(
@@ -265,7 +236,7 @@ def _recall(
     step = max(queries.shape[2] // _CHECKED_QUERIES, 1)
     head = (
         queries[0, 0, ::step],
-        _turned(memory.keys[0, 0], placement),
+        turned(memory.keys[0, 0], placement),
         memory.valid[0],
         scores[0, 0, ::step],
     )

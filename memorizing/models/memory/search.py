@@ -1,4 +1,4 @@
-"""Top-k search of one head's memory: pure functions on matrices.
+"""Top-k search of heads' memories: pure functions of queries, keys and which slots are valid.
 
 Both searches return `-inf` as the score of a neighbour that does not exist (fewer valid slots than neighbours asked
 for). Scores are accumulated in float32 whatever the dtype of the keys, and float32 keys are multiplied as such: TPUs
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -17,13 +18,26 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.errors import Count, Share, UserError
+from memorizing.models.memory import blocks, slabs
+from memorizing.models.memory.blocks import PRECISION, Indices, Scores, pad_neighbours, scores_of
+from memorizing.models.memory.external_memory import Placement, turned
 
-_PRECISION = jax.lax.Precision.HIGHEST
+# Scope of what runs where many slots are equally good only: estimates of a program's cost leave it out.
+RARE = "rare"
 # Two programs may round the same product otherwise: of vectors of length 1, or relative to a greater product.
 _ROUNDING = 1e-5
 
-Scores = Float[Array, "T K"]
-Indices = Int[Array, "T K"]
+
+class HeadScores(NamedTuple):
+    """What a search finds for all heads.
+
+    Attributes:
+      scores: float32, of the k best slots of each query, in descending order; -inf where there is none.
+      indices: int32, of these slots.
+    """
+
+    scores: Float[Array, "heads T K"]
+    indices: Int[Array, "heads T K"]
 
 
 @runtime_checkable
@@ -43,60 +57,54 @@ class Search(Protocol):
         valid: Bool[Array, "M"],
         k: int,
     ) -> tuple[Scores, Indices]:
-        """Scores of the k best slots of each query in descending order, and their indices."""
+        """Scores of the k best slots of each query of a head in descending order, and their indices."""
         ...
 
+    def of_heads(
+        self,
+        queries: Float[Array, "heads T H"],
+        keys: Float[Array, "heads M H"],
+        valid: Bool[Array, "rows M"],
+        k: int,
+        placement: Placement | None = None,
+    ) -> HeadScores:
+        """The same for every head, in its own memory.
 
-class Groups(NamedTuple):
-    """G groups of S neighbouring slots for each query, in the order of the memory.
-
-    Attributes:
-      number: int32, index of the group in the memory.
-      scores: float32, of each slot.
-      maximum: float32, the greatest of them, which stands for the group.
-    """
-
-    number: Int[Array, "T G"]
-    scores: Float[Array, "T G S"]
-    maximum: Float[Array, "T G"]
-
-
-class Block(NamedTuple):
-    """Consecutive slots of the memory, which are scored together; of several blocks, with an axis of blocks in front.
-
-    Attributes:
-      first_group: int32 scalar, index of its first group in the memory.
-      keys: [slots, H].
-      valid: bool [slots].
-    """
-
-    first_group: Int[Array, "*blocks"]
-    keys: Float[Array, "*blocks slots H"]
-    valid: Bool[Array, "*blocks slots"]
+        Args:
+          queries, keys: of the heads of one row after those of the other.
+          valid: of each row.
+          k: how many.
+          placement: where keys stand, if they are to be turned.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ExactSearch:
     """Finds exactly the k best slots (recall 1.0). Of equal scores the lower slot wins, as in `lax.top_k`.
 
-    Each of the k best scores lies in one of the k groups with the greatest maxima: blocks of slots are scored one after
-    the other with a running choice of k groups, and only the slots of the last choice are sorted. The defaults were the
-    fastest of several on CPUs, for 256 and 1024 queries and 2048 to 65536 slots.
+    On TPUs in slabs (see `slabs`), elsewhere, and where many slots are equally good, in blocks (see `blocks`). The
+    defaults for blocks were the fastest of several on CPUs, for 256 and 1024 queries and 2048 to 65536 slots; those for
+    slabs are the cheapest of several by the estimate of the TPU compiler.
 
     Attributes:
       block_scores: scores computed at a time for a head, at most: queries times the slots of a block, as many as stay
         in a cache.
       group_size: slots of a group, at most.
+      slabs: slots of a group on TPUs, at most, each from another slab; 1 for blocks there too.
+      slab_scores: scores written at a time on TPUs, at most.
     """
 
     is_exact: ClassVar[bool] = True
 
     block_scores: Count = 1 << 21
     group_size: Count = 16
+    slabs: Count = 32
+    slab_scores: Count = 1 << 25
 
     def __post_init__(self) -> None:
-        if min(self.block_scores, self.group_size) < 1:
-            raise UserError(f"{self}: block_scores and group_size have to be at least 1")
+        if min(self.block_scores, self.group_size, self.slabs, self.slab_scores) < 1:
+            raise UserError(f"{self}: block_scores, group_size, slabs and slab_scores have to be at least 1")
 
     def top_k(
         self,
@@ -105,44 +113,59 @@ class ExactSearch:
         valid: Bool[Array, "M"],
         k: int,
     ) -> tuple[Scores, Indices]:
-        """Scores of the k best slots of each query in descending order, and their indices."""
-        num_queries = len(queries)
-        num_slots = len(keys)
-        group_size = _largest_divisor(num_slots, self.group_size)
-        num_groups = num_slots // group_size
-        if num_groups <= k:
-            all_scores = _scores(queries, keys, valid)
-            scores, indices = jax.lax.top_k(all_scores, min(k, num_slots))
-            return _pad_neighbours(scores, indices, k)
+        """Scores of the k best slots of each query of a head, in blocks."""
+        return blocks.top_k(queries, keys, valid, k, self.block_scores, self.group_size)
 
-        block_groups = self._groups_of_block(num_queries, num_groups, group_size)
+    def of_heads(
+        self,
+        queries: Float[Array, "heads T H"],
+        keys: Float[Array, "heads M H"],
+        valid: Bool[Array, "rows M"],
+        k: int,
+        placement: Placement | None = None,
+    ) -> HeadScores:
+        """The same for every head, in its own memory."""
+        in_blocks = functools.partial(_head_by_head, self.top_k, k=k, placement=placement)
+        if self.slabs == 1:
+            return in_blocks(queries, keys, valid)
+        in_slabs = functools.partial(self.in_slabs, k=k, placement=placement)
+        return jax.lax.platform_dependent(queries, keys, valid, tpu=in_slabs, default=in_blocks)
 
-        def add_block(best: Groups, block: Block) -> tuple[Groups, None]:
-            groups = _score_block(queries, block, group_size)
-            return _best_groups(_joined(best, groups), k), None
+    def in_slabs(
+        self,
+        queries: Float[Array, "heads T H"],
+        keys: Float[Array, "heads M H"],
+        valid: Bool[Array, "rows M"],
+        k: int,
+        placement: Placement | None = None,
+    ) -> HeadScores:
+        """`of_heads` as TPUs compute it."""
+        found = slabs.top_k(queries, keys, valid, k, self.slabs, self.slab_scores, placement)
+        num_heads = len(queries)
+        heads_of_row = num_heads // len(valid)
 
-        blocks = _split(keys, valid, block_groups, group_size)
-        # The first one outside the loop: there is nothing yet to be joined with.
-        first_block = jax.tree.map(lambda leaf: leaf[0], blocks)
-        first_groups = _score_block(queries, first_block, group_size)
-        if block_groups < k:
-            first_groups = _joined(_no_groups(num_queries, k - block_groups, group_size), first_groups)
-        best = _best_groups(first_groups, k)
-        other_blocks = jax.tree.map(lambda leaf: leaf[1:], blocks)
-        best, _ = jax.lax.scan(add_block, best, other_blocks)
+        def again(head: Int[Array, ""]) -> tuple[Scores, Indices]:
+            head_keys = turned(keys[head], placement)
+            row_valid = valid[head // heads_of_row]
+            return blocks.top_k(queries[head], head_keys, row_valid, k, self.block_scores, self.group_size)
 
-        # [T, k * S]
-        candidates = best.scores.reshape(num_queries, -1)
-        scores, place = jax.lax.top_k(candidates, k)
-        group = jnp.take_along_axis(best.number, place // group_size, axis=1)
-        indices = group * group_size + place % group_size
-        return scores, indices
+        def certain(head: Int[Array, ""]) -> tuple[Scores, Indices]:
+            return found.scores[head], found.indices[head]
 
-    def _groups_of_block(self, num_queries: int, num_groups: int, group_size: int) -> int:
-        """As many groups as fit into a block, in equal blocks."""
-        group_scores = num_queries * group_size
-        at_most = max(1, self.block_scores // group_scores)
-        return _largest_divisor(num_groups, at_most)
+        def repaired() -> HeadScores:
+            return HeadScores(
+                *jax.lax.map(
+                    lambda head: jax.lax.cond(found.is_certain[head], certain, again, head),
+                    jnp.arange(num_heads),
+                )
+            )
+
+        with jax.named_scope(RARE):
+            return jax.lax.cond(
+                jnp.all(found.is_certain),
+                lambda: HeadScores(found.scores, found.indices),
+                repaired,
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +206,17 @@ class ApproximateSearch:
             default=elsewhere,
         )
 
+    def of_heads(
+        self,
+        queries: Float[Array, "heads T H"],
+        keys: Float[Array, "heads M H"],
+        valid: Bool[Array, "rows M"],
+        k: int,
+        placement: Placement | None = None,
+    ) -> HeadScores:
+        """The same for every head, in its own memory."""
+        return _head_by_head(self.top_k, queries, keys, valid, k, placement)
+
     def partial_reduction(
         self,
         queries: Float[Array, "T H"],
@@ -197,7 +231,7 @@ class ApproximateSearch:
             "SH,TH->ST",
             keys,
             queries,
-            precision=_PRECISION,
+            precision=PRECISION,
             preferred_element_type=jnp.float32,
         )
         scores = jnp.where(valid[:, None], scores, -jnp.inf)
@@ -209,7 +243,31 @@ class ApproximateSearch:
         )
         # Left to itself XLA transposes all that was sorted, and takes the k best from that.
         best_scores, best_indices = [with_layout_constraint(leaf, Layout((0, 1))) for leaf in found]
-        return _pad_neighbours(best_scores.T, best_indices.T, k)
+        return pad_neighbours(best_scores.T, best_indices.T, k)
+
+
+def _head_by_head(
+    top_k: Callable,
+    queries: Float[Array, "heads T H"],
+    keys: Float[Array, "heads M H"],
+    valid: Bool[Array, "rows M"],
+    k: int,
+    placement: Placement | None,
+) -> HeadScores:
+    """`Search.of_heads` by a search of one head: the scores of all heads at once would not fit beside a large memory.
+
+    Those of a decode step do, one query a head: all heads of a row are searched at once.
+    """
+    # One loop over rows and heads: in two, each row of the memory would be copied before its heads are searched.
+    heads_of_row = len(queries) // len(valid)
+
+    def search_head(head: tuple) -> HeadScores:
+        number, head_queries, head_keys = head
+        row = number // heads_of_row
+        return HeadScores(*top_k(head_queries, turned(head_keys, placement), valid[row], k))
+
+    num_at_once = heads_of_row if queries.shape[1] == 1 else None
+    return jax.lax.map(search_head, (jnp.arange(len(queries)), queries, keys), batch_size=num_at_once)
 
 
 def recall(
@@ -227,7 +285,7 @@ def recall(
       found: [T, K] scores that the search returned.
     """
     num_neighbors = found.shape[-1]
-    scores = _scores(queries, keys, valid)
+    scores = scores_of(queries, keys, valid)
     # [T, K]
     rounding = _ROUNDING * jnp.maximum(jnp.abs(found), 1.0)
     is_better = scores[:, None, :] > (found + rounding)[:, :, None]
@@ -275,98 +333,3 @@ def best_of_all_shards(
 
     rank = jnp.sum(is_before, axis=-1)
     return jnp.where(rank < k, scores, -jnp.inf)
-
-
-def _scores(
-    queries: Float[Array, "T H"],
-    keys: Float[Array, "S H"],
-    valid: Bool[Array, "S"],
-) -> Float[Array, "T S"]:
-    """query . key, -inf for empty slots."""
-    scores = jnp.einsum(
-        "TH,SH->TS",
-        queries,
-        keys,
-        precision=_PRECISION,
-        preferred_element_type=jnp.float32,
-    )
-    return jnp.where(valid[None, :], scores, -jnp.inf)
-
-
-def _split(
-    keys: Float[Array, "M H"],
-    valid: Bool[Array, "M"],
-    block_groups: int,
-    group_size: int,
-) -> Block:
-    """All blocks of a memory, each of `block_groups` groups."""
-    num_slots, width = keys.shape
-    num_blocks = num_slots // (block_groups * group_size)
-    return Block(
-        first_group=jnp.arange(num_blocks, dtype=jnp.int32) * block_groups,
-        keys=keys.reshape(num_blocks, -1, width),
-        valid=valid.reshape(num_blocks, -1),
-    )
-
-
-def _score_block(queries: Float[Array, "T H"], block: Block, group_size: int) -> Groups:
-    """The groups of a block with the scores of their slots."""
-    num_queries = len(queries)
-    num_groups = len(block.keys) // group_size
-    scores = _scores(queries, block.keys, block.valid)
-    # [T, G, S]
-    scores = scores.reshape(num_queries, num_groups, group_size)
-    number = block.first_group + jnp.arange(num_groups, dtype=jnp.int32)
-    return Groups(
-        number=jnp.broadcast_to(number, (num_queries, num_groups)),
-        scores=scores,
-        maximum=scores.max(axis=-1),
-    )
-
-
-def _no_groups(num_queries: int, num_groups: int, group_size: int) -> Groups:
-    """Groups of slots that do not exist."""
-    return Groups(
-        number=jnp.zeros((num_queries, num_groups), jnp.int32),
-        scores=jnp.full((num_queries, num_groups, group_size), -jnp.inf),
-        maximum=jnp.full((num_queries, num_groups), -jnp.inf),
-    )
-
-
-def _joined(earlier: Groups, later: Groups) -> Groups:
-    """The groups of both, in their order."""
-    return jax.tree.map(lambda *groups: jnp.concatenate(groups, axis=1), earlier, later)
-
-
-def _best_groups(groups: Groups, k: int) -> Groups:
-    """The k groups with the greatest maxima, still in the order of the memory.
-
-    Of equal maxima the lower group comes first.
-    """
-    _, best = jax.lax.top_k(groups.maximum, k)
-    # [T, k]
-    place = jnp.sort(best, axis=-1)
-    return Groups(
-        number=jnp.take_along_axis(groups.number, place, axis=1),
-        scores=jnp.take_along_axis(groups.scores, place[:, :, None], axis=1),
-        maximum=jnp.take_along_axis(groups.maximum, place, axis=1),
-    )
-
-
-def _pad_neighbours(
-    scores: Float[Array, "T found"],
-    indices: Int[Array, "T found"],
-    k: int,
-) -> tuple[Scores, Indices]:
-    """The neighbours that were found, followed by neighbours that do not exist: k in all."""
-    num_missing = k - scores.shape[-1]
-    padding = ((0, 0), (0, num_missing))
-    scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
-    indices = jnp.pad(indices, padding)
-    return scores, indices
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of a number that is not above the limit."""
-    candidates = range(min(number, limit), 0, -1)
-    return next(divisor for divisor in candidates if number % divisor == 0)
