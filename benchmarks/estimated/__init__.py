@@ -1,0 +1,1 @@
+"""Benchmarks of machines that are not here, as a compiler estimates them."""
