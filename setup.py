@@ -32,6 +32,7 @@ setup(
         "memorizing",
         *(f"memorizing.{room}" for room in find_packages(str(ROOT / "memorizing"))),
         "memorizing.benchmarks",
+        "memorizing.benchmarks.reading",
         "memorizing.data",
         *(f"memorizing.data.{room}" for room in find_packages(str(ROOT / "data"))),
         "memorizing.gin",
