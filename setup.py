@@ -33,6 +33,7 @@ setup(
         *(f"memorizing.{room}" for room in find_packages(str(ROOT / "memorizing"))),
         "memorizing.benchmarks",
         "memorizing.benchmarks.estimated",
+        "memorizing.benchmarks.reading",
         "memorizing.benchmarks.trained",
         "memorizing.data",
         *(f"memorizing.data.{room}" for room in find_packages(str(ROOT / "data"))),

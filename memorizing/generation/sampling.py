@@ -111,11 +111,11 @@ def draw(logits: Float[Array, "B V"], position: Int[Array, ""], sampling: Sampli
     rows = jnp.arange(len(logits))  # [B]
     drawn = jax.vmap(draw_rank)(rows, scaled)[:, None]  # [B, 1]
     value = jnp.take_along_axis(ranked, drawn, axis=-1)  # [B, 1]
-    # Of equal logits the lower token comes first, so that exactly k are left.
+    # Of equal logits the lower token comes first, so that exactly k are left. One token is the drawn one.
     place = drawn - jnp.sum(values > value, axis=-1, keepdims=True)  # [B, 1], among those of this value
     is_same = values == value  # [B, V]
     is_drawn = is_same & (jnp.cumsum(is_same, axis=-1) == place + 1)
-    return jnp.argmax(is_drawn, axis=-1).astype(jnp.int32)
+    return jnp.sum(jnp.where(is_drawn, rank, 0), axis=-1, dtype=jnp.int32)
 
 
 def _ascending(logits: Float[Array, "B V"]) -> Int[Array, "B V"]:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from memorizing import main
-from memorizing.benchmarks import data, future, measure, scaling, search, step, stream
+from memorizing.benchmarks import data, future, measure, scaling, search, step
+from memorizing.benchmarks.reading import stream
 from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
 from memorizing.models.attention.sparse.reformer import ReformerAttention

@@ -2,8 +2,7 @@
 
 A job reads a text into what is known of another, and writes on. So many as there are places run at once, the others
 wait in the order in which they came. In a round every job that reads passes one segment, and every job that writes gets
-a token, of one decode step for all, or several tokens if nobody reads: a long text keeps nobody from writing, and nobody
-who writes keeps it waiting.
+a token, of one decode step for all: a long text keeps nobody from writing. While nobody reads, it gets several tokens.
 """
 
 from __future__ import annotations

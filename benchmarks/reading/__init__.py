@@ -1,0 +1,1 @@
+"""How a model reads and writes: of any length, and how fast."""
