@@ -1,1 +1,0 @@
-"""Benchmarks of machines that are not here, as a compiler estimates them."""
