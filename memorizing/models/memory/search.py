@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from memorizing.errors import Count, Share, UserError
 from memorizing.models.memory import blocks, slabs
 from memorizing.models.memory.blocks import PRECISION, Indices, Scores, pad_neighbours, scores_of
-from memorizing.models.memory.external_memory import Placement, turned
+from memorizing.models.memory.placement import Placement, turned
 
 # Scope of what runs where many slots are equally good only: estimates of a program's cost leave it out.
 RARE = "rare"
@@ -254,7 +254,7 @@ def _head_by_head(
     k: int,
     placement: Placement | None,
 ) -> HeadScores:
-    """`Search.of_heads` by a search of one head: the scores of all heads at once would not fit beside a large memory."""
+    """`Search.of_heads` by a search of one head: the scores of all heads would not fit beside a large memory."""
     # One loop over rows and heads: in two, each row of the memory would be copied before its heads are searched.
     heads_of_row = len(queries) // len(valid)
 
