@@ -16,7 +16,6 @@ BENCHMARKS = {
     "search": ("memorizing.benchmarks.search", "retrieval alone, beside faiss and PyTorch"),
     "step": ("memorizing.benchmarks.step", "the training step with and without external memories"),
     "tpu": ("memorizing.benchmarks.tpu", "the same on slices of TPUs, as the TPU compiler estimates it"),
-    "tpu-search": ("memorizing.benchmarks.tpu_search", "the search alone on TPUs, as the TPU compiler estimates it"),
     "text": ("memorizing.benchmarks.reading.text", "tokens a second that a model reads and writes"),
     "stream": ("memorizing.benchmarks.reading.stream", "a stream of a million tokens: memory, and time per segment"),
     "scaling": ("memorizing.benchmarks.scaling", "an attention layer against the length of a segment"),

@@ -27,7 +27,16 @@ LEAVES = {
     "runtime.sharding": {"array_typing", "errors"},
     # Groups of parameters speak of layers by name.
     "training.optimizer": {"array_typing", "errors", "models.stack", "models.stack.arrays"},
-    "models.memory.search": {"errors"},
+    "models.memory.blocks": set(),
+    "models.memory.placement": {"models.positions"},
+    "models.memory.slabs": {"models.memory.blocks", "models.memory.placement"},
+    "models.memory.search": {
+        "errors",
+        "models.memory",
+        "models.memory.blocks",
+        "models.memory.placement",
+        "models.memory.slabs",
+    },
     "models.losses": {"array_typing"},
 }
 

@@ -49,8 +49,8 @@ class Plan:
       seconds, memory_seconds: estimates for the step, and for what the external memory takes of it.
       moving_seconds: what gathers, scatters and sorts take of `seconds`, at the bandwidth of the device's memory.
       rare_seconds: what comes on top where the memories of all heads hold many slots that are equally good.
-      collectives, moves: by kind, for one device and step; collectives are not in `seconds`. Moves are gathers, scatters
-        and sorts.
+      collectives, moves: by kind, for one device and step; collectives are not in `seconds`. Moves are gathers,
+        scatters and sorts.
       advice: what to change where the step does not fit.
     """
 

@@ -227,11 +227,11 @@ def run_in_a_process(*arguments: str, code: int = 0) -> subprocess.CompletedProc
 
 
 @needs_compiler
-@pytest.mark.parametrize(("memory_size", "most"), [(8192, 1.04), (65536, 1.12), (262144, 1.40)])
+@pytest.mark.parametrize(("memory_size", "most"), [(8192, 1.10), (65536, 1.20), (262144, 1.63)])
 def test_the_papers_setting_fits_its_pod(memory_size: int, most: float):
     planned = json.loads(run_in_a_process("--topology=v3:4x4", f"--gin.KNNAttention.memory_size={memory_size}").stdout)
-    # What a memory may cost: the paper's own implementation took 1.25 times as long with 8,192 slots, and 3 times with
-    # 65,536.
+    # What a memory with the exact search may cost: the paper's own implementation took 1.25 times as long with 8,192
+    # slots, and 3 times with 65,536.
     assert planned["seconds"] <= most * (planned["seconds"] - planned["memory_seconds"])
     assert planned["num_devices"] == 32 and planned["num_rows"] == 256 and planned["tokens_per_step"] == 2**17
     # Keys and values of 8 rows and 8 heads of 128, in bfloat16.

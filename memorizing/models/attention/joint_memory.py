@@ -22,7 +22,8 @@ from memorizing.models.attention.external import MemoryAttention, MemoryState
 from memorizing.models.attention.local import Attended, in_groups, turned_queries
 from memorizing.models.layers import parameter
 from memorizing.models.memory import external_memory, recall, retrieval
-from memorizing.models.memory.external_memory import Memory, Placement
+from memorizing.models.memory.external_memory import Memory
+from memorizing.models.memory.placement import Placement
 from memorizing.models.memory.recall import LookUps
 from memorizing.models.memory.retrieval import Neighbours, Reading, Retrieved
 from memorizing.models.positions import Rotary

@@ -31,7 +31,6 @@ from memorizing.array_typing import (
     Tokens,
     Values,
 )
-from memorizing.models.positions import Rotary
 
 
 @struct.dataclass
@@ -53,19 +52,6 @@ class Memory:
     def fresh(cls) -> Memory:
         """What a reset writes: see `context.reset_rows`."""
         return cls(keys=None, values=None, tokens=None, valid=False)
-
-
-@struct.dataclass
-class Placement:
-    """Where keys of a memory stand, which were stored before their positions turned them.
-
-    Attributes:
-      of_slots: int32 [M], the position of each.
-      rotary: how positions turn keys.
-    """
-
-    of_slots: Int[Array, "M"] | Any
-    rotary: Rotary = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -282,11 +268,6 @@ def _write_shard(
         return jax.lax.dynamic_update_slice_in_dim(slots, written, first, axis)
 
     return jax.tree.map(update, memory, segment)
-
-
-def turned(keys: Float[Array, "M H"], placement: Placement | None) -> Float[Array, "M H"]:
-    """The keys of a head where they stand."""
-    return keys if placement is None else placement.rotary.turn(keys, placement.of_slots)
 
 
 def sharded(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:

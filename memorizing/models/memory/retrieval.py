@@ -23,7 +23,8 @@ from memorizing.array_typing import (
 )
 from memorizing.models.layers import soft_cap
 from memorizing.models.memory import search as search_lib
-from memorizing.models.memory.external_memory import Memory, Placement, first_slot, sharded, specs, turned
+from memorizing.models.memory.external_memory import Memory, first_slot, sharded, specs
+from memorizing.models.memory.placement import Placement, turned
 from memorizing.models.memory.search import Scores, Search
 from memorizing.models.positions import Rotary
 

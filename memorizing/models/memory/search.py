@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from memorizing.errors import Count, Share, UserError
 from memorizing.models.memory import blocks, slabs
 from memorizing.models.memory.blocks import PRECISION, Indices, Scores, pad_neighbours, scores_of
-from memorizing.models.memory.external_memory import Placement, turned
+from memorizing.models.memory.placement import Placement, turned
 
 # Scope of what runs where many slots are equally good only: estimates of a program's cost leave it out.
 RARE = "rare"

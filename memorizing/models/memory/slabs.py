@@ -20,9 +20,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from memorizing.models.memory.blocks import PRECISION, largest_divisor, pad_neighbours
-from memorizing.models.memory.external_memory import Placement
+from memorizing.models.memory.placement import Placement
 
-# Groups that are chosen beyond k: as long as fewer are equal to the k-th best, no slot is overlooked. A TPU's tile is 8.
+# Groups that are chosen beyond k: while fewer are equal to the k-th best, no slot is overlooked. A TPU's tile is 8.
 _SPARE = 8
 # Groups of a level that make one of the next, at most.
 _FAN = 8
