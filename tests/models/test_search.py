@@ -21,7 +21,9 @@ from jax.sharding import PartitionSpec as P
 from memorizing.errors import UserError
 from memorizing.models.attention.base import normalize
 from memorizing.models.memory import slabs
+from memorizing.models.memory.placement import Placement
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch, best_of_all_shards, recall
+from memorizing.models.positions import Rotary
 from memorizing.runtime.sharding import MeshConfig
 
 T, H, M = 6, 16, 768
@@ -179,6 +181,22 @@ def test_every_head_finds_its_own_slots():
             scores, indices = compiled(search, 8)(queries[head], keys[head], valid[head // 2])
             np.testing.assert_allclose(found.scores[head], scores, rtol=1e-6)
             np.testing.assert_array_equal(found.indices[head], indices)
+
+
+def test_keys_are_turned_where_they_stand_on_tpus_too():
+    rng = np.random.default_rng(0)
+    queries = jnp.asarray(rng.normal(size=(4, T, 8)), jnp.float32)
+    keys = jnp.asarray(rng.normal(size=(4, 96, 8)), jnp.float32)
+    valid = jnp.asarray(rng.random((2, 96)) < 0.7)
+    placement = Placement(3 * jnp.arange(96) - 50, Rotary())
+    # In two parts.
+    search = ExactSearch(slabs=4, slab_scores=T * 48)
+    expected, found = (
+        jax.jit(functools.partial(of_heads, k=3))(queries, keys, valid, placement=placement)
+        for of_heads in (search.of_heads, search.in_slabs)
+    )
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
+    np.testing.assert_array_equal(found.indices, expected.indices)
 
 
 @pytest.mark.parametrize("valid", VALID.values(), ids=VALID)
