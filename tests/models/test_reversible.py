@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mechanisms import LENGTH, VOCAB
+from mechanisms import LENGTH, VOCAB, drawn_variables
 
 from memorizing.batch import Batch
 from memorizing.context import Layout, Report, Rngs, Segment
@@ -76,13 +76,13 @@ def gradient(config: LMConfig) -> tuple:
     """Of one step of two segments, and what it carries on."""
 
     @jax.jit
-    def run() -> tuple:
-        variables = init_variables(config, ROWS, LENGTH, jax.random.key(0))
-        carried = Carried(config.init_context(ROWS, LENGTH), variables["buffers"])
+    def run(params: Any, buffers: Any) -> tuple:
+        carried = Carried(config.init_context(ROWS, LENGTH), buffers)
         rngs = Rngs(jax.random.key(1), jnp.arange(ROWS))
-        return batch_gradient(config, variables["params"], batch(), carried, rngs, 1)
+        return batch_gradient(config, params, batch(), carried, rngs, 1)
 
-    return jax.device_get(run())
+    variables = drawn_variables(config)
+    return jax.device_get(run(variables["params"], variables["buffers"]))
 
 
 CONFIGS = {
