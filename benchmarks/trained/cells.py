@@ -33,11 +33,15 @@ class Task(NamedTuple):
 
     Attributes:
       title: as the table shows it.
+      segment_length: tokens of a segment.
+      vocab_size: of the task.
       files: of gin, over the run.
-      bindings: over the run.
+      bindings: over the run; {source} is where text comes from.
     """
 
     title: str
+    segment_length: int
+    vocab_size: int
     files: tuple[str, ...] = ()
     bindings: tuple[str, ...] = ()
 
@@ -87,20 +91,19 @@ ENTRIES = (
     Entry("Reformer, strictly causal", (), ("models/reformer_tiny.gin",)),
     Entry("Routing Transformer, strictly causal", (), ("models/routing_tiny.gin",)),
 )
-# What the files of a mechanism say of the size of the model.
+# Of the model, whatever size the file of a mechanism gives it.
 _SIZE = ("LMConfig.num_layers=2", "VOCAB_SIZE={vocabulary}")
 
 TASKS = {
-    "recall": Task("segmented MQAR"),
+    "recall": Task("segmented MQAR", 48, 512),
     "text": Task(
         "text",
+        64,
+        2048,
         ("tasks/stdlib.gin",),
-        ("BatchConfig.segment_length=64", "BatchConfig.tokens_per_step=2048"),
+        ("BatchConfig.segment_length=64", "BatchConfig.tokens_per_step=2048", "SOURCE={source}"),
     ),
 }
-_VOCABULARY = {"recall": 512, "text": 2048}
-# Tokens of a segment.
-SEGMENT = {"recall": 48, "text": 64}
 # Of SegmentedMQAR in the run's file.
 PAIRS = 16
 
@@ -139,12 +142,10 @@ def settings(cell: Cell, size: int, source: str) -> tuple[list[str], list[str]]:
       source: of the text.
     """
     task = TASKS[cell.task]
-    names = {"size": size, "segment": SEGMENT[cell.task], "vocabulary": _VOCABULARY[cell.task]}
-    own = [binding.format(**names) for binding in (*_SIZE, *cell.entry.bindings)]
+    names = {"size": size, "segment": task.segment_length, "vocabulary": task.vocab_size, "source": source}
+    own = [binding.format(**names) for binding in (*task.bindings, *_SIZE, *cell.entry.bindings)]
     common = [f"STEPS={cell.steps}", f"RATE={cell.rate}", f"SEED={cell.seed}"]
-    if cell.task == "text":
-        common.append(f"SOURCE={source}")
-    return [RUN, *cell.entry.files, *task.files], [*task.bindings, *own, *common]
+    return [RUN, *cell.entry.files, *task.files], [*own, *common]
 
 
 def size_within(cell: Cell, source: str) -> int:
@@ -156,7 +157,7 @@ def size_within(cell: Cell, source: str) -> int:
     if not cell.entry.is_sized:
         return 0
 
-    unit = SEGMENT[cell.task]
+    unit = TASKS[cell.task].segment_length
 
     def context_bytes(size: int) -> int:
         experiment, _ = load_experiment(*settings(cell, size, source))

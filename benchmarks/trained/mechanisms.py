@@ -25,7 +25,7 @@ from typing import Any
 
 from memorizing.benchmarks import measure
 from memorizing.benchmarks.trained import leaderboard, trainings
-from memorizing.benchmarks.trained.cells import ENTRIES, PAIRS, SEGMENT, TASKS, Cell, settings, size_within
+from memorizing.benchmarks.trained.cells import ENTRIES, PAIRS, TASKS, Cell, settings, size_within
 from memorizing.config.runs import open_run
 from memorizing.errors import MOST, Range, UserError
 
@@ -192,7 +192,7 @@ def _text(workdir: pathlib.Path) -> dict[str, Any]:
     evaluation = json.loads((workdir / trainings.RESULT).read_text())
     cleared = evaluation.get("memory cleared")
     return {
-        "bytes_a_row": open_run(str(workdir)).experiment.model.state_bytes(SEGMENT["text"]),
+        "bytes_a_row": open_run(str(workdir)).experiment.model.state_bytes(TASKS["text"].segment_length),
         "loss": evaluation["as trained"]["loss"],
         "cleared": cleared and cleared["loss"],
     }

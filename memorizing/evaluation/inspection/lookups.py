@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from memorizing.array_typing import Tree
@@ -54,7 +55,7 @@ class Lookups:
         scores = self.scores[positions]
         exists = scores > -np.inf
         scaled = np.where(exists, scores, 0.0) * self.scale[None, :, None]
-        logits = np.where(exists, soft_cap(scaled, self.logit_cap), -1e30)
+        logits = np.where(exists, soft_cap(jnp.asarray(scaled), self.logit_cap), -1e30)
         shifted = logits - logits.max(axis=-1, keepdims=True)
         unnormalised = np.where(exists, np.exp(shifted), 0.0)
         total = unnormalised.sum(axis=-1, keepdims=True)
