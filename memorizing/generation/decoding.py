@@ -59,7 +59,7 @@ class OpenSegment(NamedTuple):
     inputs: Any
     index: Any
     position: Any
-    kv_cache: KVCache
+    kv_cache: KVCache | Any
 
 
 class Decoder:
@@ -342,8 +342,8 @@ class TextDecoder:
     def _drawn(self, segment: OpenSegment, sampling: SamplingArrays, num_tokens: int) -> Iterator[Int[np.ndarray, "B"]]:
         """Tokens of the open segment; the device draws the next few while the caller has these."""
         self._writing.start()
-        *place, kv_cache = segment
-        segment = OpenSegment(*self._decoder.everywhere(place), kv_cache)
+        inputs, index, position = self._decoder.everywhere(segment[:3])
+        segment = OpenSegment(inputs, index, position, segment.kv_cache)
         drawn: collections.deque[tuple[Any, int]] = collections.deque()
         while num_tokens or drawn:
             if num_tokens and len(drawn) < 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +73,11 @@ class SamplingArrays(NamedTuple):
       seed: of the random numbers.
     """
 
-    temperature: Float[Array, ""] | np.float32
-    top_k: Int[Array, ""] | np.int32
-    top_p: Float[Array, ""] | np.float32
-    allowed: Bool[Array | np.ndarray, "V"]
-    seed: UInt32[Array, ""] | np.uint32
+    temperature: Float[Array, ""] | Any
+    top_k: Int[Array, ""] | Any
+    top_p: Float[Array, ""] | Any
+    allowed: Bool[Array, "V"] | Any
+    seed: UInt32[Array, ""] | Any
 
 
 def draw(logits: Float[Array, "B V"], position: Int[Array, ""], sampling: SamplingArrays) -> Int[Array, "B"]:
