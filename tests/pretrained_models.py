@@ -14,7 +14,8 @@ from memorizing.config.loading import load_experiment
 from memorizing.config.pretrained import AttentionKind, bindings_of
 from memorizing.context import Inputs
 from memorizing.models import language_model
-from memorizing.models.pretrained.gguf_names import name_in_gguf
+from memorizing.models.pretrained.architecture import Architecture
+from memorizing.models.pretrained.gguf_names import FAMILIES, name_in_gguf
 from memorizing.models.stack.arrays import unstack
 from memorizing.training.checkpoint import paths
 from memorizing.training.experiment import Experiment
@@ -98,7 +99,7 @@ def write_gguf(
     """
     source = open_source(str(GOLDEN / name))
     architecture = source.architecture
-    family = architecture.family
+    family = next(theirs for theirs, ours in FAMILIES.items() if ours == architecture.family)
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(architecture.num_layers)
     writer.add_context_length(architecture.max_length)
@@ -112,12 +113,15 @@ def write_gguf(
     if architecture.positions.scaling == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(architecture.positions.factor)
+    if architecture.has_sandwich_norms:
+        _add_of_later_gemma(writer, architecture)
     writer.add_vocab_size(architecture.vocab_size)
     if tokens:
         writer.add_token_list(tokens)
     stored = {}
     for tensor_name in source.names:
         tensor = source.file.read(source.names[tensor_name]).astype(np.float32)
+        tensor = _as_gemma_has_it(tensor_name, tensor, architecture)
         kept = kind if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
         if kept is gguf.GGMLQuantizationType.F32:
             stored[tensor_name] = tensor
@@ -129,9 +133,37 @@ def write_gguf(
             halves = tensor.reshape(num_heads[part], 2, architecture.head_dim // 2, *tensor.shape[1:])
             tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
         in_file = gguf.quants.quantize(tensor, kept) if kept is not gguf.GGMLQuantizationType.F32 else tensor
-        writer.add_tensor(name_in_gguf(tensor_name), in_file, raw_dtype=kept)
+        writer.add_tensor(name_in_gguf(tensor_name, architecture), in_file, raw_dtype=kept)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return stored
+
+
+def _add_of_later_gemma(writer: gguf.GGUFWriter, architecture: Architecture) -> None:
+    """Settings that Gemma 2 and 3 alone have."""
+    writer.add_sliding_window(max(architecture.windows))
+    if architecture.attention_logit_cap:
+        writer.add_attn_logit_softcapping(architecture.attention_logit_cap)
+    if architecture.final_logit_cap:
+        writer.add_final_logit_softcapping(architecture.final_logit_cap)
+    if architecture.family == "gemma3_text":
+        writer.add_rope_freq_base_swa(architecture.own_positions[0].theta)
+        writer.add_sliding_window_pattern(2)
+
+
+def _as_gemma_has_it(name: str, tensor: np.ndarray, architecture: Architecture) -> np.ndarray:
+    """A tensor of Gemma with 1 + scale for a norm's scale, and of any other model as it is.
+
+    GGUF has no setting for the scale of attention. The golden models have another one than 1 / sqrt(H), which queries
+    get here.
+    """
+    if not architecture.is_gemma:
+        return tensor
+    if name.endswith("norm.weight"):
+        tensor = tensor + 1
+    gets_scale = "q_norm" if architecture.has_qk_norm else "q_proj"
+    if architecture.attention_scale is None or gets_scale not in name:
+        return tensor
+    return tensor * (architecture.attention_scale * architecture.head_dim**0.5)

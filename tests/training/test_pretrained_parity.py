@@ -121,7 +121,7 @@ def test_parameters_lie_on_the_mesh():
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-@pytest.mark.parametrize("name", ["llama_untied", "qwen3"])
+@pytest.mark.parametrize("name", ["llama_untied", "qwen3", "gemma", "gemma2", "gemma3"])
 def test_gguf_has_the_same_logits(name: str, tmp_path: pathlib.Path):
     write_gguf(tmp_path / "model.gguf", name)
     _, experiment, params = loaded(str(tmp_path / "model.gguf"))

@@ -10,10 +10,18 @@ import numpy as np
 
 from memorizing.errors import UserError
 from memorizing.models.positions import Rotary
-from memorizing.models.pretrained.architecture import Architecture
+from memorizing.models.pretrained.architecture import Architecture, Family
+from memorizing.models.pretrained.settings import HEADS, SIZE, Settings
 
-# Those whose tensors GGUF keeps as they are, but for the order of rows that `unpermuted` undoes.
-FAMILIES = ("llama", "qwen2", "qwen3")
+# Families by GGUF's name of their architecture. Mistral's models are Llamas there.
+FAMILIES: dict[str, Family] = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+}
 ROTARY_FACTORS = "rope_freqs.weight"
 
 _SETTINGS = {
@@ -26,6 +34,11 @@ _SETTINGS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "context_length": "max_position_embeddings",
     "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
+    "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
 _LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -40,7 +53,15 @@ _LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Where what attention and MLP add is normalised, as in Gemma 2 and 3, the norm before the MLP has another name.
+_SANDWICH_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+# Layers of those Gemmas, of 27B, whose attention divides by the square root of D / N and not of H.
+_LAYERS_OF_LARGEST = {"gemma2": 46, "gemma3": 62}
 # Llama 3.1 and 3.2, whose settings GGUF keeps as a tensor of factors only.
 _LLAMA3 = [{"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0} for factor in (8.0, 32.0)]
 
@@ -57,13 +78,13 @@ def config_of(settings: Mapping[str, Any], tensors: Collection[str], given: str)
       UserError: the file's model is of no family that is read, or has what is not implemented.
     """
     family = settings.get("general.architecture")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{given}: general.architecture = {family!r} is not read; what is: {', '.join(FAMILIES)}")
     if settings.get(f"{family}.expert_count"):
         raise UserError(
             f"{given}: {family}.expert_count = {settings[f'{family}.expert_count']}: no mixtures of experts"
         )
-    config: dict[str, Any] = {"model_type": family}
+    config: dict[str, Any] = {"model_type": FAMILIES[family]}
     for name, theirs in _SETTINGS.items():
         value = settings.get(f"{family}.{name}")
         if value is not None:
@@ -83,7 +104,16 @@ def config_of(settings: Mapping[str, Any], tensors: Collection[str], given: str)
     turned = settings.get(f"{family}.rope.dimension_count")
     if turned is not None and "head_dim" in config and turned != config["head_dim"]:
         raise UserError(f"{given}: {family}.rope.dimension_count = {turned}: only all {config['head_dim']} are turned")
+    if family in _LAYERS_OF_LARGEST:
+        config["query_pre_attn_scalar"] = _attention_scalar(family, Settings(config, given))
     return config
+
+
+def _attention_scalar(family: str, config: Settings) -> int:
+    """What the logits of attention are divided by the square root of, which GGUF does not say: llama.cpp knows it."""
+    if config.get("num_hidden_layers") == _LAYERS_OF_LARGEST[family]:
+        return config.whole("hidden_size", SIZE) // config.whole("num_attention_heads", HEADS)
+    return config.whole("head_dim", HEADS, 256)
 
 
 def llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], given: str) -> dict[str, Any]:
@@ -109,36 +139,37 @@ def llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], given: str) -
     raise UserError(f"{given}: {ROTARY_FACTORS} are not those of Llama 3.1 or 3.2")
 
 
-def name_in_gguf(name: str) -> str:
+def name_in_gguf(name: str, architecture: Architecture) -> str:
     """What a GGUF file calls a tensor of Hugging Face's name."""
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if found:
         layer, part, kind = found.groups()
-        return f"blk.{layer}.{_LAYER_NAMES[part]}.{kind}"
+        names = _LAYER_TENSORS | (_SANDWICH_NORMS if architecture.has_sandwich_norms else {})
+        return f"blk.{layer}.{_reversed(names)[part]}.{kind}"
     part, _, kind = name.rpartition(".")
-    return f"{_NAMES[part]}.{kind}"
+    return f"{_reversed(_TENSORS)[part]}.{kind}"
 
 
-_LAYER_NAMES = {theirs: name for name, theirs in _LAYER_TENSORS.items()}
-_NAMES = {theirs: name for name, theirs in _TENSORS.items()}
+def _reversed(names: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: name for name, theirs in names.items()}
 
 
-def unpermuted(name: str, tensor: np.ndarray, architecture: Architecture) -> np.ndarray:
-    """A tensor with the rows of queries and keys in Hugging Face's order.
+def as_in_hugging_face(name: str, tensor: np.ndarray, architecture: Architecture) -> np.ndarray:
+    """A tensor of a GGUF file with the numbers and the order of Hugging Face's.
 
-    The files of Llama have them in pairs, as llama.cpp turns them: element 2 i of a head beside element 2 i + 1, where
-    Hugging Face has them half a head apart.
+    The files of Llama have the rows of queries and keys in pairs, as llama.cpp turns them: element 2 i of a head beside
+    element 2 i + 1, where Hugging Face has them half a head apart. Those of Gemma have 1 + scale for the scale of a norm.
 
     Args:
       name: Hugging Face's.
       tensor: of the GGUF file.
       architecture: of the model.
     """
-    if architecture.family != "llama" or "self_attn." not in name:
-        return tensor
-    by_kind = {"q_proj": architecture.num_heads, "k_proj": architecture.num_kv_heads}
-    num_heads = by_kind.get(name.split(".")[-2])
-    if num_heads is None:
+    if architecture.is_gemma and name.endswith("norm.weight"):
+        return tensor - 1
+    part = name.split(".")[-2]
+    num_heads = {"q_proj": architecture.num_heads, "k_proj": architecture.num_kv_heads}.get(part)
+    if architecture.family != "llama" or num_heads is None:
         return tensor
     by_pair = tensor.reshape(num_heads, architecture.head_dim // 2, 2, *tensor.shape[1:])
     return by_pair.swapaxes(1, 2).reshape(tensor.shape)

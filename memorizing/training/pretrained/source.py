@@ -59,7 +59,7 @@ class Source:
         """A tensor, in the dtype of its file."""
         found = self.file.read(self.names[tensor.name])
         if isinstance(self.file, GGUFFile):
-            return gguf_names.unpermuted(tensor.name, found, self.architecture)
+            return gguf_names.as_in_hugging_face(tensor.name, found, self.architecture)
         return found
 
     @property
@@ -158,7 +158,7 @@ def _from_gguf(path: epath.Path, tokenizer: str | None) -> Source:
         factors = file.read(gguf_names.ROTARY_FACTORS).astype(np.float32)
         config["rope_scaling"] = gguf_names.llama3_scaling(factors, config, str(path))
     architecture = read_config(config, str(path))
-    in_file = {gguf_names.name_in_gguf(tensor.name): tensor.name for tensor in tensors_of(architecture)}
+    in_file = {gguf_names.name_in_gguf(tensor.name, architecture): tensor.name for tensor in tensors_of(architecture)}
     names = {in_file.get(name, name): name for name in file.tensors if name != gguf_names.ROTARY_FACTORS}
     files = _beside(tokenizer) if tokenizer else []
     return Source(str(path), config, architecture, file, names, lambda: _texts(files) if files else _tokenizer_of(file))
