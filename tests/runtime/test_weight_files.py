@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
+import random
 import shutil
+import string
 
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 from damage import damages
 from etils import epath
 from gguf import GGMLQuantizationType as Kind
-from pretrained_models import GOLDEN, write_gguf
+from pretrained_models import GOLDEN, NAMES, write_gguf
+from tokenizers import Tokenizer
 
+from memorizing.data.tokens.tokenizer import TOKENIZER_FILE, load
 from memorizing.errors import UserError
 from memorizing.runtime.weight_files import safetensors_file
 from memorizing.runtime.weight_files.folder import FolderOfTensors, read_json
@@ -302,13 +308,75 @@ def test_other_models_in_gguf_are_refused(tmp_path: pathlib.Path):
     assert "num_hidden_layers = None" in refused(open_source, written("llama"))
 
 
-def test_a_tokenizer_in_gguf_that_is_not_of_byte_pairs():
-    assert "--tokenizer=FILE" in refused(tokenizer_json, {"tokenizer.ggml.model": "llama"}, "x.gguf")
+def test_a_tokenizer_in_gguf_that_is_not_known():
+    assert "--tokenizer=FILE" in refused(tokenizer_json, {"tokenizer.ggml.model": "t5"}, "x.gguf")
     settings = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
     assert "not complete" in refused(tokenizer_json, settings, "x.gguf")
+    assert "not complete" in refused(tokenizer_json, {"tokenizer.ggml.model": "llama"}, "x.gguf")
     broken = settings | {
         "tokenizer.ggml.tokens": ["a", "b"],
         "tokenizer.ggml.merges": ["c d"],
         "tokenizer.ggml.token_type": np.ones(2, np.int32),
     }
     assert "damaged" in refused(tokenizer_json, broken, "x.gguf")
+
+
+# Repeated words with spaces, lines and signs, so that pieces of several lengths compete.
+_SENTENCES = pathlib.Path(gguf.__file__).read_text().splitlines() + [
+    f"the {word}  is   not the {other}; it was {word}{other}" for word in NAMES for other in NAMES
+]
+
+
+@pytest.mark.parametrize("way", ["llama 2", "gemma"])
+def test_sentencepiece_in_gguf_has_the_ids_of_sentencepiece(way: str, tmp_path: pathlib.Path):
+    """With a space before every text, or with pieces that a user defined and spaces among them."""
+    is_gemma = way == "gemma"
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_SENTENCES),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=not is_gemma,
+        user_defined_symbols=["\n", "\u2581\u2581", "<b>"] if is_gemma else [],
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(processor.vocab_size())
+    defined = ["\n", "\u2581\u2581", "<b>"] if is_gemma else []
+
+    def kind(index: int) -> gguf.TokenType:
+        if processor.is_unknown(index):
+            return gguf.TokenType.UNKNOWN
+        if processor.is_control(index):
+            return gguf.TokenType.CONTROL
+        if processor.is_byte(index):
+            return gguf.TokenType.BYTE
+        is_defined = processor.id_to_piece(index) in defined
+        return gguf.TokenType.USER_DEFINED if is_defined else gguf.TokenType.NORMAL
+
+    settings = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [processor.id_to_piece(index) for index in ids],
+        "tokenizer.ggml.scores": np.array([processor.get_score(index) for index in ids], np.float32),
+        "tokenizer.ggml.token_type": np.array([kind(index) for index in ids], np.int32),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.add_space_prefix": not is_gemma,
+    }
+    text = tokenizer_json(settings, "x.gguf")
+    # Good enough for documents, which is a check of its own.
+    (tmp_path / TOKENIZER_FILE).write_text(text)
+    assert load(str(tmp_path)).start_id == 1
+
+    made = Tokenizer.from_str(text)
+    rng = random.Random(0)
+    characters = "the isnot  \n\t;<b>é漢\U0001f600" + string.ascii_lowercase
+    texts = [*_SENTENCES, *("".join(rng.choices(characters, k=200)) for _ in range(200))]
+    for text in texts:
+        expected = processor.encode(text)
+        assert made.encode(text, add_special_tokens=False).ids == expected, text
+        assert made.encode(text).ids == [1, *expected]
+        assert made.decode(expected) == text

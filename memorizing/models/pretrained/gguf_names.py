@@ -158,7 +158,7 @@ def as_in_hugging_face(name: str, tensor: np.ndarray, architecture: Architecture
     """A tensor of a GGUF file with the numbers and the order of Hugging Face's.
 
     The files of Llama have the rows of queries and keys in pairs, as llama.cpp turns them: element 2 i of a head beside
-    element 2 i + 1, where Hugging Face has them half a head apart. Those of Gemma have 1 + scale for the scale of a norm.
+    element 2 i + 1, where Hugging Face has them half a head apart. Those of Gemma have 1 + scale for a norm's scale.
 
     Args:
       name: Hugging Face's.

@@ -20,7 +20,7 @@ from memorizing.models.pretrained.reading_config import read_config
 from memorizing.models.pretrained.tensors import Tensor, is_ignorable, plain_name, tensors_of
 from memorizing.runtime.weight_files.folder import CONFIG, TOKENIZER, FolderOfTensors, read_json, refuse_pickled
 from memorizing.runtime.weight_files.gguf_file import EXTRA, GGUFFile
-from memorizing.runtime.weight_files.gguf_tokenizer import tokenizer_json
+from memorizing.runtime.weight_files.gguf_tokenizer import puts_start_before, tokenizer_json
 from memorizing.runtime.weight_files.safetensors_file import DTYPES
 from memorizing.runtime.weight_files.tensor_file import TensorFile
 from memorizing.runtime.workdir import resolve
@@ -173,7 +173,7 @@ def _tokenizer_of(file: GGUFFile) -> dict[str, str]:
         index = settings.get(f"tokenizer.ggml.{kind}_token_id")
         if isinstance(words, list) and isinstance(index, int) and index < len(words):
             special[f"{kind}_token"] = words[index]
-    special["add_bos_token"] = bool(settings.get("tokenizer.ggml.add_bos_token"))
+    special["add_bos_token"] = puts_start_before(settings)
     return {TOKENIZER: tokenizer_json(settings, str(file.path)), TOKENIZER_CONFIG: json.dumps(special, indent=2)}
 
 
