@@ -118,9 +118,11 @@ def _evaluate(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     finished = _opened(options.workdir or experiment_flags.DEFAULT_WORKDIR, options, bindings)
     reference, settings = _settings(finished, options.memory_sizes)
     settings += _with_windows(finished, options.windows, options.memory_sizes)
+    # Before anything is computed, since a damaged index refuses them.
+    keys = _document_keys(finished)
     evaluations = _run_all(finished, settings, options.rows)
     summary = _origin(finished)
-    summary |= report.summarize(evaluations, reference, _document_keys(finished), options.seed)
+    summary |= report.summarize(evaluations, reference, keys, options.seed)
     pictures = {"loss_by_position.png": plots.loss_by_position(evaluations, reference, options.seed)}
     sizes = {setting.name: setting.memory_size for setting in settings if setting.memory_size is not None}
     if len(sizes) > 1:
@@ -143,9 +145,9 @@ def _compare(options: argparse.Namespace, bindings: Sequence[str]) -> str:
             f"--compare {path_a} {path_b}: documents are compared one by one, but the first run has the data "
             f"{data_a}, the second {data_b}"
         )
+    keys = _document_keys(run_a)
     evaluation_a = _run_as_trained(run_a, path_a, options.rows)
     evaluation_b = _run_as_trained(run_b, path_b, options.rows)
-    keys = _document_keys(run_a)
     summary_a = report.summarize({"": evaluation_a}, "", keys, options.seed)
     summary_b = report.summarize({"": evaluation_b}, "", keys, options.seed)
     figures_a = summary_a["evaluations"][""]
