@@ -57,6 +57,7 @@ def _rounds(number: int) -> tuple[str, ...]:
 
 
 _ONE_BUCKET = ("ReformerAttention.hash_buckets=1", "ReformerAttention.chunk_size=128", *_rounds(1))
+_FROZEN = ("RoutingAttention.decay=1.0", "RoutingAttention.restart_below=0.0", "RoutingAttention.commitment=0.0")
 _LOCAL = ("LMConfig.attention=@SparseAttention()", "SparseAttention.sees='first'")
 
 PROOFS = {
@@ -90,11 +91,12 @@ PROOFS = {
     ),
     "routing": Proof(
         "routing_topics",
-        400,
+        1000,
         (
             Variant("routing"),
             Variant("routing, strictly causal", ("RoutingAttention.strictly_causal=True",)),
-            Variant("centroids stay at random", ("RoutingAttention.decay=1.0", "RoutingAttention.commitment=0.0")),
+            Variant("centroids stay at random", _FROZEN),
+            Variant("no restarts", ("RoutingAttention.restart_below=0.0",)),
             Variant("local attention", _LOCAL),
         ),
         {"accuracy": ()},
