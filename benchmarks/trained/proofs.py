@@ -53,10 +53,16 @@ class Proof(NamedTuple):
 
 
 def _rounds(number: int) -> tuple[str, ...]:
-    return (f"ReformerAttention.num_rounds={number}",)
+    """As the run's file has them, whatever the model was trained with."""
+    hashing = ("ReformerAttention.hash_buckets=8", "ReformerAttention.chunk_size=32")
+    return (*hashing, f"ReformerAttention.num_rounds={number}")
 
 
-_ONE_BUCKET = ("ReformerAttention.hash_buckets=1", "ReformerAttention.chunk_size=128", *_rounds(1))
+_ONE_BUCKET = (
+    "ReformerAttention.hash_buckets=1",
+    "ReformerAttention.chunk_size=128",
+    "ReformerAttention.num_rounds=1",
+)
 _FROZEN = ("RoutingAttention.decay=1.0", "RoutingAttention.restart_below=0.0", "RoutingAttention.commitment=0.0")
 _LOCAL = ("LMConfig.attention=@SparseAttention()", "SparseAttention.sees='first'")
 
