@@ -57,7 +57,8 @@ class MemoryAttention(Attention):
       differentiable_memory: whether the gradient of a step reaches the keys and values that the step's own earlier
         segments stored, as those of the previous context do in the Focused Transformer (Tworkowski et al. 2023). None
         reaches the choice of the neighbours, nor what the memory held when the step began: with one segment a step
-        (`BatchConfig.num_segments`) this changes nothing. The gradient takes as much room as the memory.
+        (`BatchConfig.num_segments`) this changes nothing. Keys and values get a gradient of their own size, of which
+        there may be two at a time.
       stores_next: whether keys are stored with the next position's value.
     """
 
