@@ -146,8 +146,8 @@ MECHANISMS = (
         "rmt over xl", attention=XL, recurrent_tokens=RecurrentTokens(num_tokens=2), gradient_reaches_context=True
     ),
     Mechanism(
-        "rmt over knn",
-        attention_at=((1, KNNAttention(memory_size=2 * LENGTH, num_neighbors=4)),),
+        "rmt over knn with a gradient into its memory",
+        attention_at=((1, KNNAttention(2 * LENGTH, num_neighbors=4, differentiable_memory=True)),),
         recurrent_tokens=RecurrentTokens(num_tokens=2),
         gradient_reaches_context=True,
     ),

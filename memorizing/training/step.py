@@ -37,7 +37,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step to jit: `(state, batch) -> (new state, metrics)`.
 
-    Gradients of a step reach through all its U segments, never into the context that the step began with.
+    Gradients of a step reach through all its U segments, as far as what a mechanism carries is differentiable; never
+    into the context that the step began with.
 
     Metrics: loss (nats per weighted token), loss_weight (the sum of the weights), gradient_norm, and what the layers
     report, averaged over segments and microbatches.

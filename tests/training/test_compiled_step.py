@@ -26,8 +26,11 @@ from memorizing.training.program import Program
 ROWS, LENGTH = 16, 8
 
 
-def experiment(memory_size: int = 64, remat: str = "none", num_segments: int = 1) -> Experiment:
-    attention = KNNAttention(memory_size=memory_size, num_neighbors=2, search=ExactSearch(block_scores=256 * LENGTH))
+def experiment(
+    memory_size: int = 64, remat: str = "none", num_segments: int = 1, differentiable_memory: bool = False
+) -> Experiment:
+    search = ExactSearch(block_scores=256 * LENGTH)
+    attention = KNNAttention(memory_size, 2, search=search, differentiable_memory=differentiable_memory)
     return Experiment(
         data=RepeatedPassages(vocab_size=32),
         model=LMConfig(32, 2, 16, 2, 8, 32, attention_at=((1, attention),), remat=remat),
@@ -74,16 +77,17 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("remat", "num_segments"),
+    ("remat", "num_segments", "differentiable_memory"),
     [
-        ("none", 1),
-        *(pytest.param(*case, marks=pytest.mark.nightly) for case in (("layer", 1), ("none", 2))),
-        ("layer", 2),
+        ("none", 1, False),
+        *(pytest.param(*case, False, marks=pytest.mark.nightly) for case in (("layer", 1), ("none", 2))),
+        ("layer", 2, False),
+        ("layer", 2, True),
     ],
 )
-def test_the_search_runs_once_a_segment(remat: str, num_segments: int):
+def test_the_search_runs_once_a_segment(remat: str, num_segments: int, differentiable_memory: bool):
     """Recomputing a layer for its gradient must not search again: the search is what a memory costs."""
     once = sum(equation.primitive.name == "top_k" for equation in equations(lowered(experiment()).jaxpr.jaxpr))
     assert once > 0, "the test does not find the search"
-    program = lowered(experiment(remat=remat, num_segments=num_segments))
+    program = lowered(experiment(64, remat, num_segments, differentiable_memory))
     assert sum(equation.primitive.name == "top_k" for equation in equations(program.jaxpr.jaxpr)) == once

@@ -54,6 +54,11 @@ class MemoryAttention(Attention):
       num_neighbors: k.
       local: the mechanism of the local attention, one with a `core`.
       search: how neighbours are found: `ExactSearch` or `ApproximateSearch`.
+      differentiable_memory: whether the gradient of a step reaches the keys and values that the step's own earlier
+        segments stored, as those of the previous context do in the Focused Transformer (Tworkowski et al. 2023). None
+        reaches the choice of the neighbours, nor what the memory held when the step began: with one segment a step
+        (`BatchConfig.num_segments`) this changes nothing. Keys and values get a gradient of their own size, of which
+        there may be two at a time.
       stores_next: whether keys are stored with the next position's value.
     """
 
@@ -64,6 +69,7 @@ class MemoryAttention(Attention):
     num_neighbors: Annotated[int, Range(1, 2**16)] = 32
     local: Attention = FullAttention()
     search: ExactSearch | ApproximateSearch = ExactSearch()
+    differentiable_memory: bool = False
 
     def __post_init__(self) -> None:
         name = type(self).__name__

@@ -46,7 +46,7 @@ class JointMemoryAttention(MemoryAttention):
     a document within the trained length is read as full attention to the k nearest would read it.
 
     Attributes:
-      memory_size, num_neighbors, local, search: see `MemoryAttention`.
+      memory_size, num_neighbors, local, search, differentiable_memory: see `MemoryAttention`.
       mixing: 'learned', or 'full': tanh(alpha) is 1 and beta 0, and there are no parameters. A model that is not to be
         trained is read with 'full'.
       distances: of rotary positions: 'true', as above; or 'constant': all that is remembered is at the trained length.
@@ -139,7 +139,13 @@ class JointMemoryCore(nn.Module):
         look_ups = LookUps(own(queries), own(keys), scale, own(reading.neighbours.slots), own(reading.logits))
         report = recall.add_to(report, look_ups, memory, segment, loss_factor=0.0, loss_rows=1, stores_next=False)
         assert segment.tokens is not None, "a layer with a memory is told the tokens"
-        last_segment = external_memory.of_segment(own(keys), own(values), segment.tokens, own(segment.is_real))
+        last_segment = external_memory.of_segment(
+            own(keys),
+            own(values),
+            segment.tokens,
+            own(segment.is_real),
+            self.attention.differentiable_memory,
+        )
         return y, MemoryState(local_state, state.memory, last_segment), report
 
     def _not_seen_locally(self, state: MemoryState, segment: Segment) -> Memory:
@@ -172,6 +178,7 @@ class JointMemoryCore(nn.Module):
             config.search,
             placement,
             self.dims.attention_logit_cap,
+            config.differentiable_memory,
         )
         slots = _unfold(reading.neighbours.slots, num_heads)
         scores = _unfold(reading.neighbours.scores, num_heads)

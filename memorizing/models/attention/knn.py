@@ -32,7 +32,7 @@ class KNNAttention(MemoryAttention):
     attention.
 
     Attributes:
-      memory_size, num_neighbors, local, search: see `MemoryAttention`.
+      memory_size, num_neighbors, local, search, differentiable_memory: see `MemoryAttention`.
       initial_gate: g at the start, between 0 and 1. A half, as the authors have it, takes half of the local attention
         away before the memory holds anything useful.
       stored_value: 'own' stores a position's key with its value, as in the paper; 'next' with the value of the position
@@ -120,6 +120,7 @@ class KNNCore(nn.Module):
                 state.memory,
                 config.num_neighbors,
                 config.search,
+                differentiable=config.differentiable_memory,
             )
 
         gate = nn.sigmoid(self.gate)
@@ -155,9 +156,10 @@ class KNNCore(nn.Module):
         own = segment.layout.own
         assert segment.tokens is not None, "a layer with a memory is told the tokens"
         content = (own(keys), own(values), segment.tokens, own(segment.is_real))
+        differentiable = self.attention.differentiable_memory
         if not isinstance(before, LastKey):
-            return external_memory.of_segment(*content), ()
-        return external_memory.of_segment_with_next_values(*content, before)
+            return external_memory.of_segment(*content, differentiable), ()
+        return external_memory.of_segment_with_next_values(*content, before, differentiable)
 
     def _report(
         self,

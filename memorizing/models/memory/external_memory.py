@@ -138,13 +138,15 @@ def of_segment(
     values: Values | None,
     tokens: Tokens,
     is_real: RealPositions,
+    differentiable: bool = False,
 ) -> Memory:
-    """A segment's slots, each with the key and the value of one position; gradients are stopped.
+    """A segment's slots, each with the key and the value of one position.
 
     Args:
       keys, values: [B, T, N, H].
       tokens: int32 [B, T].
       is_real: bool [B, T].
+      differentiable: whether keys and values keep their gradient.
     """
     slots = Memory(
         keys=_heads_first(keys),
@@ -152,7 +154,7 @@ def of_segment(
         tokens=tokens.astype(jnp.int32),
         valid=is_real,
     )
-    return jax.lax.stop_gradient(slots)
+    return slots if differentiable else jax.lax.stop_gradient(slots)
 
 
 def of_segment_with_next_values(
@@ -161,6 +163,7 @@ def of_segment_with_next_values(
     tokens: Tokens,
     is_real: RealPositions,
     before: LastKey,
+    differentiable: bool = False,
 ) -> tuple[Memory, LastKey]:
     """A segment's slots, each with the value of a position and the key of the one before it.
 
@@ -168,16 +171,16 @@ def of_segment_with_next_values(
     last key, which goes with the first value of the next segment.
 
     Args:
-      keys, values, tokens, is_real: see `of_segment`.
+      keys, values, tokens, is_real, differentiable: see `of_segment`.
       before: last key of the segment before.
 
     Returns:
       The slots, and the segment's own last key.
     """
-    keys = jax.lax.stop_gradient(keys)
+    keys = keys if differentiable else jax.lax.stop_gradient(keys)
     keys_before = jnp.concatenate([before.key[:, None], keys[:, :-1]], axis=1)
     has_key = jnp.concatenate([before.valid[:, None], is_real[:, :-1]], axis=1)
-    slots = of_segment(keys_before, values, tokens, is_real & has_key)
+    slots = of_segment(keys_before, values, tokens, is_real & has_key, differentiable)
     return slots, LastKey(keys[:, -1], is_real[:, -1])
 
 

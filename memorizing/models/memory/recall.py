@@ -209,7 +209,7 @@ def retrieval_loss(
     Those are the earlier positions of the own segment, and all of the segments of other rows if these are asked for.
 
     That is the objective of TRIME (Zhong et al. 2022, equation 4 without the vocabulary) on the layer's own scores. The
-    segment's keys get a gradient, so that keys and queries learn to meet; the memory's are as they were stored. A
+    segment's keys get a gradient, so that keys and queries learn to meet; the memory's only if it is read with one. A
     position at which there is no hit to be found counts nothing.
 
     Args:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -113,11 +114,12 @@ def read(
     search: Search,
     placement: Placement | None = None,
     logit_cap: float = 0.0,
+    differentiable: bool = False,
 ) -> Reading:
     """Attends to the k nearest slots of each query: softmax over `scale * query . key` over the retrieved only.
 
-    No gradient reaches the memory or the choice of the neighbours; queries and scale get theirs through the retrieved
-    keys and values.
+    No gradient reaches the choice of the neighbours, and none the memory unless it is asked for; queries and scale get
+    theirs through the retrieved keys and values.
 
     Args:
       queries: [B, T, N, H], L2-normalised if the stored keys are.
@@ -127,9 +129,17 @@ def read(
       search: how the k nearest are found.
       placement: where keys stand, if they are to be turned; queries are turned already.
       logit_cap: see `layers.soft_cap`.
+      differentiable: whether the retrieved keys and values get a gradient.
     """
-    memory = jax.lax.stop_gradient(memory)
-    read_shard = functools.partial(_read_shard, num_neighbors=num_neighbors, search=search, logit_cap=logit_cap)
+    if not differentiable:
+        memory = jax.lax.stop_gradient(memory)
+    read_shard = functools.partial(
+        _read_shard,
+        num_neighbors=num_neighbors,
+        search=search,
+        logit_cap=logit_cap,
+        differentiable=differentiable,
+    )
     read_sharded = sharded(
         read_shard,
         in_specs=(_QUERIES, P("model"), specs(memory), P("memory")),
@@ -148,6 +158,7 @@ def _read_shard(
     num_neighbors: int,
     search: Search,
     logit_cap: float,
+    differentiable: bool,
 ) -> Reading:
     """`read` on one shard of the mesh, whose slots are a part of the memory's."""
     # [B, N, T, H]
@@ -156,8 +167,7 @@ def _read_shard(
     with jax.named_scope("search"):
         # [B, N, T, K]
         scores, indices = _search_heads(
-            jax.lax.stop_gradient(by_head),
-            memory,
+            *jax.lax.stop_gradient((by_head, memory)),
             num_neighbors,
             search,
             placement,
@@ -171,7 +181,16 @@ def _read_shard(
         )
 
     with jax.named_scope("attend"):
-        attended, log_sum, logits = _attend_heads(by_head, scale, memory, scores, indices, placement, logit_cap)
+        attended, log_sum, logits = _attend_heads(
+            by_head,
+            scale,
+            memory,
+            scores,
+            indices,
+            placement,
+            logit_cap,
+            differentiable,
+        )
 
     # [B]
     found = jnp.any(memory.valid, axis=-1)
@@ -252,6 +271,7 @@ def _attend_heads(
     indices: NeighbourIndices,
     placement: Placement | None,
     logit_cap: float,
+    differentiable: bool,
 ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"], NeighbourScores]:
     """Softmax attention to the neighbours with a score above -inf (0 where there is none).
 
@@ -263,14 +283,17 @@ def _attend_heads(
     # are gathered.
     all_keys = memory.keys.reshape(-1, memory.keys.shape[-1])
     all_values = memory.values.reshape(-1, memory.values.shape[-1])
+    # With a gradient a head has tables of its own: to that of one table every row would add the whole memory's.
+    own_tables = (_flatten_heads(memory.keys), _flatten_heads(memory.values)) if differentiable else ()
 
     # Neighbours are gathered row by row, and again for the gradient: those of all rows would be K times the size of the
     # activations.
     @jax.checkpoint
     def attend_head(head: tuple) -> tuple[Float[Array, "T H"], Float[Array, "T"], Scores]:
-        number, head_queries, head_scores, head_indices = head
+        number, head_queries, head_scores, head_indices, *own = head
+        keys, values = own or (all_keys, all_values)
         is_neighbour = head_scores > -jnp.inf
-        first_slot = number * num_slots
+        first_slot = 0 if own else number * num_slots
         # What is no neighbour may hold anything, and 0 * NaN is NaN: the query's best, which comes first, stands in for
         # it.
         head_slots = jnp.where(is_neighbour, head_indices, head_indices[:, :1])
@@ -279,18 +302,18 @@ def _attend_heads(
         # [T, K]
         found_scores = jnp.where(is_neighbour, head_scores, 0.0)
         placed = () if placement is None else (placement.of_slots[head_slots], placement.rotary)
-        products = differentiable_scores(found_scores, head_queries, all_keys, slots, *placed)
+        products = differentiable_scores(found_scores, head_queries, keys, slots, *placed)
         logits = soft_cap(scale[number % num_heads] * products, logit_cap)
         logits = jnp.where(is_neighbour, logits, NO_NEIGHBOUR)
 
-        weights = jax.nn.softmax(logits).astype(all_values.dtype)
+        weights = jax.nn.softmax(logits).astype(values.dtype)
         attended = jnp.einsum(
             "TK,TKH->TH",
             weights,
-            _gather(all_values, slots),
+            _gather(values, slots),
             preferred_element_type=jnp.float32,
         )
-        attended = attended.astype(all_values.dtype)
+        attended = attended.astype(values.dtype)
         log_sum = jax.nn.logsumexp(logits, axis=-1)
         return attended, log_sum, logits
 
@@ -301,6 +324,7 @@ def _attend_heads(
         _flatten_heads(jnp.where(holds_any, queries, 0)),
         _flatten_heads(scores),
         _flatten_heads(indices),
+        *own_tables,
     )
     attended, log_sum, logits = jax.lax.map(attend_head, heads, batch_size=num_heads)
     # [B, N, T, H] and [B, N, T]
@@ -320,7 +344,7 @@ def differentiable_scores(
     positions: Int[Array, "T K"] | None = None,
     rotary: Rotary | None = None,
 ) -> Float[Array, "T K"]:
-    """The scores that the search found, as functions of the queries.
+    """The scores that the search found, as functions of the queries, and of the keys if these have a gradient.
 
     They are query . key already, so that the keys are gathered for the gradient only.
 
@@ -333,24 +357,35 @@ def differentiable_scores(
     return scores
 
 
-@differentiable_scores.defjvp
 def _differentiable_scores_jvp(
     rotary: Rotary | None,
     primals: tuple,
     tangents: tuple,
 ) -> tuple[Float[Array, "T K"], Float[Array, "T K"]]:
-    scores, _, keys, slots, positions = primals
-    queries_change = tangents[1]
-    neighbours = _gather(keys, slots)
-    if rotary is not None:
-        neighbours = rotary.turn(neighbours, positions)
-    scores_change = jnp.einsum(
-        "TH,TKH->TK",
-        queries_change,
-        neighbours,
-        preferred_element_type=jnp.float32,
-    )
+    scores, queries, keys, slots, positions = primals
+    _, queries_change, keys_change, *_ = tangents
+
+    def products(queries: Float[Array, "T H"], keys: Float[Array, "slots H"]) -> Float[Array, "T K"]:
+        neighbours = _gather(keys, slots)
+        if rotary is not None:
+            neighbours = rotary.turn(neighbours, positions)
+        return jnp.einsum(
+            "TH,TKH->TK",
+            queries,
+            neighbours,
+            preferred_element_type=jnp.float32,
+        )
+
+    scores_change = jnp.zeros_like(scores)
+    if not isinstance(queries_change, SymbolicZero):
+        scores_change = products(queries_change, keys)
+    if not isinstance(keys_change, SymbolicZero):
+        scores_change += products(queries, keys_change)
     return scores, scores_change
+
+
+# What has no gradient is not computed: of most memories the keys.
+differentiable_scores.defjvp(_differentiable_scores_jvp, symbolic_zeros=True)
 
 
 def _gather(
