@@ -24,10 +24,9 @@ from memorizing.batch import Vocabulary
 from memorizing.errors import UserError
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.generation import session_file
-from memorizing.generation.decoding import Decoder, TextDecoder, TextState, Weights
+from memorizing.generation.decoding import Decoder, HostScores, TextDecoder, TextState, Weights
 from memorizing.generation.sampling import Sampling
 from memorizing.generation.side_by_side import SideBySide
-from memorizing.models.losses import Scores
 from memorizing.runtime import sharding
 from memorizing.runtime.metrics import perplexity
 
@@ -211,7 +210,7 @@ class Session:
         pieces = [piece.decode("utf-8", "replace") for piece in vocabulary.pieces(tokens)]
         return Score(tokens, nats, pieces, len(text.encode()))
 
-    def read_tokens(self, tokens: np.ndarray, on_progress: Callable[[int], None] = lambda _: None) -> Scores:
+    def read_tokens(self, tokens: np.ndarray, on_progress: Callable[[int], None] = lambda _: None) -> HostScores:
         """Reads on, as `read`, what is in tokens already.
 
         Args:
@@ -222,7 +221,7 @@ class Session:
           How well each was predicted, [length].
         """
         scores = self._decoder.read(tokens[None], on_progress)
-        return Scores(*(of_rows[0] for of_rows in scores))
+        return HostScores(*(of_rows[0] for of_rows in scores))
 
     def copy(self) -> Session:
         """Another session that has read the same, and goes on by itself."""
