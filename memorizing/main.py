@@ -64,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As the library's, but what is not known is an error here: a command's own parser is asked before the first."""
+        """As the library's, but what is not known is an error: a command's own parser is asked before the first one."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             # Not at the top: while this module is imported, a stopped training is not heard.

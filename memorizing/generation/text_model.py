@@ -10,6 +10,7 @@ print(model.generate("def main():\n", num_tokens=100)[0])
 from __future__ import annotations
 
 import codecs
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -151,9 +152,10 @@ class TextModel:
     def memory(self) -> str:
         """What the model carries from segment to segment, in words."""
         config, length = self.run.experiment.model, self.run.experiment.batch.segment_length
-        sizes = list(config.memory_sizes.values())
+        counts = collections.Counter(config.memory_sizes.values())
+        memories = [f"{size:,} tokens" + f" in {count} places" * (count > 1) for size, count in counts.items()]
         kinds = sorted({type(group.attention).__name__ for group in config.groups})
-        memory = f", a memory of {' and '.join(f'{size:,}' for size in sizes)} tokens" if sizes else ""
+        memory = f", a memory of {' and of '.join(memories)}" if memories else ""
         return f"{', '.join(kinds)}, segments of {length} tokens{memory}"
 
     @property
