@@ -17,8 +17,9 @@ FOLDERS = {
 }
 GIN_FILES = [str(path.relative_to(ROOT / "gin")) for path in (ROOT / "gin").rglob("*.gin")]
 
-# TensorFlow Text, and so seqio, is not there for every Python and platform; nothing but the seqio Tasks needs it.
-SEQIO = "; python_version < '3.14' and (sys_platform == 'linux' or sys_platform == 'darwin' and platform_machine == 'arm64')"
+# seqio is not there for every Python and platform: editdistance has no wheel from 3.13 on, TensorFlow Text none from 3.14
+# on, nor for Windows. Nothing but the seqio Tasks needs it.
+SEQIO = "; python_version < '3.13' and (sys_platform == 'linux' or sys_platform == 'darwin' and platform_machine == 'arm64')"
 
 setup(
     name="memorizing",

@@ -12,6 +12,6 @@ A room imports only itself and what stands above it:
     gin_registry        what gin files can name
 
 Only `tasks.builders` and `tasks.seqio_tasks` import TensorFlow, and only the processes of `prepare` that tokenise a
-published corpus import them. Of the
-library, `documents` to `prepare` import no more than the words that all sides share, such as `memorizing.batch`.
+published corpus import them, where they are installed. Of the library, `documents` to `prepare` import no more than
+the words that all sides share, such as `memorizing.batch`.
 """

@@ -16,8 +16,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import MutableMapping
-from typing import NoReturn
+from collections.abc import MutableMapping, Sequence
+from typing import Any, NoReturn
 
 from memorizing import __version__
 from memorizing.errors import EXIT_FAILED, EXIT_START_AGAIN, EXIT_USER_ERROR, UserError, what_the_machine_lacks
@@ -62,6 +62,19 @@ class _Parser(argparse.ArgumentParser):
         # "argument --rows: =0: expected ..." is what a `Range` says of a number.
         message = re.sub(r"^argument (--\w+): (=?)", lambda found: found[1] + (found[2] or ": "), message)
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As the library's, but what is not known is an error: a command's own parser is asked before the first one."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            # Not at the top: while this module is imported, a stopped training is not heard.
+            import difflib
+
+            known = [name for action in self._actions for name in action.option_strings]
+            nearest = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            meant = f"; did you mean {nearest[0]}?" if nearest else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return options, unknown
 
 
 def main(arguments: list[str] | None = None) -> None:

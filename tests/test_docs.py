@@ -161,15 +161,17 @@ def test_the_readme_has_the_commands_that_have_to_pass():
     ]
 
 
-def test_the_workflow_runs_them_on_the_oldest_versions():
+def test_the_workflow_runs_them_on_the_oldest_and_newest_versions():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
     job = workflow["jobs"]["tests"]
     assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
-    oldest, newest = job["strategy"]["matrix"]["include"]
+    oldest, with_seqio, newest = job["strategy"]["matrix"]["include"]
     setup = (ROOT / "setup.py").read_text()
     assert f'python_requires=">={oldest["python"]}"' in setup
     assert f'"{oldest["jax"].replace("==", ">=").removesuffix(".0")}"' in setup
-    assert newest["jax"] == "jax"
+    assert with_seqio["jax"] == newest["jax"] == "jax"
+    major, minor = with_seqio["python"].split(".")
+    assert f"python_version < '{major}.{int(minor) + 1}'" in setup
 
 
 def test_the_citation_and_the_changelog_know_the_version():

@@ -67,3 +67,22 @@ main.main(["train"])
 def test_a_training_that_is_stopped_while_it_imports_asks_to_be_started_again():
     """Launchers take the system's own code for a failure."""
     assert subprocess.run([sys.executable, "-c", STOPPED]).returncode == EXIT_START_AGAIN
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["train", "--workdri=a"],
+            "unrecognized arguments: --workdri=a; did you mean --workdir? (see memorizing train --help)",
+        ),
+        (["status", "a", "b"], "unrecognized arguments: b (see memorizing status --help)"),
+        (["generate", "--promt=a", "--x"], "--promt=a --x; did you mean --prompt? (see memorizing generate --help)"),
+    ],
+)
+def test_a_flag_that_is_not_known_is_told_with_what_was_meant(
+    capsys: pytest.CaptureFixture, given: list[str], message: str
+):
+    assert main._run(given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

@@ -90,7 +90,7 @@ class Settings:
 
     @property
     def by_seqio(self) -> bool:
-        """Whether a seqio Task tokenises: there is one for each published corpus, and seqio's own vocabularies."""
+        """Whether there is a seqio Task, which tokenises: for published corpora and seqio's own vocabularies."""
         return self.corpus.is_published and self.task.kind == task_name.SENTENCEPIECE
 
     @property
@@ -185,8 +185,6 @@ class _Preparation:
     def __init__(self, settings: Settings, workers: Workers, progress: PreparationProgress) -> None:
         """Raises DataError where a setting or the source cannot be used."""
         splits.check_fraction(settings.validation_fraction)
-        if settings.by_seqio:
-            tensorflow_start.check_installed(str(settings.task))
         self.settings = settings
         self._workers = workers
         self._progress = progress
@@ -292,11 +290,14 @@ class _Preparation:
         self, staged: Staging, surveyed: Survey, split_numbers: Sequence[np.ndarray], used: Vocabulary
     ) -> list[Any]:
         """The second reading. Returns the indices of all parts, in order."""
+        missing = tensorflow_start.missing() if self.settings.by_seqio else None
+        if missing:
+            self._progress.print(f"{missing} is not installed: tokenising without the seqio Task, to the same tokens")
         work = Tokenising(
             reader=self.reader,
             task=self.settings.task,
             vocabulary=vocabulary_files.described(used),
-            by_seqio=self.settings.by_seqio,
+            by_seqio=self.settings.by_seqio and not missing,
             min_tokens=self.settings.corpus.min_tokens,
             directory=os.fspath(staged.path),
             work=os.fspath(staged.work),

@@ -1,8 +1,8 @@
 """The second reading of a corpus: its documents become tokens, in the parts of a token cache.
 
 The parts are written by any number of processes. The corpora with a seqio Task are tokenised by it, for which each
-process starts TensorFlow once; others by the vocabulary itself, which gives the same tokens. A part is done when its
-index is there.
+process starts TensorFlow once; others, and where there is no seqio, by the vocabulary itself, which gives the same
+tokens. A part is done when its index is there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The seqio Tasks: the only definition of what the tokens of a document are.
+"""The seqio Tasks: the definition of what the tokens of a document are.
+
+Where there is no seqio, `prepare` makes the same tokens without them; a test holds the two against each other.
 
 A Task gives each document in one piece, however long: it is read without a feature converter, which would cut it.
 

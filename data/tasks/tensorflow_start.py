@@ -17,18 +17,13 @@ import absl.logging
 from memorizing.data.errors import DataError
 
 
-def check_installed(task: str) -> None:
-    """Raises DataError where a Task needs what is not installed.
+def missing() -> str | None:
+    """Name of a package that a seqio Task needs and that is not installed; None where all are.
 
-    TensorFlow and seqio are not there for every Python and platform; nothing but the seqio Tasks needs them.
+    TensorFlow and seqio are not there for every Python and platform.
     """
     needed = ("seqio", "tensorflow", "tensorflow_datasets")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DataError(
-            f"--task={task} is a seqio Task, and {missing[0]} is not installed (there is none for every Python and "
-            "platform): prepare it where there is one, or the files as documents of your own, --task=text_spm32000"
-        )
+    return next((name for name in needed if importlib.util.find_spec(name) is None), None)
 
 
 def tasks() -> ModuleType:

@@ -36,6 +36,18 @@ HostTokens = Int[np.ndarray, "B T"]
 MOST_TOKENS = 32
 
 
+class HostScores(NamedTuple):
+    """`Scores` on the host: how well the tokens of a text were predicted.
+
+    Attributes:
+      nats: float32, -log p of each.
+      is_likeliest: bool, whether no token had a larger p.
+    """
+
+    nats: np.ndarray
+    is_likeliest: np.ndarray
+
+
 class Weights(NamedTuple):
     """Parameters and buffers of a model, on the devices."""
 
@@ -193,7 +205,7 @@ class TextDecoder:
         self._kv_cache: KVCache | None = None
         self._reading, self._writing = Pace(MOST_SEGMENTS), Pace(MOST_TOKENS)
 
-    def read(self, tokens: HostTokens, on_progress: Callable[[int], None] = lambda _: None) -> Scores:
+    def read(self, tokens: HostTokens, on_progress: Callable[[int], None] = lambda _: None) -> HostScores:
         """Reads on.
 
         Args:
@@ -201,10 +213,10 @@ class TextDecoder:
           on_progress: told after every segment how many of the tokens have been read.
 
         Returns:
-          How well each token was predicted, [B, length] on the host.
+          How well each token was predicted, [B, length].
         """
         if not tokens.shape[1]:
-            return Scores(np.zeros(tokens.shape, np.float32), np.ones(tokens.shape, bool))
+            return HostScores(np.zeros(tokens.shape, np.float32), np.ones(tokens.shape, bool))
         num_before, length = len(self._inputs), self._decoder.segment_length
         before = self.state.inputs
         # The open segment passes again from its start; what of it was scored is not scored again.
@@ -223,7 +235,7 @@ class TextDecoder:
         self.num_tokens += tokens.shape[1]
         on_progress(tokens.shape[1])
         scored = slice(num_before, num_before + tokens.shape[1])
-        return Scores(*(np.concatenate(part, axis=1)[:, scored] for part in zip(*parts, strict=True)))
+        return HostScores(*(np.concatenate(part, axis=1)[:, scored] for part in zip(*parts, strict=True)))
 
     def generate(
         self, num_tokens: int, sampling: Sampling, seed: int, allowed: Bool[np.ndarray, "V"]

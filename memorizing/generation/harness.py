@@ -71,7 +71,7 @@ class HarnessModel(TemplateLM):
         A context is read once for all its continuations, such as the answers of a multiple choice.
         """
         of_context: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
-        for number, (_, context, _) in enumerate(requests):
+        for number, (_text, context, _continuation) in enumerate(requests):
             of_context[tuple(context)].append(number)
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="reading", disable=disable_tqdm) as progress:
@@ -103,7 +103,7 @@ class HarnessModel(TemplateLM):
         settings = dict(asked)
         until = settings.pop("until", None) or []
         number = int(settings.pop("max_gen_toks", DEFAULT_GENERATED))
-        sampling = {name: settings.pop(name) for name in SAMPLING if name in settings}
+        sampling: dict[str, Any] = {name: settings.pop(name) for name in SAMPLING if name in settings}
         is_drawn = settings.pop("do_sample", sampling.get("temperature", 0) > 0)
         if settings:
             known = ", ".join(("until", "max_gen_toks", "do_sample", *SAMPLING))

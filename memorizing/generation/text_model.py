@@ -10,6 +10,7 @@ print(model.generate("def main():\n", num_tokens=100)[0])
 from __future__ import annotations
 
 import codecs
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -24,10 +25,9 @@ from memorizing.batch import Vocabulary
 from memorizing.errors import UserError
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.generation import session_file
-from memorizing.generation.decoding import Decoder, TextDecoder, TextState, Weights
+from memorizing.generation.decoding import Decoder, HostScores, TextDecoder, TextState, Weights
 from memorizing.generation.sampling import Sampling
 from memorizing.generation.side_by_side import SideBySide
-from memorizing.models.losses import Scores
 from memorizing.runtime import sharding
 from memorizing.runtime.metrics import perplexity
 
@@ -152,9 +152,10 @@ class TextModel:
     def memory(self) -> str:
         """What the model carries from segment to segment, in words."""
         config, length = self.run.experiment.model, self.run.experiment.batch.segment_length
-        sizes = list(config.memory_sizes.values())
+        counts = collections.Counter(config.memory_sizes.values())
+        memories = [f"{size:,} tokens" + f" in {count} places" * (count > 1) for size, count in counts.items()]
         kinds = sorted({type(group.attention).__name__ for group in config.groups})
-        memory = f", a memory of {' and '.join(f'{size:,}' for size in sizes)} tokens" if sizes else ""
+        memory = f", a memory of {' and of '.join(memories)}" if memories else ""
         return f"{', '.join(kinds)}, segments of {length} tokens{memory}"
 
     @property
@@ -211,7 +212,7 @@ class Session:
         pieces = [piece.decode("utf-8", "replace") for piece in vocabulary.pieces(tokens)]
         return Score(tokens, nats, pieces, len(text.encode()))
 
-    def read_tokens(self, tokens: np.ndarray, on_progress: Callable[[int], None] = lambda _: None) -> Scores:
+    def read_tokens(self, tokens: np.ndarray, on_progress: Callable[[int], None] = lambda _: None) -> HostScores:
         """Reads on, as `read`, what is in tokens already.
 
         Args:
@@ -222,7 +223,7 @@ class Session:
           How well each was predicted, [length].
         """
         scores = self._decoder.read(tokens[None], on_progress)
-        return Scores(*(of_rows[0] for of_rows in scores))
+        return HostScores(*(of_rows[0] for of_rows in scores))
 
     def copy(self) -> Session:
         """Another session that has read the same, and goes on by itself."""

@@ -341,6 +341,92 @@ def test_who_stops_listening_frees_a_place_and_changes_nothing(serve: Callable, 
     assert len(slow_draws) < 200
 
 
+LONG = "it was so " * 300
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("completions", {"session": "{name}", "remember": True, "max_tokens": 200}),
+        ("completions", {"session": "{name}", "remember": True, "prompt": LONG, "stream": True}),
+        ("sessions/{name}/read", {"text": LONG}),
+    ],
+    ids=["writing", "before a stream's first part", "reading"],
+)
+def test_who_goes_away_before_the_answer_frees_a_place_and_changes_nothing(
+    serve: Callable, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any]
+):
+    """Also who still waits for a place."""
+    rounds, once = [], Scheduler._round
+
+    def slow(scheduler: Scheduler) -> None:
+        time.sleep(0.05)
+        once(scheduler)
+        rounds.append(len(scheduler._running))
+
+    async def ask_and_leave(address: httpx.URL, requests: list[tuple[str, dict[str, Any]]]) -> None:
+        async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+            asked = [asyncio.create_task(client.post(f"/v1/{path}", json=fields)) for path, fields in requests]
+            while len(rounds) < 5:
+                await asyncio.sleep(0.01)
+            for each in asked:
+                each.cancel()
+            await asyncio.wait(asked)
+
+    names = [f"book-{number}" for number in range(PLACES + 1)]
+    with serve() as client:
+        for name in names:
+            read(client, name, "Once")
+        before = ask(client, session=names[0])
+        pass_at_once(monkeypatch, 1)
+        monkeypatch.setattr(Scheduler, "_round", slow)
+        requests = [
+            (path.format(name=name), {key: name if value == "{name}" else value for key, value in fields.items()})
+            for name in names
+        ]
+        asyncio.run(ask_and_leave(client.base_url, requests))
+        assert max(rounds) == PLACES
+        # To be remembered: nobody has the session any more.
+        assert [ask(client, session=name, remember=True) for name in names] == [before] * len(names)
+    assert len(rounds) < 200
+
+
+def test_who_goes_away_while_a_session_is_kept_lets_nobody_between(
+    model: TextModel, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = SessionStore(epath.Path(tmp_path), model, 4)
+    service, put, has_begun = Service(model, store, PLACES), store.put, threading.Event()
+
+    def slow(*given: Any) -> None:
+        has_begun.set()
+        time.sleep(0.3)
+        put(*given)
+
+    async def leave_and_read_on() -> dict[str, Any]:
+        leaving = asyncio.create_task(service.read("book", "Once"))
+        await asyncio.to_thread(has_begun.wait)
+        leaving.cancel()
+        return await service.read("book", " more")
+
+    monkeypatch.setattr(store, "put", slow)
+    told = asyncio.run(leave_and_read_on())
+    service.close()
+    assert told["tokens"] == store.get("book").num_tokens == 9
+
+
+def test_who_goes_away_within_a_request_is_no_defect(serve: Callable, capfd: pytest.CaptureFixture):
+    with serve(Limits(None, 1000, 1)) as client:
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address) as half:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            half.sendall(f'{head}Content-Length: 100\r\n\r\n{{"prompt": '.encode())
+            while client.get("/v1/models").status_code != 503:
+                time.sleep(0.01)
+        while client.get("/v1/models").status_code == 503:
+            time.sleep(0.01)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 # What goes wrong.
 
 

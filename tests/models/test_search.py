@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from memorizing.errors import UserError
 from memorizing.models.attention.base import normalize
 from memorizing.models.memory import slabs
+from memorizing.models.memory.external_memory import sharded
 from memorizing.models.memory.placement import Placement
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch, best_of_all_shards, recall
 from memorizing.models.positions import Rotary
@@ -181,6 +182,36 @@ def test_every_head_finds_its_own_slots():
             scores, indices = compiled(search, 8)(queries[head], keys[head], valid[head // 2])
             np.testing.assert_allclose(found.scores[head], scores, rtol=1e-6)
             np.testing.assert_array_equal(found.indices[head], indices)
+
+
+@pytest.mark.parametrize("is_turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("on_tpu", [False, True], ids=["", "as on TPUs"])
+def test_texts_side_by_side_on_a_mesh_find_what_each_finds_alone(on_tpu: bool, is_turned: bool):
+    """As `serve` reads them. The memory is so large that slabs have to say whether they are certain."""
+    rng = np.random.default_rng(0)
+    search = ExactSearch(slabs=4)
+    queries = jnp.asarray(rng.normal(size=(3, 4, T, H)), jnp.float32)
+    keys = jnp.asarray(rng.normal(size=(3, 4, M, H)), jnp.float32)
+    # Of the second text slabs are not certain.
+    keys = keys.at[1].set(jnp.asarray(duplicated(rng), jnp.float32))
+    valid = jnp.asarray(rng.random((3, 1, M)) < 0.5)
+
+    def of_shard(queries, keys, valid, positions, axis_name):
+        placement = Placement(positions, Rotary()) if is_turned else None
+        of_heads = search.in_slabs if on_tpu else search.of_heads
+        return tuple(of_heads(queries, keys, valid, 8, placement))
+
+    def of_one(queries, keys, valid):
+        slots = P("model", "memory", None)
+        found = sharded(of_shard, (P("model"), slots, P(None, "memory"), P("memory")), P("model", None, "memory"))
+        return found(queries, keys, valid, jnp.arange(M))
+
+    with jax.set_mesh(MeshConfig(data=1, model=2, memory=2).make_mesh(jax.devices()[:4])):
+        together = jax.jit(jax.vmap(of_one))(queries, keys, valid)
+        alone = [jax.jit(of_one)(queries[text], keys[text], valid[text]) for text in range(3)]
+    for text in range(3):
+        np.testing.assert_allclose(together[0][text], alone[text][0], rtol=1e-5)
+        np.testing.assert_array_equal(together[1][text], alone[text][1])
 
 
 def test_keys_are_turned_where_they_stand_on_tpus_too():

@@ -9,12 +9,12 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -25,9 +25,12 @@ from memorizing.generation.serving.service import Service, Written
 from memorizing.generation.serving.session_store import CannotBeRead, CannotBeWritten, UnknownSession
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
 
 # A body that takes longer to arrive is given up.
 _BODY_SECONDS = 60
+# What logs of servers call a client that went away before its answer. It reaches nobody.
+_WENT_AWAY = 499
 
 
 def make_app(service: Service, limits: Limits, most_tokens: int) -> Starlette:
@@ -69,10 +72,10 @@ class _Endpoints:
         asked = completion(await _body(request), self._service.name, self._most_tokens)
         answer = _Answer(self._service.name)
         if not asked.stream:
-            return JSONResponse(answer.whole(await self._service.write(asked)))
+            return JSONResponse(answer.whole(await _while_heard(request, self._service.write(asked))))
         parts = _stream(self._service, asked, answer)
         # An error before the first part has its own status.
-        first = await anext(parts)
+        first = await _while_heard(request, anext(parts))
         return StreamingResponse(_chain(first, parts), media_type="text/event-stream")
 
     async def sessions(self, _: Request) -> Response:
@@ -93,7 +96,7 @@ class _Endpoints:
         fields.end()
         if not text:
             raise BadRequest("text is missing: give at least one character", "text")
-        return JSONResponse(await self._service.read(request.path_params["name"], text))
+        return JSONResponse(await _while_heard(request, self._service.read(request.path_params["name"], text)))
 
     async def save(self, request: Request) -> Response:
         fields = Fields(await _body(request))
@@ -156,6 +159,32 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
+async def _while_heard(request: Request, work: Awaitable[T]) -> T:
+    """Works for a client whose body has arrived; one that goes away ends the work, and frees its place.
+
+    Raises:
+      ClientDisconnect: it went away.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_has_left(request))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return await working
+    finally:
+        leaving.cancel()
+        if working.cancel():
+            # It may have a session to itself until it has ended.
+            await asyncio.wait([working])
+
+
+async def _has_left(request: Request) -> None:
+    """Waits until a client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def _body(request: Request) -> bytes:
     try:
         async with asyncio.timeout(_BODY_SECONDS):
@@ -170,6 +199,8 @@ def _answering(endpoint: Endpoint) -> Endpoint:
     async def answer(request: Request) -> Response:
         try:
             return await endpoint(request)
+        except ClientDisconnect:
+            return Response(status_code=_WENT_AWAY)
         except Exception as failure:
             status, message, field = _explained(failure)
             return error(status, message, field=field)

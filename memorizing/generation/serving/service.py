@@ -136,7 +136,13 @@ class Service:
     async def _keep(self, name: str, outcome: Outcome) -> int:
         """Makes an outcome what a session is; returns its tokens."""
         assert outcome.state is not None, "asked for"
-        await asyncio.to_thread(self.sessions.put, name, outcome.state)
+        keeping = asyncio.ensure_future(asyncio.to_thread(self.sessions.put, name, outcome.state))
+        try:
+            await asyncio.shield(keeping)
+        except asyncio.CancelledError:
+            # Nothing stops a thread: until it has ended, nobody else may change the session.
+            await asyncio.wait([keeping])
+            raise
         return outcome.state.num_tokens
 
     async def _run(self, job: Job) -> Outcome:

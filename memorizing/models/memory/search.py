@@ -139,7 +139,22 @@ class ExactSearch:
         k: int,
         placement: Placement | None = None,
     ) -> HeadScores:
-        """`of_heads` as TPUs compute it."""
+        """`of_heads` as TPUs compute it.
+
+        Texts that are read side by side (`jax.vmap`) are searched one after the other: their condition would be no
+        condition any more, and the slower search would run for all, each time.
+        """
+        of_text = functools.partial(self._in_slabs_of_text, k=k)
+        return jax.custom_batching.sequential_vmap(of_text)(queries, keys, valid, placement)
+
+    def _in_slabs_of_text(
+        self,
+        queries: Float[Array, "heads T H"],
+        keys: Float[Array, "heads M H"],
+        valid: Bool[Array, "rows M"],
+        placement: Placement | None,
+        k: int,
+    ) -> HeadScores:
         found = slabs.top_k(queries, keys, valid, k, self.slabs, self.slab_scores, placement)
         num_heads = len(queries)
         heads_of_row = num_heads // len(valid)

@@ -11,7 +11,10 @@ from raw_corpora import pack, tar, write
 from memorizing.data import documents
 from memorizing.data.corpora import catalogue
 from memorizing.data.prepare import command
+from memorizing.data.tasks import tensorflow_start
 from memorizing.data.tokens import token_cache, vocabulary
+
+pytest.importorskip("seqio", reason="there is no seqio for every Python and platform")
 
 HARD = "\tx  =  '\u2581 \x01 e\u0301 漢 \ufb01 \U0001f600'\r\n\n\n   </s> \u2028 <0x41>  \n"
 WORDS = "".join(f"word{index % 97} = {index * index}; " + "\n" * (index % 11 == 0) for index in range(400))
@@ -115,6 +118,19 @@ def test_tokens_of_a_document_are_its_text(sources, model, tmp_path, corpus, use
             found[document.key] = document
     assert found == expected and any(HARD.rstrip("\n") in document.text for document in found.values())
     assert cache.metadata["licence"] and cache.metadata["citation"]
+
+
+@pytest.mark.parametrize("used", ["bytes", "spm400"])
+@pytest.mark.parametrize("corpus", RAW)
+def test_a_cache_is_the_same_where_there_is_no_seqio(sources, model, tmp_path, monkeypatch, capsys, corpus, used):
+    flags = [f"--vocabulary={model}"] if used != "bytes" else []
+    caches = [tmp_path / "with", tmp_path / "without"]
+    for cache, missing in zip(caches, (None, "seqio"), strict=True):
+        monkeypatch.setattr(tensorflow_start, "missing", lambda missing=missing: missing)
+        assert run(f"--task={corpus}_{used}", f"--source={sources[corpus]}", f"--output={cache}", *flags) == 0
+        assert ("seqio is not installed" in capsys.readouterr().out) == (missing is not None)
+    with_, without = ({path.name: path.read_bytes() for path in cache.iterdir()} for cache in caches)
+    assert with_ == without and len(with_) > 3
 
 
 def test_damaged_members_are_named_and_the_rest_is_prepared(sources, tmp_path, capsys):
