@@ -63,7 +63,6 @@ _ONE_BUCKET = (
     "ReformerAttention.chunk_size=128",
     "ReformerAttention.num_rounds=1",
 )
-_FROZEN = ("RoutingAttention.decay=1.0", "RoutingAttention.restart_below=0.0", "RoutingAttention.commitment=0.0")
 _LOCAL = ("LMConfig.attention=@SparseAttention()", "SparseAttention.sees='first'")
 
 PROOFS = {
@@ -101,8 +100,7 @@ PROOFS = {
         (
             Variant("routing"),
             Variant("routing, strictly causal", ("RoutingAttention.strictly_causal=True",)),
-            Variant("centroids stay at random", _FROZEN),
-            Variant("no restarts", ("RoutingAttention.restart_below=0.0",)),
+            Variant("centroids stay at random", ("RoutingAttention.decay=1.0", "RoutingAttention.commitment=0.0")),
             Variant("local attention", _LOCAL),
         ),
         {"accuracy": ()},

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from memorizing.array_typing import RealPositions
@@ -79,32 +78,6 @@ def update(
     return Clusters(
         decay * clusters.sums + (1 - decay) * sums,
         decay * clusters.counts + (1 - decay) * counts,
-    )
-
-
-def restart(clusters: Clusters, vectors: Vectors, is_real: RealPositions, least: float) -> Clusters:
-    """Puts centroids that hardly any vector is nearest to where vectors are.
-
-    A centroid far from everything never moves again; where many do so, one cluster takes nearly all. Such a centroid
-    begins anew at a vector of the batch, with an average count (the random restarts of Dhariwal et al. 2020, section 3.1).
-
-    Args:
-      clusters: after an update.
-      vectors: of the batch. As many as there are centroids, evenly spaced, are where centroids may begin.
-      is_real: at others none begins.
-      least: centroids with less than this share of the average count begin anew.
-    """
-    num_clusters = clusters.counts.shape[-1]
-    num_vectors = is_real.size
-    places = np.arange(num_clusters) * num_vectors // num_clusters
-    # [N, c, H]
-    vectors = jax.lax.stop_gradient(vectors).astype(jnp.float32)
-    begin = jnp.moveaxis(vectors.reshape(num_vectors, *vectors.shape[2:])[places], 0, 1)
-    average = jnp.mean(clusters.counts, axis=-1, keepdims=True)
-    begins = (clusters.counts < least * average) & is_real.reshape(-1)[places][None]
-    return Clusters(
-        jnp.where(begins[..., None], begin * average[..., None], clusters.sums),
-        jnp.where(begins, average, clusters.counts),
     )
 
 

@@ -59,8 +59,6 @@ class RoutingAttention(BiasedAttention):
       strictly_causal: whether a position's cluster is its own choice.
       random_projection: whether vectors are turned by a random orthonormal matrix before they are clustered.
       decay: of the running averages that make the centroids; with 1 they stay where they began.
-      restart_below: centroids with less than this share of the average count begin anew at vectors of the batch; 0, as
-        published, for none.
       commitment: weight of the loss that draws vectors to their centroids.
       num_buckets, max_distance: see `BiasedAttention`.
     """
@@ -79,7 +77,6 @@ class RoutingAttention(BiasedAttention):
     strictly_causal: bool = False
     random_projection: bool = False
     decay: Share = 0.999
-    restart_below: Share = 0.0
     commitment: Factor = 1e-4
 
     def __post_init__(self) -> None:
@@ -280,10 +277,7 @@ class Routing(nn.Module):
             y, is_routed = _balanced(choices["members"], vectors, values, scale, by_distance, segment.is_real)
 
         if self.is_mutable_collection("buffers") and not self.is_initializing():
-            after = clusters.update(running, turned, nearest, segment.is_real, config.decay)
-            if config.restart_below:
-                after = clusters.restart(after, turned, segment.is_real, config.restart_below)
-            sums.value, counts.value = after
+            sums.value, counts.value = clusters.update(running, turned, nearest, segment.is_real, config.decay)
         report = self._report(running, turned, nearest, is_routed, segment)
         if segment.num_shown:
             attended = _attended(config, vectors, choices, scale, by_distance, segment)
