@@ -37,6 +37,7 @@ def register(cls: type) -> None:
             if field.name in values:
                 _check(name, values[field.name], hints[field.name])
                 _check_ranges(name, values[field.name], hints[field.name])
+                values[field.name] = _with_floats(values[field.name], hints[field.name])
             elif field.init and _is_required(field):
                 raise UserError(f"{name} is not set: bind it in a gin file or with --gin.{name}=...")
         return cls(**values)
@@ -120,6 +121,24 @@ def _check_ranges(name: str, value: Any, hint: Any) -> None:
     elif origin is tuple:
         for index, (item, item_hint) in enumerate(zip(value, _item_hints(hint, len(value)), strict=True)):
             _check_ranges(f"{name}[{index}]", item, item_hint)
+
+
+def _with_floats(value: Any, hint: Any) -> Any:
+    """The same value with floats where these are meant: JAX takes a whole number for one of 32 bits, however large.
+
+    The value has the right type, and is in its range.
+    """
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
+    if hint is float:
+        return float(value)
+    if origin is typing.Annotated:
+        return _with_floats(value, args[0])
+    if origin in (typing.Union, types.UnionType):
+        return _with_floats(value, next(arg for arg in args if matches(value, arg)))
+    if origin is tuple:
+        return tuple(map(_with_floats, value, _item_hints(hint, len(value))))
+    return value
 
 
 def _item_hints(hint: Any, length: int) -> tuple[Any, ...]:

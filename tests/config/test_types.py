@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
+from memorizing.config import types
+from memorizing.config.loading import load_experiment
 from memorizing.config.types import describe, matches
+from memorizing.errors import Range
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,26 @@ def test_types(hint: Any, right: list, wrong: list):
 )
 def test_descriptions(hint: Any, words: str):
     assert describe(hint) == words
+
+
+@pytest.mark.parametrize(
+    ("hint", "given", "expected"),
+    [
+        (float, 10**23, 1e23),
+        (Annotated[float, Range(0, 1e30)] | None, 10**23, 1e23),
+        (tuple[float, ...], (1, 2.0), (1.0, 2.0)),
+        (tuple[int, float], (1, 2), (1, 2.0)),
+        (int | float, 1, 1),
+        (float | None, None, None),
+        (str, "1", "1"),
+    ],
+)
+def test_a_whole_number_is_a_float_where_that_is_meant(hint: Any, given: Any, expected: Any):
+    """JAX takes 10**23 for a number of 32 bits, and refuses it; 1e23 is a number like any other."""
+    found = types._with_floats(given, hint)
+    assert repr(found) == repr(expected)
+
+
+def test_a_configuration_has_floats_where_these_are_meant():
+    experiment, _ = load_experiment(["smoke"], ["LMConfig.final_logit_cap = 100000000000000000000000"])
+    assert repr(experiment.model.final_logit_cap) == "1e+23"
