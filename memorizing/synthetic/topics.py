@@ -1,9 +1,9 @@
 """Topic-conditioned copy: what was stated of a topic is asked for, long after.
 
 A statement is one token, which belongs to a topic and says its symbol; a question is a token of the topic alone, and is
-followed by the symbol. A text begins with a statement of every topic, in random order. Then all topics are asked for, in
-random order, round after round. A symbol can be predicted by attending to what belongs to the same topic, however far
-back, whichever of its tokens stands there.
+followed by the symbol. A text begins with a statement of every topic, in random order. Then all topics are asked for,
+in random order, round after round. A symbol can be predicted by attending to what belongs to the same topic, however
+far back, whichever of its tokens stands there.
 """
 
 from __future__ import annotations
