@@ -319,6 +319,9 @@ def test_a_tokenizer_in_gguf_that_is_not_known():
         "tokenizer.ggml.token_type": np.ones(2, np.int32),
     }
     assert "damaged" in refused(tokenizer_json, broken, "x.gguf")
+    for damage in ({"token_type": 7}, {"token_type": ["a", "b"]}, {"merges": [1, 2]}):
+        changed = broken | {f"tokenizer.ggml.{name}": value for name, value in damage.items()}
+        assert "damaged" in refused(tokenizer_json, changed, "x.gguf")
 
 
 # Repeated words with spaces, lines and signs, so that pieces of several lengths compete.

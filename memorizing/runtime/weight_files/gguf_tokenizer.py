@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memorizing.errors import UserError
+from memorizing.errors import UserError, first_line
 from memorizing.runtime.weight_files.gguf_file import EXTRA
 
 if TYPE_CHECKING:
@@ -68,18 +68,18 @@ def tokenizer_json(settings: Mapping[str, Any], given: str) -> str:
             f"{given}: its tokenizer ({kind}, {way}) cannot be made into a tokenizer.json: give the model's own with "
             "--tokenizer=FILE"
         )
-    words = _words(settings, given)
     try:
+        words = _words(settings, given)
         tokenizer = _of_pieces(words, settings, given) if is_spaced else _of_byte_pairs(words, settings, given, way)
+        if words.start is not None:
+            start = words.texts[words.start]
+            tokenizer.post_processor = processors.TemplateProcessing(f"{start} $A", None, [(start, words.start)])
+        return tokenizer.to_str()
     except UserError:
         raise
-    # The library has one error for all: Exception.
+    # Settings may be of any type; and the library has one error for all: Exception.
     except Exception as error:
-        raise UserError(f"{given}: its tokenizer is damaged ({str(error)[:100]})") from None
-    if words.start is not None:
-        start = words.texts[words.start]
-        tokenizer.post_processor = processors.TemplateProcessing(f"{start} $A", None, [(start, words.start)])
-    return tokenizer.to_str()
+        raise UserError(f"{given}: its tokenizer is damaged ({first_line(error)[:100]})") from None
 
 
 def puts_start_before(settings: Mapping[str, Any]) -> bool:
@@ -92,7 +92,7 @@ def _words(settings: Mapping[str, Any], given: str) -> _Words:
     if not isinstance(texts, list) or kinds is None or len(kinds) != len(texts):
         raise _incomplete(given)
     start = settings.get("tokenizer.ggml.bos_token_id")
-    has_start = puts_start_before(settings) and isinstance(start, int) and start < len(texts)
+    has_start = puts_start_before(settings) and isinstance(start, int) and 0 <= start < len(texts)
     return _Words(texts, [int(kind) for kind in kinds], start if has_start else None)
 
 

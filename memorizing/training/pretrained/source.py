@@ -171,7 +171,7 @@ def _tokenizer_of(file: GGUFFile) -> dict[str, str]:
     special = {}
     for kind in ("bos", "eos"):
         index = settings.get(f"tokenizer.ggml.{kind}_token_id")
-        if isinstance(words, list) and isinstance(index, int) and index < len(words):
+        if isinstance(words, list) and isinstance(index, int) and 0 <= index < len(words):
             special[f"{kind}_token"] = words[index]
     special["add_bos_token"] = puts_start_before(settings)
     return {TOKENIZER: tokenizer_json(settings, str(file.path)), TOKENIZER_CONFIG: json.dumps(special, indent=2)}
