@@ -6,6 +6,7 @@ Eight CPU devices, strict JAX, reproducible hypothesis, a compilation cache, pro
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -46,6 +47,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("memorizing", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("memorizing")
+
+
+# Compiled programs stay until the end, and the collector would look through their millions of objects ever again.
+gc.set_threshold(50_000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_look_through() -> Iterator[None]:
+    """What is left of a file's tests is taken out of the collector's sight."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
