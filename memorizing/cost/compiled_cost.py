@@ -25,6 +25,9 @@ _DIGITS = re.compile(r"\d+")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _MOVES = ("gather", "scatter", "scatter-add", "sort")
+# What the compiler notes where it cannot tell.
+_UNKNOWN_CYCLES = 2**63 - 1
+_UNKNOWN = "unknown"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Instruction:
     Attributes:
       opcode: the operation, as HLO names it.
       op_name: the scopes that it comes from.
-      cycles: of one run, as the compiler expects.
+      cycles: of one run, as the compiler expects; None where it says that it cannot tell, 0 where it says nothing.
       num_bytes: size of its result.
       count: how often it runs in one run of the program.
       is_rare: whether it belongs to a branch that hardly ever runs.
@@ -42,14 +45,14 @@ class Instruction:
 
     opcode: str
     op_name: str
-    cycles: int
+    cycles: int | None
     num_bytes: int
     count: int
     is_rare: bool
 
     @property
     def total_cycles(self) -> int:
-        return self.cycles * self.count
+        return (self.cycles or 0) * self.count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,19 +92,21 @@ def collectives(program: list[Instruction]) -> dict[str, Traffic]:
 
 
 def moves(program: list[Instruction]) -> dict[str, Traffic]:
-    """Gathers, scatters and sorts for which the compiler names no cycles, by kind.
+    """Gathers, scatters and sorts for which the compiler names no cycles, by kind, and what else it cannot tell.
 
     A fusion has the kind of the operation that it is named after.
     """
 
     def kind(instruction: Instruction) -> str:
+        if instruction.cycles is None:
+            return _UNKNOWN
         if instruction.cycles:
             return ""
         if instruction.opcode == "fusion":
             return instruction.op_name.rpartition("/")[2]
         return instruction.opcode
 
-    return _traffic(program, kind, _MOVES)
+    return _traffic(program, kind, (*_MOVES, _UNKNOWN))
 
 
 def _traffic(
@@ -155,10 +160,11 @@ def _run(
                 for called in _NAME.findall(group or single):
                     is_rarely_called = is_rare or (opcode == "conditional" and rare in op_name.split("/"))
                     yield from _run(called, count, computations, rare, is_rarely_called)
+        told = int(_group(_CYCLES, line, default="0"))
         yield Instruction(
             opcode=opcode,
             op_name=op_name,
-            cycles=int(_group(_CYCLES, line, default="0")),
+            cycles=None if told == _UNKNOWN_CYCLES else told,
             num_bytes=_num_bytes(found["type"], opcode),
             count=count,
             is_rare=is_rare,

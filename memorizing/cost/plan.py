@@ -47,10 +47,10 @@ class Plan:
       hbm_total, hbm_limit: the compiler's account of all of it, and what a device has.
       model_flops, memory_flops: of a step, without what is recomputed; the second is what the external memory adds.
       seconds, memory_seconds: estimates for the step, and for what the external memory takes of it.
-      moving_seconds: what gathers, scatters and sorts take of `seconds`, at the bandwidth of the device's memory.
+      moving_seconds: what `moves` take of `seconds`, at the bandwidth of the device's memory.
       rare_seconds: what comes on top where the memories of all heads hold many slots that are equally good.
       collectives, moves: by kind, for one device and step; collectives are not in `seconds`. Moves are gathers,
-        scatters and sorts.
+        scatters and sorts, and what the compiler cannot tell.
       advice: what to change where the step does not fit.
     """
 

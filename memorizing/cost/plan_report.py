@@ -46,7 +46,7 @@ def as_text(plan: Plan) -> str:
         header,
         f"memory of a device:\n{align(memory)}",
         f"time, ESTIMATED from the compiler's cycles, never measured:\n{align(times)}",
-        f"gathers, scatters and sorts without a price of the compiler's, in this time by their bytes:\n{_table(plan.moves)}",
+        f"gathers, scatters, sorts and others without a price of the compiler's, in this time by their bytes:\n{_table(plan.moves)}",
         f"collectives, not in this time, with the bytes of the results on a device:\n{_table(plan.collectives)}",
     ]
     if plan.advice:

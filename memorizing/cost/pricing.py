@@ -1,8 +1,8 @@
 """What a program for TPUs is estimated to take, by one rule for all of it. Nothing is measured.
 
 An instruction takes the cycles that the compiler expects, as often as it runs, over the clock of the chip. Gathers,
-scatters and sorts for which it names none take the time to read and write their results once at the bandwidth of the
-chip's memory, which single rows seldom reach. The matrix product of the approximate search, which the compiler does not
+scatters and sorts for which it names none, and what it says that it cannot tell, take the time to read and write their
+results once at the bandwidth of the chip's memory, which single rows seldom reach. The matrix product of the approximate search, which the compiler does not
 price with its partial reduction, takes what it says of the same product with a maximum in its place. Collectives are
 counted, not timed. What runs in rare cases only is told apart.
 """
@@ -59,7 +59,7 @@ def seconds(instructions: list[Instruction], chip: Accelerator) -> float:
 
 
 def moving_seconds(instructions: list[Instruction], chip: Accelerator) -> float:
-    """What gathers, scatters and sorts take of it."""
+    """What gathers, scatters and sorts, and instructions that the compiler cannot tell the cycles of, take of it."""
     moved = sum(traffic.num_bytes for traffic in compiled_cost.moves(instructions).values())
     return 2 * moved * chip.devices_per_chip / chip.bandwidth
 

@@ -107,6 +107,7 @@ def test_tokens_of_a_cache_are_counted(tmp_path: pathlib.Path, capsys: pytest.Ca
         (["search", "--head_dim=0"], "--head_dim=0"),
         (["stream", "--tokens=4096"], "--tokens=4096"),
         (["stream", "--gin_file=smoke"], "RepeatedPassages"),
+        (["scaling", "--slice=v9:1x1", "--lengths=16"], "TPU"),
         (["data", "--seconds=0"], "--seconds=0"),
         (["data", "--gin.A.b=1"], "--gin.A.b=1"),
         (["data", "--cache=/nowhere"], "/nowhere"),
@@ -145,13 +146,13 @@ def test_ways_to_keep_activations_are_compared(tmp_path: pathlib.Path, capsys: p
 
 def test_a_record_is_not_measured_again(tmp_path: pathlib.Path):
     path = tmp_path / "record.json"
-    scaling.Record(path, 2, 3).add("full", 1024, 0.5)
-    again = scaling.Record(path, 2, 3)
+    scaling.Record(path, "2 heads").add("full", 1024, 0.5)
+    again = scaling.Record(path, "2 heads")
     assert again.seconds("full", 1024) == 0.5 and again.seconds("full", 2048) is None
-    assert scaling.Record(path, 4, 3).seconds("full", 1024) is None
+    assert scaling.Record(path, "4 heads").seconds("full", 1024) is None
     path.write_text("no figures")
     with pytest.raises(UserError, match="name another file"):
-        scaling.Record(path, 2, 3)
+        scaling.Record(path, "2 heads")
 
 
 def test_only_forms_as_published_depend_on_the_future():

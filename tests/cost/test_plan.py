@@ -95,6 +95,15 @@ def test_what_has_no_price_is_counted():
     assert compiled_cost.moves(compiled_cost.instructions(PROGRAM)) == {}
 
 
+def test_what_the_compiler_cannot_tell_is_counted_too():
+    """It says so by the largest number that there is, which would be two centuries."""
+    untold = PROGRAM.replace('"estimated_cycles":"7"', f'"estimated_cycles":"{2**63 - 1}"')
+    assert untold != PROGRAM
+    program = compiled_cost.instructions(untold)
+    assert compiled_cost.cycles(program) == 3 * 5 * 10
+    assert compiled_cost.moves(program) == {"unknown": compiled_cost.Traffic(1, 4 * 8)}
+
+
 def test_a_branch_that_hardly_ever_runs_is_told_apart():
     branch = PROGRAM.replace(
         "  %copy.1",
