@@ -122,7 +122,7 @@ def slow_draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     draw, drawn = SideBySide.draw, []
 
     def slow(side_by_side: SideBySide, writers: Any, at_most: int) -> Any:
-        time.sleep(0.05)
+        time.sleep(0.02)
         drawn.append(len(writers))
         return draw(side_by_side, writers, at_most=1)
 
@@ -360,7 +360,7 @@ def test_who_goes_away_before_the_answer_frees_a_place_and_changes_nothing(
     rounds, once = [], Scheduler._round
 
     def slow(scheduler: Scheduler) -> None:
-        time.sleep(0.05)
+        time.sleep(0.02)
         once(scheduler)
         rounds.append(len(scheduler._running))
 
@@ -592,7 +592,7 @@ def test_more_requests_than_are_allowed_are_told_to_try_later(serve: Callable, s
         # Until the server has noticed that nobody listens any more.
         deadline = time.monotonic() + 30
         while client.get("/v1/models").status_code == 503 and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(0.02)
         assert client.get("/v1/models").json()["data"][0]["id"] == "run"
 
 
