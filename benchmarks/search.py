@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head_dim", type=Range(1, 2**16).of(int), default=64, metavar="H", help="width of keys (default: %(default)s)"
     )
     parser.add_argument(
+        "--filled",
+        type=Range(0, 1).of(float),
+        default=1.0,
+        metavar="SHARE",
+        help="share of the slots that hold a key, the first ones; the others' searches have no more (default: 1)",
+    )
+    parser.add_argument(
         "--rounds", type=Range(1, MOST).of(int), default=9, metavar="N", help="runs of each (default: %(default)s)"
     )
 
@@ -54,9 +61,10 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     results = {}
     for num_slots in measure.sizes("--slots", options.slots, least=K):
         queries, keys = vectors(num_slots, options.head_dim)
-        searches = ours(queries, keys) | theirs(queries, keys)
+        filled = keys[:, : max(K, round(options.filled * num_slots))]
+        searches = ours(queries, keys, filled.shape[1]) | theirs(queries, filled)
         seconds = measure.interleaved({name: search for name, (search, _) in searches.items()}, options.rounds)
-        true = true_neighbours(queries, keys)
+        true = true_neighbours(queries, filled)
         # Where torch is missing ratios are to the exact search.
         base = seconds.get("torch matmul + topk", seconds["exact"])
         results[num_slots] = {
@@ -69,7 +77,8 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
             }
             for name, (search, note) in searches.items()
         }
-        print(f"\n{num_slots} keys of width {options.head_dim}\n{_table(results[num_slots])}", flush=True)
+        of_slots = f"{filled.shape[1]} keys of width {options.head_dim} in {num_slots} slots"
+        print(f"\n{of_slots}\n{_table(results[num_slots])}", flush=True)
     return results
 
 
@@ -109,7 +118,7 @@ def recall(found: np.ndarray, true: np.ndarray) -> float:
     return float(is_same.any(axis=-2).mean())
 
 
-def ours(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]]:
+def ours(queries: np.ndarray, keys: np.ndarray, num_filled: int) -> dict[str, tuple[Found, str]]:
     """This package's searches as a layer runs them, in one program.
 
     Heads are sharded over the devices (on a CPU its cores); on each device one head is searched after the other.
@@ -121,7 +130,7 @@ def ours(queries: np.ndarray, keys: np.ndarray) -> dict[str, tuple[Found, str]]:
 
     def found(search: ExactSearch | ApproximateSearch) -> Found:
         def search_heads(queries: jax.Array, keys: jax.Array) -> jax.Array:
-            valid = jnp.ones((1, keys.shape[1]), bool)
+            valid = (jnp.arange(keys.shape[1]) < num_filled)[None]
             return search.of_heads(queries, keys, valid, K).indices
 
         program = jax.jit(jax.shard_map(search_heads, mesh=mesh, in_specs=heads, out_specs=heads))

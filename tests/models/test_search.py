@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from memorizing.errors import UserError
 from memorizing.models.attention.base import normalize
-from memorizing.models.memory import slabs
+from memorizing.models.memory import blocks, slabs
 from memorizing.models.memory.external_memory import sharded
 from memorizing.models.memory.placement import Placement
 from memorizing.models.memory.search import ApproximateSearch, ExactSearch, best_of_all_shards, recall
@@ -182,6 +183,30 @@ def test_every_head_finds_its_own_slots():
             scores, indices = compiled(search, 8)(queries[head], keys[head], valid[head // 2])
             np.testing.assert_allclose(found.scores[head], scores, rtol=1e-6)
             np.testing.assert_array_equal(found.indices[head], indices)
+
+
+@pytest.mark.parametrize("num_filled", [0, 1, 7, 8, 9, 23, 24])
+def test_a_memory_that_fills_is_searched_as_far_as_it_is_filled(num_filled: int, monkeypatch: pytest.MonkeyPatch):
+    """In three blocks of eight slots, of which the first is always read."""
+    rng = np.random.default_rng(0)
+    queries, keys = rng.normal(size=(4, H)), rng.normal(size=(24, H))
+    read, score_block = [], blocks._score_block
+
+    def score_and_tell(queries: Any, block: blocks.Block, group_size: int) -> blocks.Groups:
+        jax.debug.callback(lambda group: read.append(int(group)), block.first_group)
+        return score_block(queries, block, group_size)
+
+    monkeypatch.setattr(blocks, "_score_block", score_and_tell)
+    search = ExactSearch(block_scores=4 * 8, group_size=2)
+    valid = np.arange(24) < num_filled
+    scores, indices = search.top_k(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(valid), 3)
+    jax.effects_barrier()
+    assert sorted(read) == [0, 4, 8][: max(-(-num_filled // 8), 1)]
+    num_found = min(num_filled, 3)
+    expected = np.sort(queries @ keys[:num_filled].T, axis=1)[:, ::-1][:, :3]
+    np.testing.assert_allclose(scores[:, :num_found], expected, rtol=1e-5)
+    assert np.isneginf(scores[:, num_found:]).all()
+    assert (np.asarray(indices)[:, :num_found] < num_filled).all()
 
 
 @pytest.mark.parametrize("is_turned", [False, True], ids=["", "turned"])

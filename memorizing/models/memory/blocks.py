@@ -53,7 +53,8 @@ def top_k(
     """Scores of the k best slots of each query in descending order, and their indices.
 
     Each of the k best scores lies in one of the k groups with the greatest maxima: blocks of slots are scored one after
-    the other with a running choice of k groups, and only the slots of the last choice are sorted.
+    the other with a running choice of k groups, and only the slots of the last choice are sorted. What lies behind the
+    block of the last valid slot is left out.
 
     Args:
       queries, keys, valid: of one head; slots that are not valid are never found.
@@ -72,19 +73,30 @@ def top_k(
 
     block_groups = _groups_of_block(num_queries, num_groups, group_size, block_scores)
 
-    def add_block(best: Groups, block: Block) -> tuple[Groups, None]:
-        groups = _score_block(queries, block, group_size)
-        return _best_groups(_joined(best, groups), k), None
-
     all_blocks = _split(keys, valid, block_groups, group_size)
+
+    def groups_of(index: Int[Array, ""] | int) -> Groups:
+        block = jax.tree.map(lambda leaf: leaf[index], all_blocks)
+        return _score_block(queries, block, group_size)
+
+    def add_block(index_and_best: tuple[Int[Array, ""], Groups]) -> tuple[Int[Array, ""], Groups]:
+        index, best = index_and_best
+        return index + 1, _best_groups(_joined(best, groups_of(index)), k)
+
     # The first one outside the loop: there is nothing yet to be joined with.
-    first_block = jax.tree.map(lambda leaf: leaf[0], all_blocks)
-    first_groups = _score_block(queries, first_block, group_size)
+    first_groups = groups_of(0)
     if block_groups < k:
         first_groups = _joined(_no_groups(num_queries, k - block_groups, group_size), first_groups)
     best = _best_groups(first_groups, k)
-    other_blocks = jax.tree.map(lambda leaf: leaf[1:], all_blocks)
-    best, _ = jax.lax.scan(add_block, best, other_blocks)
+    # While a memory fills, the slots behind the last one that is filled are not looked at.
+    last_block = jnp.max(jnp.where(valid, jnp.arange(num_slots), 0)) // (block_groups * group_size)
+
+    def is_left(index_and_best: tuple[Int[Array, ""], Groups]) -> Bool[Array, ""]:
+        index, _ = index_and_best
+        # That there are no more says how often the loop runs at most, which estimates of its cost look for.
+        return (index <= last_block) & (index < num_groups // block_groups)
+
+    _, best = jax.lax.while_loop(is_left, add_block, (jnp.int32(1), best))
 
     # [T, k * S]
     candidates = best.scores.reshape(num_queries, -1)
