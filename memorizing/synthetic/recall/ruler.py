@@ -305,7 +305,8 @@ class Ruler(PromptTask):
         draft.add(encode("\n" + templates.CWE_QUESTION + templates.CWE_PREFIX))
         # The answers in the order in which they appear.
         names = sorted(range(10), key=first_at.__getitem__)
-        start = draft.length
+        # What is generated begins behind the first number.
+        start = draft.length + len(encode(" 1."))
         for place, index in enumerate(names):
             draft.add(encode(f" {place + 1}."))
             draft.answer(encode(f" {words[index]}"), first_at[index])

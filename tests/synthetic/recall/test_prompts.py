@@ -54,6 +54,14 @@ def test_prompts_fit_and_their_answers_are_told_where_they_say(language) -> None
                 assert task.score(after, prompt) == 1 and task.score("", prompt) == 0
 
 
+def test_counted_words_fit_to_the_last_token() -> None:
+    """Of an answer that is told with its number, what is generated begins behind that."""
+    task = Ruler(language=TEXT, task="cwe")
+    for length in range(9180, 9200):
+        prompt = task.prompt(np.random.default_rng(length), length)
+        assert np.argmax(prompt.text.is_answer) + prompt.num_generated <= length
+
+
 @LANGUAGES
 @pytest.mark.parametrize("name", ["passkey", *ruler.NIAH])
 def test_a_needle_stands_once_in_front_of_its_answer(language, name: str) -> None:
