@@ -8,7 +8,8 @@ from flax import linen as nn
 
 from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
-from memorizing.evaluation.finished_run import FinishedRun, abstract_variables
+from memorizing.evaluation.finished_run import FinishedRun
+from memorizing.models import language_model
 from memorizing.runtime.workdir import CONFIG, read_config, resolve
 from memorizing.training.checkpoint import read_arrays, weights_digest
 from memorizing.training.transfer import fit
@@ -34,7 +35,7 @@ def open_run(workdir: str, step: int | None = None, bindings: Sequence[str] = ()
         )
     experiment, text = load_experiment([], bindings, base=read_config(folder))
     saved = read_arrays(folder, step, only=("params/", "buffers/", "step"))
-    wanted = nn.unbox(abstract_variables(experiment, 1))
+    wanted = nn.unbox(language_model.abstract_variables(experiment.model, 1, experiment.batch.segment_length))
     variables = fit(wanted, saved, experiment.model.stack.stacked_layers, f"--workdir={workdir}")
     found = int(saved["step"])
     return FinishedRun(

@@ -78,18 +78,9 @@ class FinishedRun:
 
     def variables_on(self, mesh: Mesh) -> tuple[Tree, Tree]:
         """Parameters and buffers on the devices of a mesh, sharded as in training."""
-        boxed = abstract_variables(self.experiment, mesh.shape["data"])
+        # They do not depend on the number of rows, but it has to fit the mesh.
+        length = self.experiment.batch.segment_length
+        boxed = language_model.abstract_variables(self.experiment.model, mesh.shape["data"], length)
         shardings = sharding.variable_shardings(mesh, boxed, self.experiment.mesh.parameter_rules)
         params = jax.device_put(self.params, shardings["params"])
         return params, jax.device_put(self.buffers, shardings["buffers"])
-
-
-def abstract_variables(experiment: Experiment, num_rows: int) -> dict[str, Tree]:
-    """Shapes and logical axes of parameters and buffers.
-
-    Args:
-      experiment: whose model it is.
-      num_rows: of the batch. They do not depend on it, but it has to fit the mesh that is set.
-    """
-    length = experiment.batch.segment_length
-    return jax.eval_shape(lambda: language_model.init(experiment.model, num_rows, length, jax.random.key(0)))

@@ -5,6 +5,7 @@ Training, evaluation, inspection and generation all call `apply`.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import Any, NamedTuple
 
@@ -86,6 +87,12 @@ def init(config: LMConfig, num_rows: int, segment_length: int, rng: jax.Array) -
         "params": params | layers["params"],
         "buffers": layers["buffers"],
     }
+
+
+@functools.lru_cache(maxsize=16)
+def abstract_variables(config: LMConfig, num_rows: int, segment_length: int) -> dict[str, Tree]:
+    """What `init` would give, which is not computed: shapes and dtypes, with their logical axis names."""
+    return jax.eval_shape(lambda: init(config, num_rows, segment_length, jax.random.key(0)))
 
 
 def apply(

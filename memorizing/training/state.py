@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -51,6 +52,18 @@ def init_train_state(
     """A fresh state, unsharded; to be jitted or shape-evaluated."""
     init_key, step_key = jax.random.split(jax.random.key(seed))
     variables = init_variables(config, num_rows, segment_length, init_key)
+    return _begin(config, optimizer, num_rows, segment_length, variables, step_key)
+
+
+def _begin(
+    config: LMConfig,
+    optimizer: optax.GradientTransformation,
+    num_rows: int,
+    segment_length: int,
+    variables: dict[str, Tree],
+    step_key: jax.Array,
+) -> TrainState:
+    """The state of a training that begins with these parameters and buffers."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
@@ -70,8 +83,9 @@ def abstract_train_state(
     mesh_config: MeshConfig,
 ) -> TrainState:
     """Shape, dtype and sharding of every leaf of the state."""
-    state = jax.eval_shape(lambda: init_train_state(config, optimizer, num_rows, segment_length, seed=0))
-    boxed = jax.eval_shape(lambda: language_model.init(config, num_rows, segment_length, jax.random.key(0)))
+    boxed = language_model.abstract_variables(config, num_rows, segment_length)
+    begin = functools.partial(_begin, config, optimizer, num_rows, segment_length)
+    state = jax.eval_shape(begin, nn.unbox(boxed), jax.eval_shape(jax.random.key, 0))
     variables = sharding.variable_shardings(mesh, boxed, mesh_config.parameter_rules)
     params = variables["params"]
     replicated = NamedSharding(mesh, PartitionSpec())

@@ -9,18 +9,20 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memorizing.array_typing import Tree
 from memorizing.errors import UserError
+from memorizing.models import language_model
 from memorizing.models.lm_config import LMConfig
 from memorizing.models.stack.arrays import member_paths, stack, unstack_paths
 from memorizing.runtime.sharding import from_host
 from memorizing.runtime.workdir import resolve
 from memorizing.training.checkpoint import FOLDER, paths, read_arrays
-from memorizing.training.state import TrainState, init_variables
+from memorizing.training.state import TrainState
 
 
 def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer: bool = True) -> TrainState:
@@ -62,7 +64,7 @@ def memory_parameters(config: LMConfig) -> set[str]:
     length = min(config.memory_sizes.values(), default=1)
 
     def names(config: LMConfig) -> set[str]:
-        variables = jax.eval_shape(lambda: init_variables(config, num_rows, length, jax.random.key(0)))
+        variables = nn.unbox(language_model.abstract_variables(config, num_rows, length))
         return set(unstack_paths(paths(variables["params"]), config.stack.stacked_layers))
 
     bare = dataclasses.replace(config.without_memory(), lora=None)

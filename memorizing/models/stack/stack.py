@@ -83,12 +83,7 @@ class Stack(LayerPattern):
         """
         variables: dict[str, dict[str, Tree]] = {"params": {}, "buffers": {}}
         for group in self.groups:
-            init_layer = functools.partial(
-                self._init_layer,
-                group,
-                num_rows=num_rows,
-                layout=layout,
-            )
+            init_layer = functools.partial(_init_layer, self.block(group), num_rows, layout)
             # [layers]
             fold_in = functools.partial(jax.random.fold_in, rng)
             keys = jax.vmap(fold_in)(jnp.asarray(group.layers))
@@ -174,26 +169,6 @@ class Stack(LayerPattern):
             output = _add_run(output, run, outputs)
         x = (stream.first + stream.second) / 2 if isinstance(stream, Streams) else stream
         return output._replace(x=x)
-
-    def _init_layer(
-        self,
-        group: LayerGroup,
-        key: jax.Array,
-        num_rows: int,
-        layout: Layout,
-    ) -> dict[str, Tree]:
-        """Parameters and buffers of a layer of a group."""
-        dims = self.dims
-        x = jnp.zeros((num_rows, layout.size, dims.embed_dim), dims.dtype)
-        segment = Segment(
-            is_real=jnp.ones((num_rows, layout.size), bool),
-            layout=layout,
-            tokens=jnp.zeros((num_rows, layout.length), jnp.int32),
-            clock=jnp.zeros((), jnp.int32),
-        )
-        state = group.attention.init_state(dims, num_rows, layout.length)
-        variables = self.block(group).init(key, x, segment, state)
-        return dict(variables)
 
     def _pass_layer(
         self,
@@ -316,6 +291,22 @@ class Stack(LayerPattern):
             return x, LayerOutputs(buffers, state, report)
 
         return self.remat.of_layer(layer, is_scanned)
+
+
+# Equal layers are traced once, however many a model has that stand alone.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _init_layer(block: Block, num_rows: int, layout: Layout, key: jax.Array) -> dict[str, Tree]:
+    """Parameters and buffers of a layer."""
+    dims = block.dims
+    x = jnp.zeros((num_rows, layout.size, dims.embed_dim), dims.dtype)
+    segment = Segment(
+        is_real=jnp.ones((num_rows, layout.size), bool),
+        layout=layout,
+        tokens=jnp.zeros((num_rows, layout.length), jnp.int32),
+        clock=jnp.zeros((), jnp.int32),
+    )
+    state = block.mechanism.init_state(dims, num_rows, layout.length)
+    return dict(block.init(key, x, segment, state))
 
 
 def _apply(

@@ -50,7 +50,7 @@ def load_variables(source: Source, experiment: Experiment) -> tuple[Tree, Tree]:
     with jax.set_mesh(mesh):
         num_rows = mesh.shape["data"]
         init = functools.partial(language_model.init, config, num_rows, experiment.batch.segment_length)
-        boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
+        boxed = language_model.abstract_variables(config, num_rows, experiment.batch.segment_length)
         shardings = sharding.variable_shardings(mesh, boxed, experiment.mesh.parameter_rules)
 
         def place(leaf: jax.ShapeDtypeStruct, where: Sharding) -> jax.ShapeDtypeStruct:
