@@ -2,7 +2,7 @@
 
 Both searches return `-inf` as the score of a neighbour that does not exist (fewer valid slots than neighbours asked
 for). Scores are accumulated in float32 whatever the dtype of the keys, and float32 keys are multiplied as such: TPUs
-and GPUs would else round them first.
+and GPUs would else round them first. Scores of a search have no gradient: who needs one scores the found slots again.
 """
 
 from __future__ import annotations
