@@ -24,8 +24,9 @@ from memorizing.commands.results import write_files
 from memorizing.config.runs import open_run
 from memorizing.errors import MOST, UserError
 from memorizing.evaluation import baselines, plots, report
-from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator, num_rows_side_by_side
+from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator
 from memorizing.evaluation.finished_run import FinishedRun
+from memorizing.evaluation.reading import num_rows_side_by_side
 from memorizing.models.lm_config import LMConfig
 from memorizing.runtime import sharding
 

@@ -14,8 +14,9 @@ from memorizing.commands import experiment_flags
 from memorizing.commands.results import write_files
 from memorizing.config.runs import open_run
 from memorizing.errors import Range, UserError
-from memorizing.evaluation.evaluator import Evaluator, num_rows_side_by_side
+from memorizing.evaluation.evaluator import Evaluator
 from memorizing.evaluation.finished_run import FinishedRun
+from memorizing.evaluation.reading import num_rows_side_by_side
 from memorizing.evaluation.suites import controls, long_ppl, summary
 from memorizing.evaluation.suites.run import Line, run_exercise
 from memorizing.runtime import sharding

@@ -158,13 +158,6 @@ class Evaluation:
         return values
 
 
-def num_rows_side_by_side(source: DataSource, at_most: int, mesh: Mesh) -> int:
-    """How many documents to read at once: no more than there are, rounded up to what the devices divide."""
-    devices = mesh.shape["data"]
-    num_rows = min(at_most, source.num_eval_documents)
-    return -(-num_rows // devices) * devices
-
-
 class ReadSegment(NamedTuple):
     """What came of a segment of every row.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from memorizing.array_typing import Tree
@@ -24,6 +27,34 @@ Carried = TypeVar("Carried")
 
 # Segments that the device is given at once, at most.
 MOST_SEGMENTS = 8
+
+
+def num_rows_side_by_side(source: DataSource, at_most: int, mesh: Mesh) -> int:
+    """How many documents to read at once: the fewest with which it takes hardly longer than with all.
+
+    A document is read from its start to its end, and rows stand idle while the last one is. What the devices divide.
+    """
+    devices = mesh.shape["data"]
+    most = _divided(min(at_most, source.num_eval_documents), devices)
+    sizes = source.document_bytes
+    if sizes is None:
+        return most
+    as_long = 1.1 * _longest_row(sizes, most)
+    fewest = _divided(math.ceil(sizes.sum() / as_long), devices)
+    return next(num_rows for num_rows in range(fewest, most + 1, devices) if _longest_row(sizes, num_rows) <= as_long)
+
+
+def _divided(num_rows: int, devices: int) -> int:
+    """Rounded up to what the devices divide, at least one each."""
+    return max(-(-num_rows // devices), 1) * devices
+
+
+def _longest_row(sizes: np.ndarray, num_rows: int) -> int:
+    """What a row reads at most: the longest documents go first, each onto the row that is free first."""
+    rows = [0] * num_rows
+    for size in np.sort(sizes)[::-1].tolist():
+        heapq.heapreplace(rows, rows[0] + max(size, 1))
+    return max(rows)
 
 
 def read_segments(

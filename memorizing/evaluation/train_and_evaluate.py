@@ -19,7 +19,8 @@ from memorizing.errors import EXIT_START_AGAIN, UserError, what_the_machine_lack
 from memorizing.evaluation import plots, report
 from memorizing.evaluation.controls import ControlsHook
 from memorizing.evaluation.evaluation_hook import EvaluationHook
-from memorizing.evaluation.evaluator import Evaluation, Evaluator, num_rows_side_by_side
+from memorizing.evaluation.evaluator import Evaluation, Evaluator
+from memorizing.evaluation.reading import num_rows_side_by_side
 from memorizing.runtime import distributed, failures, workdir_lock
 from memorizing.runtime.events import FILE as EVENTS_FILE
 from memorizing.runtime.events import EventLog, goodput

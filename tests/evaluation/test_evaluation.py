@@ -6,6 +6,7 @@ And the evaluation that says so counts every token once.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Iterator
 
 import jax
@@ -17,6 +18,7 @@ from paces import pass_at_once
 
 from memorizing.batch import Batch, EvaluationBatch
 from memorizing.evaluation.evaluator import Evaluator
+from memorizing.evaluation.reading import num_rows_side_by_side
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.lm_config import LMConfig
@@ -184,3 +186,29 @@ def test_figures_do_not_depend_on_how_many_segments_are_passed_at_once(ablation:
             pass_at_once(monkeypatch, at_once)
             jax.tree.map(np.testing.assert_array_equal, list(evaluator.read(params, {}, source, ablation)), expected)
     assert np.std(expected[0].scores.nats) > 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "at_most", "devices", "num_rows"),
+    [
+        # The longest document takes as long as two rows need for the others.
+        ([58_742, 17_178, 17_101, 13_074, 9_536], 32, 1, 2),
+        ([58_742, 17_178, 17_101, 13_074, 9_536], 32, 2, 2),
+        ([58_742, 17_178, 17_101, 13_074, 9_536], 32, 4, 4),
+        ([58_742, 17_178, 17_101, 13_074, 9_536], 1, 1, 1),
+        # One row less, and one of them would read two.
+        ([100, 101, 99, 98, 102, 100], 32, 1, 6),
+        ([100] * 1000, 8, 1, 8),
+        ([1] * 2000 + [10_000], 32, 1, 2),
+        ([0, 0], 8, 1, 2),
+        (None, 8, 1, 5),
+        (None, 8, 4, 8),
+    ],
+)
+def test_no_more_rows_are_read_than_are_busy(sizes: list[int] | None, at_most: int, devices: int, num_rows: int):
+    number = 5 if sizes is None else len(sizes)
+    source = types.SimpleNamespace(
+        num_eval_documents=number, document_bytes=None if sizes is None else np.array(sizes, np.int64)
+    )
+    mesh = types.SimpleNamespace(shape={"data": devices})
+    assert num_rows_side_by_side(source, at_most, mesh) == num_rows
