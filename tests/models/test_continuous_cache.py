@@ -80,8 +80,8 @@ def expected_log_probabilities(
     The hidden states are what the model's logits are made from: its table has more rows than columns.
 
     Returns:
-      Log probabilities; and at which positions it is clear which are the k nearest: the same few tokens came before
-      several places, whose hidden states differ by rounding only.
+      Log probabilities; and the same with the next nearest in the place of the last of the k, where the two differ by
+      rounding only: the same few tokens came before several places.
     """
     tokens, is_real, starts = inputs
     table, logits = table.astype(np.float64), logits.astype(np.float64)
@@ -89,7 +89,7 @@ def expected_log_probabilities(
     hidden = np.linalg.lstsq(table * width**-0.5, logits.reshape(-1, VOCAB).T, rcond=None)[0].T
     hidden = hidden.reshape(*logits.shape[:2], width)
     hidden /= np.linalg.norm(hidden, axis=-1, keepdims=True)
-    expected, is_clear = np.empty_like(logits), np.ones(tokens.shape, bool)
+    expected, alternative = np.empty_like(logits), np.empty_like(logits)
     for row in range(len(tokens)):
         document_start = 0
         for position in range(tokens.shape[1]):
@@ -103,14 +103,18 @@ def expected_log_probabilities(
             places = [place for place in range(first, segment * LENGTH) if is_real[row, place]]
             scores = np.array([hidden[row, position] @ hidden[row, place - 1] for place in places])
             by_score = np.argsort(-scores, kind="stable")
-            nearest, next_one = by_score[: cache.num_neighbors], by_score[cache.num_neighbors :][:1]
-            is_clear[row, position] = (scores[nearest].min(initial=1) - scores[next_one] > 1e-6).all()
-            cached, weights = np.zeros(VOCAB), np.exp(cache.theta * scores[nearest])
-            for which, weight in zip(nearest, weights, strict=True):
-                cached[tokens[row, places[which]]] += weight / weights.sum()
-            share = cache.weight if places else 0.0
-            expected[row, position] = np.log((1 - share) * model + share * cached)
-    return expected, is_clear
+            nearest = by_score[: cache.num_neighbors]
+            also_nearest = nearest.copy()
+            if len(by_score) > len(nearest):
+                last, next_one = by_score[len(nearest) - 1 :][:2]
+                also_nearest[-1] = next_one if scores[last] - scores[next_one] < 1e-6 else last
+            for found, result in ((nearest, expected), (also_nearest, alternative)):
+                cached, weights = np.zeros(VOCAB), np.exp(cache.theta * scores[found])
+                for which, weight in zip(found, weights, strict=True):
+                    cached[tokens[row, places[which]]] += weight / weights.sum()
+                share = cache.weight if places else 0.0
+                result[row, position] = np.log((1 - share) * model + share * cached)
+    return expected, alternative
 
 
 @pytest.mark.parametrize("cache", [CACHE, ALL_SLOTS], ids=["nearest", "all slots"])
@@ -122,12 +126,12 @@ def test_agrees_with_the_equation(cache: ContinuousCache):
     alone, _ = read(PLAIN, params, *inputs)
     mixed, _ = read(config, params, *inputs)
     table = np.asarray(params["embedder"]["table"])
-    expected, is_clear = expected_log_probabilities(cache, table, alone, inputs)
+    expected, alternative = expected_log_probabilities(cache, table, alone, inputs)
     np.testing.assert_allclose(np.exp(expected).sum(axis=-1), 1, rtol=0, atol=1e-9)
-    assert is_clear[is_real].mean() > 0.98
     measured = np.asarray(jax.nn.log_softmax(mixed))
-    compared = is_real & is_clear
-    np.testing.assert_allclose(measured[compared], expected[compared], rtol=0, atol=3e-4)
+    is_alternative = np.abs(measured - alternative).max(axis=-1) < np.abs(measured - expected).max(axis=-1)
+    expected = np.where(is_alternative[..., None], alternative, expected)
+    np.testing.assert_allclose(measured[is_real], expected[is_real], rtol=0, atol=3e-4)
     difference = np.abs(measured - np.asarray(jax.nn.log_softmax(alone)))
     assert difference[is_real].max() > 1, "the test cannot see what it checks"
 

@@ -308,3 +308,21 @@ def test_parts_of_a_layer_are_choices(parts: dict, names: set[str]):
 def test_a_memory_needs_keys_of_one_length():
     with pytest.raises(UserError, match=r"LMConfig.qk_norm = 'none'.*external memory"):
         dataclasses.replace(SMALL, attention_at=((1, KNN),), qk_norm="none")
+
+
+def test_equal_layers_that_stand_alone_are_traced_once(monkeypatch: pytest.MonkeyPatch):
+    """Where their parameters are created: of a pretrained model with a memory everywhere there are dozens."""
+    traced, init_state = [], KNNAttention.init_state
+
+    def counted(mechanism: KNNAttention, *arguments: Any) -> Any:
+        traced.append(mechanism)
+        return init_state(mechanism, *arguments)
+
+    monkeypatch.setattr(KNNAttention, "init_state", counted)
+    attention = KNNAttention(memory_size=24, num_neighbors=3)
+    config = LMConfig(
+        vocab_size=7, num_layers=4, embed_dim=12, num_heads=3, head_dim=4, mlp_dim=20, attention=attention
+    )
+    variables = language_model.abstract_variables(config, 1, 8)
+    assert sum(name.startswith("layer_") for name in variables["params"]) == 4
+    assert len(traced) == 1

@@ -72,32 +72,7 @@ def top_k(
         return pad_neighbours(scores, indices, k)
 
     block_groups = _groups_of_block(num_queries, num_groups, group_size, block_scores)
-
-    all_blocks = _split(keys, valid, block_groups, group_size)
-
-    def groups_of(index: Int[Array, ""] | int) -> Groups:
-        block = jax.tree.map(lambda leaf: leaf[index], all_blocks)
-        return _score_block(queries, block, group_size)
-
-    def add_block(index_and_best: tuple[Int[Array, ""], Groups]) -> tuple[Int[Array, ""], Groups]:
-        index, best = index_and_best
-        return index + 1, _best_groups(_joined(best, groups_of(index)), k)
-
-    # The first one outside the loop: there is nothing yet to be joined with.
-    first_groups = groups_of(0)
-    if block_groups < k:
-        first_groups = _joined(_no_groups(num_queries, k - block_groups, group_size), first_groups)
-    best = _best_groups(first_groups, k)
-    # While a memory fills, the slots behind the last one that is filled are not looked at.
-    last_block = jnp.max(jnp.where(valid, jnp.arange(num_slots), 0)) // (block_groups * group_size)
-
-    def is_left(index_and_best: tuple[Int[Array, ""], Groups]) -> Bool[Array, ""]:
-        index, _ = index_and_best
-        # That there are no more says how often the loop runs at most, which estimates of its cost look for.
-        return (index <= last_block) & (index < num_groups // block_groups)
-
-    _, best = jax.lax.while_loop(is_left, add_block, (jnp.int32(1), best))
-
+    best = _best_of_memory(queries, _split(keys, valid, block_groups, group_size), k, group_size)
     # [T, k * S]
     candidates = best.scores.reshape(num_queries, -1)
     scores, place = jax.lax.top_k(candidates, k)
@@ -143,6 +118,37 @@ def _split(
         keys=keys.reshape(num_blocks, -1, width),
         valid=valid.reshape(num_blocks, -1),
     )
+
+
+def _best_of_memory(queries: Float[Array, "T H"], blocks: Block, k: int, group_size: int) -> Groups:
+    """The k best groups of all blocks, with a running choice of k as each block is scored."""
+    # [blocks, slots]
+    num_blocks, block_slots = blocks.valid.shape
+    block_groups = block_slots // group_size
+
+    def groups_of(index: Int[Array, ""] | int) -> Groups:
+        block = jax.tree.map(lambda leaf: leaf[index], blocks)
+        return _score_block(queries, block, group_size)
+
+    def add_block(index_and_best: tuple[Int[Array, ""], Groups]) -> tuple[Int[Array, ""], Groups]:
+        index, best = index_and_best
+        return index + 1, _best_groups(_joined(best, groups_of(index)), k)
+
+    # The first one outside the loop: there is nothing yet to be joined with.
+    first_groups = groups_of(0)
+    if block_groups < k:
+        first_groups = _joined(_no_groups(len(queries), k - block_groups, group_size), first_groups)
+    best = _best_groups(first_groups, k)
+    # While a memory fills, the blocks behind the last one that holds something are not looked at.
+    last_block = jnp.max(jnp.where(blocks.valid.any(axis=-1), jnp.arange(num_blocks), 0))
+
+    def is_left(index_and_best: tuple[Int[Array, ""], Groups]) -> Bool[Array, ""]:
+        index, _ = index_and_best
+        # That there are no more says how often the loop runs at most, which estimates of its cost look for.
+        return (index <= last_block) & (index < num_blocks)
+
+    _, best = jax.lax.while_loop(is_left, add_block, (jnp.int32(1), best))
+    return best
 
 
 def _score_block(queries: Float[Array, "T H"], block: Block, group_size: int) -> Groups:
