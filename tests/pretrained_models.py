@@ -92,7 +92,7 @@ def write_gguf(
     is_permuted: bool = True,
     tokens: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-    """A golden model as llama.cpp's converter writes it; queries and keys of Llama in its order, unless asked not to.
+    """A golden model as llama.cpp's converter writes it; its rows in the order of GGUF, unless asked not to.
 
     Returns:
       The tensors by Hugging Face's name, as the file has them but for that order.
@@ -106,15 +106,13 @@ def write_gguf(
     writer.add_embedding_length(architecture.embed_dim)
     writer.add_feed_forward_length(architecture.mlp_dim)
     writer.add_head_count(architecture.num_heads)
-    writer.add_head_count_kv(architecture.num_kv_heads)
-    writer.add_key_length(architecture.head_dim)
-    writer.add_layer_norm_rms_eps(architecture.norm_epsilon)
-    writer.add_rope_freq_base(architecture.positions.theta)
-    if architecture.positions.scaling == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(architecture.positions.factor)
-    if architecture.has_sandwich_norms:
-        _add_of_later_gemma(writer, architecture)
+    if architecture.has_layer_norm:
+        writer.add_layer_norm_eps(architecture.norm_epsilon)
+    else:
+        _add_of_llama_kind(writer, architecture)
+    if family == "gptneox":
+        writer.add_rope_dimension_count(int(architecture.positions.share * architecture.head_dim))
+        writer.add_parallel_residual(architecture.has_parallel_residuals)
     writer.add_vocab_size(architecture.vocab_size)
     if tokens:
         writer.add_token_list(tokens)
@@ -127,11 +125,8 @@ def write_gguf(
             stored[tensor_name] = tensor
         else:
             stored[tensor_name] = gguf.quants.dequantize(gguf.quants.quantize(tensor, kept), kept)
-        num_heads = {"q_proj": architecture.num_heads, "k_proj": architecture.num_kv_heads}
-        part = tensor_name.split(".")[-2]
-        if is_permuted and family == "llama" and part in num_heads:
-            halves = tensor.reshape(num_heads[part], 2, architecture.head_dim // 2, *tensor.shape[1:])
-            tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
+        if is_permuted:
+            tensor = _in_order_of_gguf(tensor_name, tensor, architecture)
         in_file = gguf.quants.quantize(tensor, kept) if kept is not gguf.GGMLQuantizationType.F32 else tensor
         writer.add_tensor(name_in_gguf(tensor_name, architecture), in_file, raw_dtype=kept)
     writer.write_header_to_file()
@@ -139,6 +134,34 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return stored
+
+
+def _add_of_llama_kind(writer: gguf.GGUFWriter, architecture: Architecture) -> None:
+    """Settings that Llama and its kin have, and those with learned biases of norms do not."""
+    writer.add_head_count_kv(architecture.num_kv_heads)
+    writer.add_key_length(architecture.head_dim)
+    writer.add_layer_norm_rms_eps(architecture.norm_epsilon)
+    writer.add_rope_freq_base(architecture.positions.theta)
+    if architecture.positions.scaling == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(architecture.positions.factor)
+    if architecture.has_sandwich_norms:
+        _add_of_later_gemma(writer, architecture)
+
+
+def _in_order_of_gguf(name: str, tensor: np.ndarray, architecture: Architecture) -> np.ndarray:
+    """A tensor with its rows as llama.cpp's converter puts them, and GPT-2's matrices transposed."""
+    num_heads = {"q_proj": architecture.num_heads, "k_proj": architecture.num_kv_heads}
+    part = name.split(".")[-2]
+    if architecture.family in ("llama", "smollm3") and part in num_heads:
+        halves = tensor.reshape(num_heads[part], 2, architecture.head_dim // 2, *tensor.shape[1:])
+        return halves.swapaxes(1, 2).reshape(tensor.shape)
+    if part == "query_key_value":
+        by_head = tensor.reshape(architecture.num_heads, 3, -1)
+        return np.concatenate([by_head[:, kind] for kind in range(3)]).reshape(tensor.shape)
+    if architecture.family == "gpt2" and tensor.ndim == 2 and ".h." in name:
+        return np.ascontiguousarray(tensor.T)
+    return tensor
 
 
 def _add_of_later_gemma(writer: gguf.GGUFWriter, architecture: Architecture) -> None:

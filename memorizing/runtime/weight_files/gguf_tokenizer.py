@@ -22,7 +22,8 @@ _PATTERNS = {
     "smaug-bpe": _WORDS.replace("DIGITS", "{1,3}"),
     "qwen2": _WORDS.replace("DIGITS", ""),
 }
-_GPT2_WAYS = ("smollm", "gpt-2")
+# Pythia's is called OLMo's there.
+_GPT2_WAYS = ("smollm", "gpt-2", "olmo")
 # ggml's kinds of tokens. Control tokens and, with byte pairs, those that a user defined stand for no text of their own.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 # How SentencePiece writes a space.
@@ -161,6 +162,6 @@ def _pre_tokenizer(way: str) -> Any:
         split = pre_tokenizers.Split(Regex(_PATTERNS[way]), "isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     by_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if way == "gpt-2":
-        return by_gpt2
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_gpt2])
+    if way == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_gpt2])
+    return by_gpt2

@@ -62,6 +62,12 @@ class Source:
             return gguf_names.as_in_hugging_face(tensor.name, found, self.architecture)
         return found
 
+    def shape_of(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape that `read` will give a tensor, by the file."""
+        shape = self.file.tensors[self.names[tensor.name]].shape
+        is_transposed = isinstance(self.file, GGUFFile) and gguf_names.is_transposed(tensor.name, self.architecture)
+        return shape[::-1] if is_transposed else shape
+
     @property
     def num_parameters(self) -> int:
         """Numbers in all tensors."""
@@ -209,6 +215,6 @@ def _check(source: Source) -> None:
             f"with these settings ({len(surplus)} such tensors)"
         )
     for name, tensor in wanted.items():
-        shape = source.file.tensors[source.names[name]].shape
+        shape = source.shape_of(tensor)
         if shape != tensor.shape:
             raise UserError(f"{source.name}: {name} has the shape {shape}, and {tensor.shape} by the settings")
