@@ -39,16 +39,25 @@ class MeshConfig:
       model: devices over which heads, MLP and vocabulary are sharded.
       memory: devices over which the slots of the external memory are sharded.
       parameters: 'replicated' over `data`, or 'fsdp' to shard them over it.
+      optimizer: where the optimizer's state lies and its update is computed: 'replicated' over `data` with the
+        parameters, or 'sharded' over it, each device its part (ZeRO-1, Rajbhandari et al. 2020).
     """
 
     data: Annotated[int, Range(-1, MOST)] = -1
     model: Count = 1
     memory: Count = 1
     parameters: Literal["replicated", "fsdp"] = "replicated"
+    optimizer: Literal["replicated", "sharded"] = "replicated"
 
     @property
     def parameter_rules(self) -> Rules:
         return FSDP_PARAMETERS if self.parameters == "fsdp" else REPLICATED_PARAMETERS
+
+    def optimizer_shardings(self, parameters: Tree, shardings: Tree) -> Tree:
+        """Where the optimizer works on parameters that lie as `shardings` say."""
+        if self.optimizer == "replicated":
+            return shardings
+        return jax.tree.map(lambda leaf, place: over_data(place, leaf.shape), parameters, shardings)
 
     def make_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over `devices` (default: all). Raises UserError if they do not fill the grid."""
@@ -209,6 +218,20 @@ def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
     used = [axis for axis in spec if axis]
     if len(set(used)) < len(used):
         raise ValueError(f"logical axes {tuple(axes)} map to {spec}: one mesh axis cannot shard two dimensions")
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The same sharding with the mesh axis `data` too, over the largest dimension that is whole and that it divides.
+
+    Unchanged if `data` shards the array already, or divides no such dimension.
+    """
+    mesh = sharding.mesh
+    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    whole = [index for index, axis in enumerate(spec) if axis is None and shape[index] % mesh.shape["data"] == 0]
+    if "data" in spec or not whole:
+        return sharding
+    spec[max(whole, key=lambda index: shape[index])] = "data"
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 

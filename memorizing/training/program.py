@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from memorizing.array_typing import Tree
 from memorizing.runtime.sharding import RowPlacement
 from memorizing.training.experiment import Experiment
 from memorizing.training.state import abstract_train_state, init_train_state
@@ -36,7 +37,15 @@ class Program:
         replicated = NamedSharding(mesh, PartitionSpec())
         self.init = jax.jit(lambda: init_train_state(config, optimizer, *size, seed), out_shardings=shardings)
         self.init_context = jax.jit(lambda: config.init_context(*size), out_shardings=shardings.context)
-        train_step = make_train_step(config, optimizer, batch.num_microbatches, experiment.hold_frozen)
+        of_optimizer = experiment.mesh.optimizer_shardings(self.abstract_state.params, shardings.params)
+
+        def to_optimizer(params: Tree) -> Tree:
+            # Gradients are summed over the devices first. Left to itself, the compiler for some TPUs cuts the products
+            # that they come from into as many parts as there are devices.
+            whole = jax.lax.with_sharding_constraint(params, shardings.params)
+            return jax.lax.with_sharding_constraint(whole, of_optimizer)
+
+        train_step = make_train_step(config, optimizer, batch.num_microbatches, experiment.hold_frozen, to_optimizer)
         self.step = jax.jit(
             train_step,
             in_shardings=(shardings, self.rows),

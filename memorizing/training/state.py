@@ -95,7 +95,9 @@ def abstract_train_state(
         step=replicated,
         params=params,
         buffers=variables["buffers"],
-        opt_state=sharding.like_parameters(mesh, state.opt_state, state.params, params),
+        opt_state=sharding.like_parameters(
+            mesh, state.opt_state, state.params, mesh_config.optimizer_shardings(state.params, params)
+        ),
         rng=replicated,
         context=sharding.tree_shardings(mesh, state.context, config.context_axes(), sharding.STATE_RULES),
     )

@@ -34,6 +34,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     num_microbatches: int = 1,
     hold: Callable[[Tree], Tree] = lambda params: params,
+    to_optimizer: Callable[[Tree], Tree] = lambda params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step to jit: `(state, batch) -> (new state, metrics)`.
 
@@ -48,6 +49,7 @@ def make_train_step(
       optimizer: of its parameters.
       num_microbatches: parts of the batch whose gradients are computed one after the other, to save memory.
       hold: stops the gradient of parameters that are not trained.
+      to_optimizer: lays out gradients and parameters over the devices as the optimizer's state is.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -56,8 +58,10 @@ def make_train_step(
         gradient, carried, metrics = batch_gradient(config, state.params, batch, carried, rngs, num_microbatches, hold)
 
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            gradient = to_optimizer(gradient)
+            params = to_optimizer(state.params)
+            updates, opt_state = optimizer.update(gradient, state.opt_state, params)
+            params = optax.apply_updates(params, updates)
 
         metrics["loss_weight"] = jnp.sum(batch.loss_weights)
         metrics["gradient_norm"] = optax.tree.norm(gradient)

@@ -106,6 +106,7 @@ def changed(name: str, **fields: Any) -> Experiment:
         pytest.param(changed("mesh", data=4, model=2), 8, id="data 4 x model 2"),
         pytest.param(changed("mesh", data=2, memory=4), 8, id="data 2 x memory 4"),
         pytest.param(changed("mesh", data=4, model=2, parameters="fsdp"), 8, id="fsdp 4 x model 2"),
+        pytest.param(changed("mesh", data=4, model=2, optimizer="sharded"), 8, id="sharded optimizer, 4 x model 2"),
         pytest.param(changed("batch", num_microbatches=2), 2, id="2 microbatches on data 2"),
         pytest.param(changed("model", remat="layer"), 1, id="remat"),
     ],
@@ -205,6 +206,33 @@ def test_optimizer_state_lies_where_its_parameters_lie():
             moments += 1
             assert leaf.sharding == params[f"{moment[1]}/{moment[2]}"].sharding, path
     assert moments == 2 * len(params), "the test does not see both moments"
+
+
+@pytest.mark.parametrize("optimizer", [Adafactor(), AdamW()], ids=["Adafactor", "AdamW"])
+@pytest.mark.parametrize("parameters", ["replicated", "fsdp"])
+def test_a_sharded_optimizer_holds_its_share(optimizer: Adafactor | AdamW, parameters: str):
+    """ZeRO-1: whatever is as large as a parameter is held by each device of a row of the mesh in part."""
+    mesh_config = changed("mesh", data=4, model=2, parameters=parameters, optimizer="sharded").mesh
+    mesh = mesh_config.make_mesh()
+    abstract = Program(dataclasses.replace(EXPERIMENT, optimizer=optimizer, mesh=mesh_config), mesh).abstract_state
+    state = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.ndim]
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in state)
+    assert held < sum(leaf.size for leaf in state) / mesh.shape["data"]
+    if parameters == "replicated":
+        assert all("data" not in leaf.sharding.spec for leaf in jax.tree.leaves(abstract.params))
+
+
+def test_a_dimension_that_is_shared_already_stays():
+    mesh = MeshConfig(data=4, model=2).make_mesh()
+
+    def over_data(*spec: str | None, shape: tuple[int, ...]) -> P:
+        return sharding.over_data(jax.sharding.NamedSharding(mesh, P(*spec)), shape).spec
+
+    assert over_data(shape=(8, 16)) == P(None, "data"), "the largest"
+    assert over_data(None, "model", shape=(8, 16)) == P("data", "model")
+    assert over_data("data", None, shape=(8, 16)) == P("data", None), "shared over data already"
+    assert over_data(shape=(3, 6)) == P(), "nothing that 4 devices divide"
+    assert over_data("model", shape=(8, 4, 6)) == P("model", "data", None)
 
 
 @pytest.mark.parametrize(
