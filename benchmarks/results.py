@@ -6,8 +6,8 @@ python benchmarks/results.py --cache stdlib=FOLDER --cache isabelle=FOLDER
 A FOLDER is a token cache as `memorizing prepare` makes it; the caches may have different vocabularies. Every row is
 trained and evaluated on whole held-out documents by `memorizing train`, one process after the other, the first seed of
 all rows first. A row is benchmarks/results.gin, which is the demo without its memory, and the bindings of ROWS; rows
-differ in nothing else but one gate per head, how fast it learns, and two numbers of a cache. Finished runs are not run
-again, killed ones go on. OUTPUT/runs has the folders of the runs; results.md, results.json and results.png are made
+differ in nothing else but one gate per head, how fast it learns, and two numbers of a cache. The layer that was taught
+is read with four times its memory too. Finished runs are not run again, killed ones go on. OUTPUT/runs has the folders of the runs; results.md, results.json and results.png are made
 from the finished ones, with --report_only without running anything.
 """
 
@@ -54,6 +54,8 @@ RECALL = (
 CACHE = ("LMConfig.continuous_cache=@ContinuousCache()", "ContinuousCache.mixing=learned")
 CLEARED = "memory cleared"
 ANOTHER = "memory of another document"
+LARGER_SIZE = 8192
+LARGER = f"memory {LARGER_SIZE}"
 
 
 class Row(NamedTuple):
@@ -80,6 +82,7 @@ ROWS = (
     Row("kNN layer, taught to look up", "recall", RECALL),
     Row("... its memory cleared", "recall", RECALL, CLEARED),
     Row("... with the memory of another document", "recall", RECALL, ANOTHER),
+    Row(f"... with a memory of {LARGER_SIZE:,}", "recall", RECALL, LARGER),
     Row("kNN layer, taught, and continuous cache", "both", RECALL + CACHE),
     Row("... their memories cleared", "both", RECALL + CACHE, CLEARED),
     Row("... with the memories of another document", "both", RECALL + CACHE, ANOTHER),
@@ -88,7 +91,8 @@ ROWS = (
 # Pairs of rows that are compared, besides every row with the first.
 CONTRASTS = (
     (4, 3, "teaching it"),
-    (7, 2, "both, against the untrained cache"),
+    (7, 4, "a larger memory at evaluation"),
+    (8, 2, "both, against the untrained cache"),
 )
 
 
@@ -128,8 +132,8 @@ def read_results(output: pathlib.Path, corpora: Iterable[str], seeds: Iterable[i
         for row in ROWS:
             for seed in seeds:
                 folder = folder_of(output, corpus, row.run, seed, steps)
-                if trainings.finished_step(folder) == steps:
-                    evaluation = json.loads((folder / trainings.RESULT).read_text())
+                evaluation = finished_evaluation(folder, steps)
+                if row.setting in evaluation:
                     rows[row.title][seed] = {
                         "document_tokens": evaluation["documents"]["tokens"],
                         **evaluation[row.setting],
@@ -137,6 +141,15 @@ def read_results(output: pathlib.Path, corpora: Iterable[str], seeds: Iterable[i
                     }
         results[corpus] = rows
     return results
+
+
+def finished_evaluation(folder: pathlib.Path, steps: int) -> dict[str, Any]:
+    """Documents and, by setting, figures of a run: those at its end and of a later `evaluate`; empty before its end."""
+    if trainings.finished_step(folder) != steps:
+        return {}
+    evaluation = json.loads((folder / trainings.RESULT).read_text())
+    later = folder / "evaluation" / trainings.RESULT
+    return evaluation | (json.loads(later.read_text())["evaluations"] if later.exists() else {})
 
 
 def look_ups(metrics: pathlib.Path) -> dict[str, float]:
@@ -163,8 +176,8 @@ def paired(row: Mapping[int, Any], base: Mapping[int, Any]) -> dict[str, Any] | 
     """Loss of a row less that of another on the same documents and with the same seeds, in nats per token.
 
     Returns:
-      Mean and spread over the seeds that both have, and the interval of the mean by resampling documents (None for
-      fewer than two); None without such seeds.
+      Mean and spread over the seeds that both have, and the interval of the mean by resampling documents and seeds
+      (None for fewer than two documents); None without such seeds.
     """
     seeds = sorted(set(row) & set(base))
     if not seeds:
@@ -175,7 +188,7 @@ def paired(row: Mapping[int, Any], base: Mapping[int, Any]) -> dict[str, Any] | 
     losses = np.array([np.subtract(row[seed]["by_document"], base[seed]["by_document"]) for seed in seeds])
     nats = losses * tokens
     mean_nats = nats.mean(axis=0)
-    interval = bootstrap.ratio_interval(mean_nats, tokens)
+    interval = bootstrap.interval_over_seeds(nats, tokens)
     return over_seeds(nats.sum(axis=1) / tokens.sum()) | {
         "interval": None if np.isnan(interval).any() else interval.tolist(),
         "documents_better": int(np.sum(mean_nats < 0)),
@@ -319,7 +332,8 @@ def report(output: pathlib.Path, caches: Mapping[str, str], seeds: Sequence[int]
     summaries = {corpus: summarize(rows) for corpus, rows in results.items()}
     notes = (
         "Mean over seeds, in parentheses the largest less the smallest; "
-        "[ ]: 95% bootstrap interval over documents of the mean. Losses in nats per token, paired by document and seed."
+        "[ ]: 95% bootstrap interval of the mean over documents and seeds. Losses in nats per token, paired by document "
+        "and seed."
     )
     tables = [markdown(corpus, summary) for corpus, summary in summaries.items()]
     text = "\n\n".join([*tables, notes]) + "\n"
@@ -361,6 +375,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     if not options.report_only:
         trained = {row.run: row for row in ROWS if row.run in options.runs.split(",")}
+        read_larger = {row.run for row in ROWS if row.setting == LARGER}
         # The rows of one kind are the same program: it is compiled once.
         environment = {"JAX_COMPILATION_CACHE_DIR": str(output / "compiled")}
         for seed in seeds:
@@ -370,6 +385,8 @@ def main() -> None:
                     row_flags = flags(row, cache, options.steps, seed)
                     try:
                         trainings.train(row_flags, folder, options.steps, environment, output / "times.jsonl")
+                        if row.run in read_larger and LARGER not in finished_evaluation(folder, options.steps):
+                            trainings.evaluate(folder, [f"--memory_sizes={LARGER_SIZE}"], environment)
                     except trainings.Failed as error:
                         sys.exit(str(error))
     report(output, caches, seeds, options.steps)

@@ -137,13 +137,11 @@ def _run_cell(cell: Cell, size: int, folder: pathlib.Path, options: argparse.Nam
     with log_file.open("a") as log:
         try:
             trainings.train(flags, workdir, cell.steps, environment, folder / "times.jsonl", log)
+            if cell.task == "recall" and not _suite(workdir).exists():
+                asked = ["--suite=mqar", f"--lengths={options.lengths}", f"--samples={options.samples}"]
+                trainings.evaluate(workdir, asked, environment, log)
         except trainings.Failed as error:
             raise UserError(f"{error}; see {log_file}") from None
-        if cell.task == "recall" and not _suite(workdir).exists():
-            asked = ["--suite=mqar", f"--lengths={options.lengths}", f"--samples={options.samples}"]
-            code = trainings.command(["evaluate", f"--workdir={workdir}", *asked], environment, log)
-            if code != 0:
-                raise UserError(f"{workdir.name}: memorizing evaluate ended with exit code {code}; see {log_file}")
     print(f"{cell.folder_name}: done", flush=True)
 
 

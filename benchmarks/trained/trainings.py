@@ -53,6 +53,19 @@ def train(
             raise Failed(f"{workdir.name}: memorizing train ended with exit code {code}")
 
 
+def evaluate(
+    workdir: pathlib.Path, flags: Sequence[str], environment: Mapping[str, str], log: IO[str] | None = None
+) -> None:
+    """Evaluates a finished run; arguments as of `train`.
+
+    Raises:
+      Failed: it ended otherwise than done.
+    """
+    code = command(["evaluate", f"--workdir={workdir}", *flags], environment, log)
+    if code != 0:
+        raise Failed(f"{workdir.name}: memorizing evaluate ended with exit code {code}")
+
+
 def command(command_line: Sequence[str], environment: Mapping[str, str], log: IO[str] | None = None) -> int:
     """Runs `memorizing` with these arguments; returns its exit code."""
     print("$ memorizing " + " ".join(command_line), file=log, flush=True)

@@ -13,6 +13,7 @@ import pytest
 from mechanisms import init_params
 
 from memorizing.config.loading import load_experiment
+from memorizing.evaluation import bootstrap
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.xl import XLAttention
 
@@ -102,10 +103,23 @@ def test_means_spreads_and_paired_differences(results):
     assert difference["spread"] == pytest.approx(0.3)
     assert difference["documents"] == 2 and difference["documents_better"] == 1
     low, high = difference["interval"]
-    # Resampled documents lie between those that gain most and least: means over seeds of -0.7 and 0.
-    assert low == pytest.approx(-0.7) and high == pytest.approx(0.0, abs=1e-9)
+    # Resampled documents and seeds lie between those that gain most and least.
+    assert low == pytest.approx(-1.0) and high == pytest.approx(0.1)
     assert results.paired(row, {}) is None
-    assert results._shown(difference) == "-0.1750 (0.3000) [-0.7000, +0.0000]"
+    assert results._shown(difference) == "-0.1750 (0.3000) [-1.0000, +0.1000]"
+
+
+def test_an_interval_over_seeds_is_wider_than_over_documents():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(100, 1000, 40).astype(float)
+    # Trainings that differ by more than documents do.
+    nats = tokens * (rng.normal(size=40) * 0.01 + np.array([[-0.1], [0.0], [0.1]]))
+    low, high = bootstrap.interval_over_seeds(nats, tokens)
+    of_mean_low, of_mean_high = bootstrap.ratio_interval(nats.mean(axis=0), tokens)
+    assert low < -0.05 < of_mean_low < of_mean_high < 0.05 < high
+    one = nats[:1]
+    np.testing.assert_allclose(bootstrap.interval_over_seeds(one, tokens), bootstrap.ratio_interval(one[0], tokens))
+    assert np.isnan(bootstrap.interval_over_seeds(np.ones((3, 1)), np.ones(1))).all()
 
 
 def test_report_has_what_is_finished(results, tmp_path: pathlib.Path):
@@ -145,3 +159,14 @@ def test_report_has_what_is_finished(results, tmp_path: pathlib.Path):
     assert f"| kNN layer as in the paper {row}" in table
     results.picture(found, tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_later_evaluation_found_counts_too(results, tmp_path: pathlib.Path):
+    """And only after the end of the training that it is asked for."""
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps({"evaluations": {results.LARGER: {"loss": 1}}}))
+    assert results.finished_evaluation(tmp_path, 7) == {}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 7, "as trained": {"loss": 2}}))
+    assert results.finished_evaluation(tmp_path, 8) == {}
+    found = results.finished_evaluation(tmp_path, 7)
+    assert found["as trained"] == {"loss": 2} and found[results.LARGER] == {"loss": 1}
