@@ -22,7 +22,7 @@ from memorizing.models.attention.sparse.routing import RoutingAttention
 
 
 def test_recall_counts_true_neighbours():
-    queries, keys = search.vectors(256, 8)
+    queries, keys = search.random_vectors(256, 8)
     true = search.true_neighbours(queries, keys)
     assert true.shape == (search.HEADS, search.QUERIES, search.K)
     assert search.recall(true[..., ::-1], true) == 1

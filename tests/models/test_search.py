@@ -49,8 +49,9 @@ class InSlabs(ExactSearch):
 SEARCHES = [
     ExactSearch(),
     ExactSearch(block_scores=64 * T, group_size=8),
-    ExactSearch(block_scores=100 * T, group_size=7),
-    ExactSearch(block_scores=M * T, group_size=1),
+    # The last block of queries is not full.
+    ExactSearch(block_queries=T - 1, block_scores=50 * T, group_size=7),
+    ExactSearch(block_queries=1, group_size=1),
     InSlabs(slabs=16),
     # Two levels of groups where k is small, and a memory in three parts.
     InSlabs(slabs=4),
@@ -126,7 +127,7 @@ small_integers = hnp.arrays(np.float32, (96, 2), elements=st.integers(-2, 2).map
     [
         ExactSearch(),
         ExactSearch(block_scores=3 * 32, group_size=4),
-        ExactSearch(block_scores=3 * 20, group_size=3),
+        ExactSearch(block_queries=2, block_scores=2 * 20, group_size=3),
         InSlabs(slabs=4),
         InSlabs(slabs=2, slab_scores=3 * 48),
     ],
@@ -190,18 +191,18 @@ def test_a_memory_that_fills_is_searched_as_far_as_it_is_filled(num_filled: int,
     """In three blocks of eight slots, of which the first is always read."""
     rng = np.random.default_rng(0)
     queries, keys = rng.normal(size=(4, H)), rng.normal(size=(24, H))
-    read, score_block = [], blocks._score_block
+    num_scored, scores_of = [], blocks.scores_of
 
-    def score_and_tell(queries: Any, block: blocks.Block, group_size: int) -> blocks.Groups:
-        jax.debug.callback(lambda group: read.append(int(group)), block.first_group)
-        return score_block(queries, block, group_size)
+    def score_and_tell(queries: Any, keys: Any, valid: Any) -> Any:
+        jax.debug.callback(lambda slots: num_scored.append(len(slots)), valid)
+        return scores_of(queries, keys, valid)
 
-    monkeypatch.setattr(blocks, "_score_block", score_and_tell)
+    monkeypatch.setattr(blocks, "scores_of", score_and_tell)
     search = ExactSearch(block_scores=4 * 8, group_size=2)
     valid = np.arange(24) < num_filled
     scores, indices = search.top_k(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(valid), 3)
     jax.effects_barrier()
-    assert sorted(read) == [0, 4, 8][: max(-(-num_filled // 8), 1)]
+    assert num_scored == [8] * max(-(-num_filled // 8), 1)
     num_found = min(num_filled, 3)
     expected = np.sort(queries @ keys[:num_filled].T, axis=1)[:, ::-1][:, :3]
     np.testing.assert_allclose(scores[:, :num_found], expected, rtol=1e-5)

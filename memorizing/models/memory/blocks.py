@@ -1,8 +1,6 @@
-"""Exact top-k, a block of slots after the other: of the scores of a memory no more than a cache holds stand at once."""
+"""Exact top-k of a few queries at a time: of the scores of a memory no more than a cache holds stand at once."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,71 +12,45 @@ Scores = Float[Array, "T K"]
 Indices = Int[Array, "T K"]
 
 
-class Groups(NamedTuple):
-    """G groups of S neighbouring slots for each query, in the order of the memory.
-
-    Attributes:
-      number: int32, index of the group in the memory.
-      scores: float32, of each slot.
-      maximum: float32, the greatest of them, which stands for the group.
-    """
-
-    number: Int[Array, "T G"]
-    scores: Float[Array, "T G S"]
-    maximum: Float[Array, "T G"]
-
-
-class Block(NamedTuple):
-    """Consecutive slots of the memory, which are scored together; of several blocks, with an axis of blocks in front.
-
-    Attributes:
-      first_group: int32 scalar, index of its first group in the memory.
-      keys: [slots, H].
-      valid: bool [slots].
-    """
-
-    first_group: Int[Array, "*blocks"]
-    keys: Float[Array, "*blocks slots H"]
-    valid: Bool[Array, "*blocks slots"]
-
-
 def top_k(
     queries: Float[Array, "T H"],
     keys: Float[Array, "M H"],
     valid: Bool[Array, "M"],
     k: int,
+    block_queries: int,
     block_scores: int,
     group_size: int,
 ) -> tuple[Scores, Indices]:
     """Scores of the k best slots of each query in descending order, and their indices.
 
-    Each of the k best scores lies in one of the k groups with the greatest maxima: blocks of slots are scored one after
-    the other with a running choice of k groups, and only the slots of the last choice are sorted. What lies behind the
-    block of the last valid slot is left out.
-
     Args:
       queries, keys, valid: of one head; slots that are not valid are never found.
       k: how many.
-      block_scores: scores computed at a time, at most: queries times the slots of a block.
+      block_queries: queries searched at a time, at most.
+      block_scores: scores computed at a time, at most: queries times the slots of a block. What lies behind the block of
+        the last valid slot is left out.
       group_size: slots of a group, at most.
     """
-    num_queries = len(queries)
+    num_queries, width = queries.shape
     num_slots = len(keys)
     group_size = largest_divisor(num_slots, group_size)
-    num_groups = num_slots // group_size
-    if num_groups <= k:
+    if num_slots // group_size <= k:
         all_scores = scores_of(queries, keys, valid)
         scores, indices = jax.lax.top_k(all_scores, min(k, num_slots))
         return pad_neighbours(scores, indices, k)
 
-    block_groups = _groups_of_block(num_queries, num_groups, group_size, block_scores)
-    best = _best_of_memory(queries, _split(keys, valid, block_groups, group_size), k, group_size)
-    # [T, k * S]
-    candidates = best.scores.reshape(num_queries, -1)
-    scores, place = jax.lax.top_k(candidates, k)
-    group = jnp.take_along_axis(best.number, place // group_size, axis=1)
-    indices = group * group_size + place % group_size
-    return scores, indices
+    def search_block(queries: Float[Array, "queries H"]) -> tuple[Scores, Indices]:
+        block_slots = max(1, block_scores // len(queries))
+        return _best_slots(_scores_of_memory(queries, keys, valid, block_slots), k, group_size)
+
+    num_blocks = -(-num_queries // block_queries)
+    if num_blocks == 1:
+        return search_block(queries)
+    at_once = -(-num_queries // num_blocks)
+    padded = jnp.pad(queries, [(0, num_blocks * at_once - num_queries), (0, 0)])
+    # [blocks, queries, k]
+    scores, indices = jax.lax.map(search_block, padded.reshape(num_blocks, at_once, width))
+    return scores.reshape(-1, k)[:num_queries], indices.reshape(-1, k)[:num_queries]
 
 
 def scores_of(
@@ -97,102 +69,61 @@ def scores_of(
     return jnp.where(valid[None, :], scores, -jnp.inf)
 
 
-def _groups_of_block(num_queries: int, num_groups: int, group_size: int, block_scores: int) -> int:
-    """As many groups as fit into a block, in equal blocks."""
-    group_scores = num_queries * group_size
-    at_most = max(1, block_scores // group_scores)
-    return largest_divisor(num_groups, at_most)
-
-
-def _split(
+def _scores_of_memory(
+    queries: Float[Array, "T H"],
     keys: Float[Array, "M H"],
     valid: Bool[Array, "M"],
-    block_groups: int,
-    group_size: int,
-) -> Block:
-    """All blocks of a memory, each of `block_groups` groups."""
-    num_slots, width = keys.shape
-    num_blocks = num_slots // (block_groups * group_size)
-    return Block(
-        first_group=jnp.arange(num_blocks, dtype=jnp.int32) * block_groups,
-        keys=keys.reshape(num_blocks, -1, width),
-        valid=valid.reshape(num_blocks, -1),
-    )
+    block_slots: int,
+) -> Float[Array, "T M"]:
+    """`scores_of` the whole memory, a block of slots after the other."""
+    num_slots = len(keys)
+    block_slots = largest_divisor(num_slots, block_slots)
+    num_blocks = num_slots // block_slots
+    if num_blocks == 1:
+        return scores_of(queries, keys, valid)
 
+    def scores_of_block(first: Int[Array, ""] | int) -> Float[Array, "T slots"]:
+        block_keys = jax.lax.dynamic_slice_in_dim(keys, first, block_slots)
+        block_valid = jax.lax.dynamic_slice_in_dim(valid, first, block_slots)
+        return scores_of(queries, block_keys, block_valid)
 
-def _best_of_memory(queries: Float[Array, "T H"], blocks: Block, k: int, group_size: int) -> Groups:
-    """The k best groups of all blocks, with a running choice of k as each block is scored."""
-    # [blocks, slots]
-    num_blocks, block_slots = blocks.valid.shape
-    block_groups = block_slots // group_size
+    def add_block(index_and_scores: tuple[Int[Array, ""], Array]) -> tuple[Int[Array, ""], Array]:
+        index, scores = index_and_scores
+        first = index * block_slots
+        return index + 1, jax.lax.dynamic_update_slice_in_dim(scores, scores_of_block(first), first, axis=1)
 
-    def groups_of(index: Int[Array, ""] | int) -> Groups:
-        block = jax.tree.map(lambda leaf: leaf[index], blocks)
-        return _score_block(queries, block, group_size)
-
-    def add_block(index_and_best: tuple[Int[Array, ""], Groups]) -> tuple[Int[Array, ""], Groups]:
-        index, best = index_and_best
-        return index + 1, _best_groups(_joined(best, groups_of(index)), k)
-
-    # The first one outside the loop: there is nothing yet to be joined with.
-    first_groups = groups_of(0)
-    if block_groups < k:
-        first_groups = _joined(_no_groups(len(queries), k - block_groups, group_size), first_groups)
-    best = _best_groups(first_groups, k)
     # While a memory fills, the blocks behind the last one that holds something are not looked at.
-    last_block = jnp.max(jnp.where(blocks.valid.any(axis=-1), jnp.arange(num_blocks), 0))
+    has_valid = valid.reshape(num_blocks, block_slots).any(axis=-1)
+    last_block = jnp.max(jnp.where(has_valid, jnp.arange(num_blocks), 0))
 
-    def is_left(index_and_best: tuple[Int[Array, ""], Groups]) -> Bool[Array, ""]:
-        index, _ = index_and_best
+    def is_left(index_and_scores: tuple[Int[Array, ""], Array]) -> Bool[Array, ""]:
+        index, _ = index_and_scores
         # That there are no more says how often the loop runs at most, which estimates of its cost look for.
         return (index <= last_block) & (index < num_blocks)
 
-    _, best = jax.lax.while_loop(is_left, add_block, (jnp.int32(1), best))
-    return best
+    # The first one outside the loop: what it is joined to then varies over the devices of a mesh as it does itself.
+    scores = jnp.pad(scores_of_block(0), [(0, 0), (0, num_slots - block_slots)], constant_values=-jnp.inf)
+    _, scores = jax.lax.while_loop(is_left, add_block, (jnp.int32(1), scores))
+    return scores
 
 
-def _score_block(queries: Float[Array, "T H"], block: Block, group_size: int) -> Groups:
-    """The groups of a block with the scores of their slots."""
-    num_queries = len(queries)
-    num_groups = len(block.keys) // group_size
-    scores = scores_of(queries, block.keys, block.valid)
-    # [T, G, S]
-    scores = scores.reshape(num_queries, num_groups, group_size)
-    number = block.first_group + jnp.arange(num_groups, dtype=jnp.int32)
-    return Groups(
-        number=jnp.broadcast_to(number, (num_queries, num_groups)),
-        scores=scores,
-        maximum=scores.max(axis=-1),
-    )
+def _best_slots(scores: Float[Array, "T M"], k: int, group_size: int) -> tuple[Scores, Indices]:
+    """The k best slots of each query, of equal ones the lower first.
 
-
-def _no_groups(num_queries: int, num_groups: int, group_size: int) -> Groups:
-    """Groups of slots that do not exist."""
-    return Groups(
-        number=jnp.zeros((num_queries, num_groups), jnp.int32),
-        scores=jnp.full((num_queries, num_groups, group_size), -jnp.inf),
-        maximum=jnp.full((num_queries, num_groups), -jnp.inf),
-    )
-
-
-def _joined(earlier: Groups, later: Groups) -> Groups:
-    """The groups of both, in their order."""
-    return jax.tree.map(lambda *groups: jnp.concatenate(groups, axis=1), earlier, later)
-
-
-def _best_groups(groups: Groups, k: int) -> Groups:
-    """The k groups with the greatest maxima, still in the order of the memory.
-
-    Of equal maxima the lower group comes first.
+    Each of them lies in one of the k groups of neighbouring slots with the greatest maxima, of equal maxima the lower
+    groups: only the slots of these are sorted.
     """
-    _, best = jax.lax.top_k(groups.maximum, k)
-    # [T, k]
-    place = jnp.sort(best, axis=-1)
-    return Groups(
-        number=jnp.take_along_axis(groups.number, place, axis=1),
-        scores=jnp.take_along_axis(groups.scores, place[:, :, None], axis=1),
-        maximum=jnp.take_along_axis(groups.maximum, place, axis=1),
-    )
+    num_queries = len(scores)
+    # [T, G, S]
+    groups = scores.reshape(num_queries, -1, group_size)
+    _, best = jax.lax.top_k(groups.max(axis=-1), k)
+    # In the order of the memory, so that of equal slots the lower one comes first.
+    best = jnp.sort(best, axis=-1)
+    # [T, k, S] -> [T, k * S]
+    candidates = jnp.take_along_axis(groups, best[:, :, None], axis=1).reshape(num_queries, -1)
+    scores, place = jax.lax.top_k(candidates, k)
+    group = jnp.take_along_axis(best, place // group_size, axis=1)
+    return scores, group * group_size + place % group_size
 
 
 def pad_neighbours(

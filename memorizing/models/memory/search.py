@@ -84,12 +84,12 @@ class ExactSearch:
     """Finds exactly the k best slots (recall 1.0). Of equal scores the lower slot wins, as in `lax.top_k`.
 
     On TPUs in slabs (see `slabs`), elsewhere, and where many slots are equally good, in blocks (see `blocks`). The
-    defaults for blocks were the fastest of several on CPUs, for 256 and 1024 queries and 2048 to 65536 slots; those for
+    defaults for blocks were the fastest of several on CPUs, for 64 to 768 queries and 2048 to 65536 slots; those for
     slabs are the cheapest of several by the estimate of the TPU compiler.
 
     Attributes:
-      block_scores: scores computed at a time for a head, at most: queries times the slots of a block, as many as stay
-        in a cache.
+      block_queries: queries of a head that are searched at a time, at most.
+      block_scores: scores computed at a time, at most: queries times the slots of a block.
       group_size: slots of a group, at most.
       slabs: slots of a group on TPUs, at most, each from another slab; 1 for blocks there too.
       slab_scores: scores written at a time on TPUs, at most.
@@ -97,14 +97,15 @@ class ExactSearch:
 
     is_exact: ClassVar[bool] = True
 
-    block_scores: Count = 1 << 21
+    block_queries: Count = 64
+    block_scores: Count = 1 << 17
     group_size: Count = 16
     slabs: Count = 32
     slab_scores: Count = 1 << 25
 
     def __post_init__(self) -> None:
-        if min(self.block_scores, self.group_size, self.slabs, self.slab_scores) < 1:
-            raise UserError(f"{self}: block_scores, group_size, slabs and slab_scores have to be at least 1")
+        if min(dataclasses.astuple(self)) < 1:
+            raise UserError(f"{self}: all of these have to be at least 1")
 
     def top_k(
         self,
@@ -114,7 +115,7 @@ class ExactSearch:
         k: int,
     ) -> tuple[Scores, Indices]:
         """Scores of the k best slots of each query of a head, in blocks."""
-        return blocks.top_k(queries, keys, valid, k, self.block_scores, self.group_size)
+        return blocks.top_k(queries, keys, valid, k, self.block_queries, self.block_scores, self.group_size)
 
     def of_heads(
         self,
@@ -162,7 +163,8 @@ class ExactSearch:
         def again(head: Int[Array, ""]) -> tuple[Scores, Indices]:
             head_keys = turned(keys[head], placement)
             row_valid = valid[head // heads_of_row]
-            return blocks.top_k(queries[head], head_keys, row_valid, k, self.block_scores, self.group_size)
+            # Not `self.top_k`, which may be another one in a subclass.
+            return ExactSearch.top_k(self, queries[head], head_keys, row_valid, k)
 
         def certain(head: Int[Array, ""]) -> tuple[Scores, Indices]:
             return found.scores[head], found.indices[head]
