@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from memorizing import main
-from memorizing.benchmarks import data, future, measure, scaling, search, step
+from memorizing.benchmarks import accelerator, bench, data, future, measure, scaling, search, step
 from memorizing.benchmarks.reading import stream
 from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
@@ -68,6 +69,40 @@ def test_reading_and_writing_are_measured(tmp_path: pathlib.Path, capsys: pytest
     assert results["read"]["tokens_per_second"] > 0 and results["written"]["tokens_per_second"] > 0
 
 
+def test_an_accelerator_is_measured_in_one_go(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, monkeypatch):
+    """What there is no time for is left out, and so is what fails: the others' figures are there."""
+    small = ("text", "--gin_file=smoke", "--read=32", "--written=2", "--rounds=2")
+    parts = [
+        accelerator.Part("small", small),
+        accelerator.Part("wrong", ("search", "--slots=1"), False),
+        accelerator.Part("long", ("stream",)),
+    ]
+    monkeypatch.setattr(accelerator, "PARTS", parts)
+    start, times = time.monotonic(), iter([0.0, 0.0, 0.0, 200.0])
+    monkeypatch.setattr(accelerator.time, "monotonic", lambda: start + next(times, 200.0))
+    output = tmp_path / "all.json"
+    flags = ["--only=small,wrong,long", "--minutes=3", f"--workdir={tmp_path}", f"--output={output}"]
+    assert main._run(["bench", "accelerator", *flags, "--gin.LMConfig.num_layers=3"]) == 0
+    told = capsys.readouterr().out
+    assert "small: done" in told and "wrong: failed with exit code 2" in told and "long: no time left" in told
+    assert list(json.loads(output.read_text())["results"]) == ["small"]
+
+
+def test_the_parts_for_an_accelerator_are_benchmarks_of_runs_that_exist():
+    for part in accelerator.PARTS:
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        flags, bindings = [], []
+        for flag in part.command:
+            (bindings if flag.startswith("--gin.") else flags).append(flag)
+        options = parser.parse_args(flags)
+        assert part.takes_run == hasattr(options, "gin_file")
+        if part.takes_run:
+            load_experiment(
+                options.gin_file, [binding.removeprefix("--gin.") for binding in bindings], base="CACHE = None"
+            )
+
+
 def test_a_stream_is_timed_in_blocks_that_begin_side_by_side():
     """What happens between blocks is in no block's time, and a block that is cut short is not counted."""
 
@@ -108,6 +143,8 @@ def test_tokens_of_a_cache_are_counted(tmp_path: pathlib.Path, capsys: pytest.Ca
         (["stream", "--tokens=4096"], "--tokens=4096"),
         (["stream", "--gin_file=smoke"], "RepeatedPassages"),
         (["scaling", "--slice=v9:1x1", "--lengths=16"], "TPU"),
+        (["accelerator", "--only=step,flight"], "flight"),
+        (["accelerator", "--minutes=soon"], "--minutes"),
         (["data", "--seconds=0"], "--seconds=0"),
         (["data", "--gin.A.b=1"], "--gin.A.b=1"),
         (["data", "--cache=/nowhere"], "/nowhere"),
