@@ -19,7 +19,8 @@ from memorizing.benchmarks import measure
 from memorizing.commands import experiment_flags
 from memorizing.config.loading import load_experiment
 from memorizing.errors import MOST, Range
-from memorizing.generation.decoding import Decoder, TextDecoder, Weights
+from memorizing.generation.decoding import TextDecoder
+from memorizing.generation.programs import Decoder, Weights
 from memorizing.generation.sampling import Sampling
 from memorizing.runtime import tables
 from memorizing.training.experiment import Experiment

@@ -18,7 +18,7 @@ import numpy as np
 
 from memorizing.array_typing import Tree
 from memorizing.errors import UserError
-from memorizing.generation.decoding import TextState
+from memorizing.generation.programs import TextState
 from memorizing.runtime.json_lines import replace_bytes
 from memorizing.runtime.workdir import DamagedRecord, OtherFormat, resolve, seal, unseal
 from memorizing.training.checkpoint import paths

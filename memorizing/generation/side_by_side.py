@@ -20,12 +20,12 @@ from jaxtyping import Array, Int
 from memorizing.array_typing import Tree
 from memorizing.context import Context
 from memorizing.evaluation.reading import Pace
-from memorizing.generation.decoding import (
+from memorizing.generation.decoding import TextDecoder
+from memorizing.generation.programs import (
     MOST_TOKENS,
     Decoder,
     KVCache,
     OpenSegment,
-    TextDecoder,
     Weights,
     decode_step,
     decode_steps,

@@ -25,7 +25,8 @@ from memorizing.batch import Vocabulary
 from memorizing.errors import UserError
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.generation import session_file
-from memorizing.generation.decoding import Decoder, HostScores, TextDecoder, TextState, Weights
+from memorizing.generation.decoding import HostScores, TextDecoder
+from memorizing.generation.programs import Decoder, TextState, Weights
 from memorizing.generation.sampling import Sampling
 from memorizing.generation.side_by_side import SideBySide
 from memorizing.runtime import sharding

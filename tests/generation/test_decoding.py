@@ -26,7 +26,8 @@ from paces import pass_at_once
 
 from memorizing.context import Report, Segment
 from memorizing.errors import UserError
-from memorizing.generation.decoding import Decoder, OpenSegment, TextDecoder, Weights, predict
+from memorizing.generation.decoding import TextDecoder
+from memorizing.generation.programs import Decoder, OpenSegment, Weights, predict
 from memorizing.generation.sampling import Sampling, draw
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.models.attention.compressive import CompressiveAttention

@@ -28,7 +28,8 @@ from memorizing.data.tokens.cache_writer import TokenisedDocument
 from memorizing.data.tokens.vocabulary import ByteVocabulary
 from memorizing.errors import UserError
 from memorizing.generation import text_model
-from memorizing.generation.decoding import Decoder, TextDecoder, Weights
+from memorizing.generation.decoding import TextDecoder
+from memorizing.generation.programs import Decoder, Weights
 from memorizing.generation.text_model import TextModel, TextStream
 from memorizing.runtime import sharding
 from memorizing.runtime.workdir import write_record

@@ -18,7 +18,7 @@ from damage import damages
 
 from memorizing.errors import UserError
 from memorizing.generation import session_file
-from memorizing.generation.decoding import TextState
+from memorizing.generation.programs import TextState
 from memorizing.runtime.workdir import seal
 
 VOCAB, LENGTH = 32, 4

@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from memorizing.generation.decoding import MOST_TOKENS, TextDecoder, TextState
+from memorizing.generation.decoding import TextDecoder
+from memorizing.generation.programs import MOST_TOKENS, TextState
 from memorizing.generation.sampling import Sampling, SamplingArrays
 from memorizing.generation.side_by_side import Writer
 from memorizing.generation.text_model import TextModel

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memorizing.generation.decoding import TextState
+from memorizing.generation.programs import TextState
 from memorizing.generation.serving.requests import BadRequest, Completion
 from memorizing.generation.serving.scheduler import Job, Outcome, Scheduler
 from memorizing.generation.serving.session_store import CannotBeWritten, SessionStore, UnknownSession

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from memorizing.errors import UserError
-from memorizing.generation.decoding import TextState
+from memorizing.generation.programs import TextState
 from memorizing.generation.text_model import TextModel
 
 SUFFIX = ".session"
