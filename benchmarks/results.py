@@ -7,8 +7,9 @@ A FOLDER is a token cache as `memorizing prepare` makes it; the caches may have 
 trained and evaluated on whole held-out documents by `memorizing train`, one process after the other, the first seed of
 all rows first. A row is benchmarks/results.gin, which is the demo without its memory, and the bindings of ROWS; rows
 differ in nothing else but one gate per head, how fast it learns, and two numbers of a cache. The layer that was taught
-is read with four times its memory too. Finished runs are not run again, killed ones go on. OUTPUT/runs has the folders of the runs; results.md, results.json and results.png are made
-from the finished ones, with --report_only without running anything.
+is read with four times its memory too. Finished runs are not run again, killed ones go on. OUTPUT/runs has the folders
+of the runs; results.md, results.json and results.png are made from the finished ones, with --report_only without
+running anything.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def top_k(
       queries, keys, valid: of one head; slots that are not valid are never found.
       k: how many.
       block_queries: queries searched at a time, at most.
-      block_scores: scores computed at a time, at most: queries times the slots of a block. What lies behind the block of
-        the last valid slot is left out.
+      block_scores: scores computed at a time, at most: queries times the slots of a block. What lies behind the block
+        of the last valid slot is left out.
       group_size: slots of a group, at most.
     """
     num_queries, width = queries.shape

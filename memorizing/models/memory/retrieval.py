@@ -291,31 +291,9 @@ def _attend_heads(
     @jax.checkpoint
     def attend_head(head: tuple) -> tuple[Float[Array, "T H"], Float[Array, "T"], Scores]:
         number, head_queries, head_scores, head_indices, *own = head
-        keys, values = own or (all_keys, all_values)
-        is_neighbour = head_scores > -jnp.inf
-        first_slot = 0 if own else number * num_slots
-        # What is no neighbour may hold anything, and 0 * NaN is NaN: the query's best, which comes first, stands in for
-        # it.
-        head_slots = jnp.where(is_neighbour, head_indices, head_indices[:, :1])
-        slots = first_slot + head_slots
-
-        # [T, K]
-        found_scores = jnp.where(is_neighbour, head_scores, 0.0)
-        placed = () if placement is None else (placement.of_slots[head_slots], placement.rotary)
-        products = differentiable_scores(found_scores, head_queries, keys, slots, *placed)
-        logits = soft_cap(scale[number % num_heads] * products, logit_cap)
-        logits = jnp.where(is_neighbour, logits, NO_NEIGHBOUR)
-
-        weights = jax.nn.softmax(logits).astype(values.dtype)
-        attended = jnp.einsum(
-            "TK,TKH->TH",
-            weights,
-            _gather(values, slots),
-            preferred_element_type=jnp.float32,
-        )
-        attended = attended.astype(values.dtype)
-        log_sum = jax.nn.logsumexp(logits, axis=-1)
-        return attended, log_sum, logits
+        table = _Table(*own, first_slot=0) if own else _Table(all_keys, all_values, number * num_slots)
+        found = (head_queries, head_scores, head_indices)
+        return _attend_head(*found, table, scale[number % num_heads], placement, logit_cap)
 
     # Queries of a row whose memory is empty meet whatever lies in a slot: they get nothing, and no gradient.
     holds_any = jnp.any(memory.valid, axis=-1)[:, None, None, None]
@@ -333,6 +311,51 @@ def _attend_heads(
     logits = _unflatten_heads(logits, num_rows, num_heads)
     attended, log_sum = checkpoint_name((attended, log_sum), NEIGHBOURS)
     return jnp.where(holds_any, attended, 0), log_sum, logits
+
+
+class _Table(NamedTuple):
+    """Where the memory of a head lies.
+
+    Attributes:
+      keys, values: [slots, H], of several heads or of this one.
+      first_slot: of the head's memory.
+    """
+
+    keys: Float[Array, "slots H"] | Any
+    values: Float[Array, "slots H"] | Any
+    first_slot: Int[Array, ""] | int
+
+
+def _attend_head(
+    queries: Float[Array, "T H"],
+    scores: Scores,
+    indices: Int[Array, "T K"],
+    table: _Table,
+    scale: Float[Array, ""],
+    placement: Placement | None,
+    logit_cap: float,
+) -> tuple[Float[Array, "T H"], Float[Array, "T"], Scores]:
+    """`_attend_heads` of one head."""
+    is_neighbour = scores > -jnp.inf
+    # What is no neighbour may hold anything, and 0 * NaN is NaN: the query's best, which comes first, stands in for it.
+    head_slots = jnp.where(is_neighbour, indices, indices[:, :1])
+    slots = table.first_slot + head_slots
+
+    # [T, K]
+    found_scores = jnp.where(is_neighbour, scores, 0.0)
+    placed = () if placement is None else (placement.of_slots[head_slots], placement.rotary)
+    products = differentiable_scores(found_scores, queries, table.keys, slots, *placed)
+    logits = soft_cap(scale * products, logit_cap)
+    logits = jnp.where(is_neighbour, logits, NO_NEIGHBOUR)
+
+    weights = jax.nn.softmax(logits).astype(table.values.dtype)
+    attended = jnp.einsum(
+        "TK,TKH->TH",
+        weights,
+        _gather(table.values, slots),
+        preferred_element_type=jnp.float32,
+    )
+    return attended.astype(table.values.dtype), jax.nn.logsumexp(logits, axis=-1), logits
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
