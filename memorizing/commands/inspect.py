@@ -218,7 +218,7 @@ def _write(finished: FinishedRun, document: NamedDocument, inspection: Inspectio
         ),
         "attention_by_age.png": (
             plots.mass_by_age(inspection),
-            "Share of each head's attention by the age of the memory.",
+            "Share of attention by the age of the memory, by head, or of many heads by layer.",
         ),
     }
     facts = {

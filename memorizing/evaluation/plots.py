@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, and a marker for each of its colours.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+# Lines that can be told apart in one picture.
+MOST_LINES = 12
 
 
 def loss_by_position(evaluations: Mapping[str, Evaluation], reference: str | None = None, seed: int = 0) -> bytes:
@@ -189,33 +191,57 @@ def gain_by_position(inspection: Inspection) -> bytes:
 
 
 def distances(inspection: Inspection) -> bytes:
-    """How far back the retrieved neighbours lie, one line a layer, and how far back what was in the memory lay."""
-    figure, (axes,) = _figure()
+    """How far back the retrieved neighbours lie, by layer, and how far back what was in the memory lay."""
     edges = _age_bins(inspection)
-    for index, lookups in enumerate(inspection.lookups):
-        counts = _by_age(lookups.distances, edges)
-        label = f"retrieved, {lookups.layer}"
-        axes.stairs(_share(counts), edges, label=label, linewidth=2, color=_color(index))
-    available = _share(_available(inspection, edges))
-    axes.stairs(available, edges, label="everything in the memory", color="gray", linestyle="--")
-    _ages(axes, "share of the neighbours")
-    axes.set_title("How far back the neighbours lie")
+    shares = {each.layer: _share(_by_age(each.distances, edges)) for each in inspection.lookups}
+    everything = {"everything in the memory": _share(_available(inspection, edges))}
+    label, title = "share of the neighbours", "How far back the neighbours lie"
+    if len(shares) > MOST_LINES:
+        return _heat_map(shares | everything, edges, label, title)
+    figure, (axes,) = _figure()
+    for index, (layer, share) in enumerate(shares.items()):
+        axes.stairs(share, edges, label=f"retrieved, {layer}", linewidth=2, color=_color(index))
+    for name, share in everything.items():
+        axes.stairs(share, edges, label=name, color="gray", linestyle="--")
+    _ages(axes, label)
+    axes.set_title(title)
     return png(figure)
 
 
 def mass_by_age(inspection: Inspection) -> bytes:
-    """Share of each head's attention that goes to memories of an age, one line a head."""
-    figure, (axes,) = _figure()
+    """Share of attention that goes to memories of an age, one line a head; of many heads, by layer."""
     edges = _age_bins(inspection)
+    masses = {each.layer: _mass(each, edges) for each in inspection.lookups}
+    label, title = "share of the attention", "Attention to the memory by age"
+    if sum(map(len, masses.values())) > MOST_LINES:
+        by_layer = {layer: np.mean([_share(of_head) for of_head in mass], axis=0) for layer, mass in masses.items()}
+        return _heat_map(by_layer, edges, f"{label}, mean over heads", title)
+    figure, (axes,) = _figure()
     middles = np.sqrt(edges[1:] * edges[:-1])
-    num_lines = 0
-    for lookups in inspection.lookups:
-        for head, mass in enumerate(_mass(lookups, edges)):
-            label = f"{lookups.layer}, head {head}"
-            axes.plot(middles, _share(mass), label=label, **style(num_lines))
-            num_lines += 1
-    _ages(axes, "share of the attention", columns=1 + num_lines // 7)
-    axes.set_title("Attention to the memory by age")
+    heads = [(f"{layer}, head {head}", mass[head]) for layer, mass in masses.items() for head in range(len(mass))]
+    for index, (name, of_head) in enumerate(heads):
+        axes.plot(middles, _share(of_head), label=name, **style(index))
+    _ages(axes, label, columns=1 + len(heads) // 7)
+    axes.set_title(title)
+    return png(figure)
+
+
+def _heat_map(shares: Mapping[str, np.ndarray], edges: np.ndarray, label: str, title: str) -> bytes:
+    """Shares by age, a row each: as lines so many could not be told apart."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = np.arange(len(shares) + 1)
+    figure = Figure(figsize=(7, 1.5 + 0.2 * len(shares)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    mesh = axes.pcolormesh(edges, rows, np.stack(list(shares.values())), cmap="Blues", vmin=0)
+    figure.colorbar(mesh, label=label)
+    axes.set_yticks(rows[:-1] + 0.5, list(shares), fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("distance back (tokens)")
+    axes.set_title(title)
     return png(figure)
 
 

@@ -13,6 +13,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from tiny_texts import TinyTexts, expect_error, finished_run
 
 from memorizing import main
 from memorizing.config.runs import open_run
+from memorizing.evaluation import plots
 from memorizing.evaluation.inspection import page as page_module
 from memorizing.evaluation.inspection.document import DocumentTokens
 from memorizing.evaluation.inspection.lookups import (
@@ -338,6 +340,20 @@ def test_a_long_document_keeps_what_fits():
     _, distances, scores, _ = neighbours_on(page)
     np.testing.assert_array_equal(distances, inspection.lookups[0].distances[1:])
     np.testing.assert_allclose(np.nan_to_num(scores), np.maximum(inspection.lookups[0].scores[1:], 0), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("draw", [plots.distances, plots.mass_by_age])
+def test_pictures_of_a_model_with_memories_in_all_layers_can_be_read(draw: Callable):
+    """One line a head and a legend of 270 names would cover all there is to see: the rows of a map are layers."""
+    nats = np.zeros((2, 500), np.float32)
+    layers = tuple(dataclasses.replace(lookups(500, num_heads=9), layer=f"layer_{index:02d}") for index in range(30))
+    heights = {}
+    for shown in (layers[:1], layers):
+        picture = draw(Inspection(np.ones(500, np.int32), (0, 4096), 8, nats, shown))
+        assert picture.startswith(b"\x89PNG")
+        heights[len(shown)] = int.from_bytes(picture[20:24], "big")
+    assert heights[30] > heights[1], "a row for each layer"
 
 
 @pytest.mark.parametrize("logit_cap", [0.0, 3.0])
