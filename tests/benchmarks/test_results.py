@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import pathlib
 
@@ -29,12 +30,16 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def results():
-    spec = importlib.util.spec_from_file_location("results", SCRIPT)
+def loaded(path: pathlib.Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def results():
+    return loaded(SCRIPT)
 
 
 def test_rows_differ_in_nothing_but_what_they_say(results):
@@ -170,3 +175,22 @@ def test_what_a_later_evaluation_found_counts_too(results, tmp_path: pathlib.Pat
     assert results.finished_evaluation(tmp_path, 8) == {}
     found = results.finished_evaluation(tmp_path, 7)
     assert found["as trained"] == {"loss": 2} and found[results.LARGER] == {"loss": 1}
+
+
+def test_the_picture_of_all_corpora_shows_what_the_tables_say(results, tmp_path: pathlib.Path):
+    """It knows the rows by their titles, and takes the first table of a corpus."""
+    worth = loaded(SCRIPT.with_name("worth.py"))
+    assert worth.ROWS.keys() <= {row.title for row in results.ROWS}
+    losses = {"none": 0.0, "recall": -0.5, "both": -0.7}
+    by_seed = {row.title: {} for row in results.ROWS}
+    for row, seed in itertools.product(results.ROWS, range(2)):
+        if row.run in losses:
+            loss = losses[row.run]
+            by_seed[row.title][seed] = _figures([3 + loss] * 2, (10 + seed) * np.exp(loss))
+    table = results.markdown("c4", results.summarize(by_seed))
+    text = f"Before.\n\n{table}\n\nAgain:\n\n{table.replace('%', '9%')}\n| other | perplexity |\n|---|---|\n| a | 1 |\n"
+    found = worth.changes_of(text)
+    assert found["c4"]["kNN layer, taught to look up"] == pytest.approx((100 * (np.exp(-0.5) - 1), 0.0), abs=0.05)
+    assert found["c4"].keys() == worth.ROWS.keys() and found.keys() == {"c4"}
+    worth.draw(found, tmp_path / "worth.png")
+    assert (tmp_path / "worth.png").read_bytes().startswith(b"\x89PNG")
