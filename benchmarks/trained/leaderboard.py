@@ -109,27 +109,41 @@ def _over_seeds(row: Row, figure: Callable[[dict[str, Any]], float], form: str) 
 
 
 def picture(rows: Sequence[Row]) -> bytes:
-    """A PNG: what each mechanism reaches against the bytes that a row carries, a panel for each task."""
+    """A PNG: what each mechanism reaches, the best on top; a panel for each task, a point for each budget of bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     tasks = list(dict.fromkeys(row.task for row in rows))
-    names = list(dict.fromkeys(row.mechanism for row in rows))
-    figure, panels = plots.sheet(len(tasks))
-    for panel, task in zip(panels, tasks, strict=False):
-        for name in names:
-            own = sorted((row for row in rows if (row.task, row.mechanism) == (task, name)), key=_bytes)
-            if task == "recall":
-                farthest = list(own[0].cells[0]["recall"])[-1]
-                reached = [row.mean(lambda cell, length=farthest: cell["recall"][length]) for row in own]
-                panel.set_ylabel(f"share of right answers, {farthest} segments")
-            else:
-                reached = [row.mean(_loss) for row in own]
-                panel.set_ylabel("held-out loss (nats per token)")
-            panel.plot([_bytes(row) for row in own], reached, label=name, **plots.style(names.index(name)))
+    budgets = sorted({row.budget for row in rows})
+    num_names = len({row.mechanism for row in rows})
+    figure = Figure(figsize=(7 * len(tasks), 1.2 + 0.27 * num_names), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        own = [row for row in rows if row.task == task]
+        reached, label = _reached(own)
+        names = list(dict.fromkeys(row.mechanism for row in sorted(own, key=reached, reverse=task == "recall")))
+        for index, budget in enumerate(budgets):
+            of_budget = [row for row in own if row.budget == budget]
+            panel.errorbar(
+                [reached(row) for row in of_budget],
+                [names.index(row.mechanism) for row in of_budget],
+                xerr=[np.ptp([reached(row._replace(cells=[cell])) for cell in row.cells]) / 2 for row in of_budget],
+                linestyle="",
+                label=f"at most {budget:,} bytes a row",
+                **plots.style(index),
+            )
+        panel.set_yticks(range(len(names)), names)
+        panel.invert_yaxis()
+        panel.grid(alpha=0.3)
+        panel.set_xlabel(label)
         panel.set_title(TASKS[task].title)
-        panel.set_xscale("symlog", linthresh=1024)
-        panel.set_xlabel("bytes that a row carries")
-    panels[0].legend(fontsize="x-small")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     return plots.png(figure)
 
 
-def _bytes(row: Row) -> int:
-    return row.cells[0]["bytes_a_row"]
+def _reached(rows: Sequence[Row]) -> tuple[Callable[[Row], float], str]:
+    """What rows of a task are compared by, and what it is called."""
+    if rows[0].task == "text":
+        return lambda row: row.mean(_loss), "held-out loss (nats per token)"
+    farthest = list(rows[0].cells[0]["recall"])[-1]
+    return lambda row: row.mean(lambda cell: cell["recall"][farthest]), f"share of right answers, {farthest} segments"
