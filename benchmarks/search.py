@@ -3,7 +3,7 @@
 1024 queries in each of 4 heads, every head with keys of its own; the 32 best of 8192 and of 65536 keys of width 64.
 Keys lie in clusters on the unit sphere, and queries are keys with noise. Recall is against the neighbours in float64.
 HNSW's time is that of the search; building the index and adding a segment to it are reported beside it. The bare
-product is that of queries and keys, of which each query keeps the greatest score: no exact search can be faster.
+product is that of all queries and keys of a head in one piece, of which each query keeps the greatest score.
 
   pip install 'memorizing[bench]'       faiss-cpu and torch; without them their rows are left out
 """
