@@ -91,6 +91,8 @@ def test_gin_builds_a_mixture(members):
     text += "Mixture.rates = (0.25, 0.75)\n"
     for scope, member in zip(("one", "two"), members, strict=True):
         text += f"{scope}/CachedCorpus.task = '{member.task}'\n{scope}/CachedCorpus.path = '{member.path}'\n"
+    # What a test before this one has bound stays bound.
+    gin.clear_config()
     with gin.unlock_config():
         gin.parse_config(text)
     built = gin.query_parameter("built/macro.value").scoped_configurable_fn()
