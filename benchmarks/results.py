@@ -29,7 +29,7 @@ from memorizing.benchmarks.trained import trainings
 from memorizing.data.tasks import task_name
 from memorizing.data.tokens import token_cache
 from memorizing.errors import MOST, Range
-from memorizing.evaluation import baselines, bootstrap
+from memorizing.evaluation import baselines, bootstrap, plots
 from memorizing.evaluation.plots import COLORS, MARKERS
 
 GIN_FILE = pathlib.Path(__file__).with_suffix(".gin")
@@ -279,14 +279,10 @@ def picture(results: Mapping[str, Any], path: pathlib.Path) -> None:
 
     Lines are means over seeds, bands go from the smallest to the largest seed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     results = {corpus: rows for corpus, rows in results.items() if rows[ROWS[0].title]}
     if not results:
         return
-    figure = Figure(figsize=(5.5 * len(results), 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.blank(5.5 * len(results), 6.5)
     axes = figure.subplots(2, len(results), sharex="col", squeeze=False)
     for column, (corpus, rows) in enumerate(results.items()):
         upper, lower = axes[:, column]

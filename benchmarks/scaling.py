@@ -31,6 +31,7 @@ from memorizing.context import Layout, Segment
 from memorizing.cost import pricing
 from memorizing.cost.plan import chip_of, slice_devices
 from memorizing.errors import MOST, Range, UserError
+from memorizing.evaluation import plots
 from memorizing.models import attention as attention_lib
 from memorizing.models.attention.base import Attention, LayerDims
 from memorizing.runtime import tables
@@ -234,11 +235,7 @@ def exponent(curve: dict[int, float]) -> float | None:
 
 def draw(curves: Curves, unit: Unit, path: pathlib.Path) -> None:
     """Writes the curves as a picture, both axes logarithmic."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.blank(7, 4.5)
     axes = figure.subplots()
     for name, curve in curves.items():
         slope = exponent(curve)

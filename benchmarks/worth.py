@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from memorizing.evaluation import plots
+
 # Of the tables: their names there, and in the picture.
 ROWS = {
     "no memory, continuous cache, untrained": "untrained continuous cache on the model without a memory",
@@ -62,12 +64,8 @@ def _change(cell: str) -> Change:
 
 def draw(changes: Mapping[str, Mapping[str, Change]], path: pathlib.Path) -> None:
     """A group of bars for each corpus; what stands left of 0 is gained."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     corpora = [name for name in CORPORA if name in changes]
-    figure = Figure(figsize=(8, 1 + 0.85 * len(corpora)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.blank(8, 1 + 0.85 * len(corpora))
     axes = figure.add_subplot()
     height = 0.8 / len(ROWS)
     for index, (row, label) in enumerate(ROWS.items()):

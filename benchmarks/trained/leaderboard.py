@@ -110,14 +110,10 @@ def _over_seeds(row: Row, figure: Callable[[dict[str, Any]], float], form: str) 
 
 def picture(rows: Sequence[Row]) -> bytes:
     """A PNG: what each mechanism reaches, the best on top; a panel for each task, a point for each budget of bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tasks = list(dict.fromkeys(row.task for row in rows))
     budgets = sorted({row.budget for row in rows})
     num_names = len({row.mechanism for row in rows})
-    figure = Figure(figsize=(7 * len(tasks), 1.2 + 0.27 * num_names), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.blank(7 * len(tasks), 1.2 + 0.27 * num_names)
     for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         own = [row for row in rows if row.task == task]
         reached, label = _reached(own)

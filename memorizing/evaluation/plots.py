@@ -130,12 +130,18 @@ def _color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
-def _figure(num_axes: int = 1) -> tuple[Figure, list[Axes]]:
+def blank(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, which lays itself out and needs no screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 2 + 2 * num_axes), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure(num_axes: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = blank(7, 2 + 2 * num_axes)
     axes = [figure.add_subplot(num_axes, 1, index + 1) for index in range(num_axes)]
     for each in axes:
         each.grid(alpha=0.3)
@@ -144,13 +150,9 @@ def _figure(num_axes: int = 1) -> tuple[Figure, list[Axes]]:
 
 def sheet(num_panels: int) -> tuple[Figure, list[Axes]]:
     """A figure of small panels, four in a row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(num_panels, 4)
     rows = -(-num_panels // columns)
-    figure = Figure(figsize=(1 + 3 * columns, 1 + 2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(1 + 3 * columns, 1 + 2 * rows)
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(num_panels)]
 
 
@@ -228,12 +230,8 @@ def mass_by_age(inspection: Inspection) -> bytes:
 
 def _heat_map(shares: Mapping[str, np.ndarray], edges: np.ndarray, label: str, title: str) -> bytes:
     """Shares by age, a row each: as lines so many could not be told apart."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = np.arange(len(shares) + 1)
-    figure = Figure(figsize=(7, 1.5 + 0.2 * len(shares)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(7, 1.5 + 0.2 * len(shares))
     axes = figure.add_subplot()
     mesh = axes.pcolormesh(edges, rows, np.stack(list(shares.values())), cmap="Blues", vmin=0)
     figure.colorbar(mesh, label=label)

@@ -21,6 +21,9 @@ from tokenizers import Tokenizer
 
 from memorizing.data.tokens.tokenizer import TOKENIZER_FILE, load
 from memorizing.errors import UserError
+from memorizing.models.positions import Rotary
+from memorizing.models.pretrained import gguf_names
+from memorizing.models.pretrained.settings import Settings
 from memorizing.runtime.weight_files import safetensors_file
 from memorizing.runtime.weight_files.folder import FolderOfTensors, read_json
 from memorizing.runtime.weight_files.gguf_file import GGUFFile
@@ -306,6 +309,17 @@ def test_other_models_in_gguf_are_refused(tmp_path: pathlib.Path):
     assert "general.architecture = 'mamba'" in refused(open_source, written("mamba"))
     assert "mixtures of experts" in refused(open_source, written("llama", lambda writer: writer.add_expert_count(8)))
     assert "num_hidden_layers = None" in refused(open_source, written("llama"))
+
+
+def test_as_many_elements_are_turned_as_gguf_says():
+    """It counts them, and config.json has a share of the head: 26 of 46 by the share would be 25."""
+    for head_dim in range(2, 257):
+        for turned in range(2, head_dim + 1, 2):
+            share = gguf_names._share_turned(turned, Settings({"hidden_size": head_dim, "num_attention_heads": 1}, "x"))
+            assert 2 * len(Rotary(share=share).frequencies(head_dim)) == turned
+    settings = {"general.architecture": "gptneox", "gptneox.embedding_length": 8, "gptneox.attention.head_count": 1}
+    assert "rope.dimension_count = None" in refused(gguf_names.config_of, settings, [], "x")
+    assert "= 9" in refused(gguf_names.config_of, settings | {"gptneox.rope.dimension_count": 9}, [], "x")
 
 
 def test_a_tokenizer_in_gguf_that_is_not_known():

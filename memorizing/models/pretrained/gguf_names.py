@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -159,7 +160,9 @@ def _share_turned(turned: Any, config: Settings) -> float:
         raise UserError(
             f"{config.given}: gptneox.rope.dimension_count = {turned!r}: from 0 to the {head_dim} of a head"
         )
-    return turned / max(head_dim, 1)
+    share = turned / max(head_dim, 1)
+    # Where the product is rounded down, one element less would be turned.
+    return share if int(share * head_dim) == turned else math.nextafter(share, 1)
 
 
 def _attention_scalar(family: str, config: Settings) -> int:
