@@ -188,7 +188,7 @@ def test_every_head_finds_its_own_slots():
 
 @pytest.mark.parametrize("num_filled", [0, 1, 7, 8, 9, 23, 24])
 def test_a_memory_that_fills_is_searched_as_far_as_it_is_filled(num_filled: int, monkeypatch: pytest.MonkeyPatch):
-    """In three blocks of eight slots, of which the first is always read."""
+    """In three blocks of eight slots, by two queries after two others."""
     rng = np.random.default_rng(0)
     queries, keys = rng.normal(size=(4, H)), rng.normal(size=(24, H))
     num_scored, scores_of = [], blocks.scores_of
@@ -198,11 +198,11 @@ def test_a_memory_that_fills_is_searched_as_far_as_it_is_filled(num_filled: int,
         return scores_of(queries, keys, valid)
 
     monkeypatch.setattr(blocks, "scores_of", score_and_tell)
-    search = ExactSearch(block_scores=4 * 8, group_size=2)
+    search = ExactSearch(block_queries=2, block_scores=2 * 8, group_size=2)
     valid = np.arange(24) < num_filled
     scores, indices = search.top_k(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(valid), 3)
     jax.effects_barrier()
-    assert num_scored == [8] * max(-(-num_filled // 8), 1)
+    assert num_scored == 2 * [8] * -(-num_filled // 8)
     num_found = min(num_filled, 3)
     expected = np.sort(queries @ keys[:num_filled].T, axis=1)[:, ::-1][:, :3]
     np.testing.assert_allclose(scores[:, :num_found], expected, rtol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -10,6 +12,18 @@ PRECISION = jax.lax.Precision.HIGHEST
 
 Scores = Float[Array, "T K"]
 Indices = Int[Array, "T K"]
+
+
+class GroupedScores(NamedTuple):
+    """Scores of a memory.
+
+    Attributes:
+      scores: float32, of each query and slot; -inf where it is empty.
+      maxima: float32, of the S neighbouring slots of each of the G groups.
+    """
+
+    scores: Float[Array, "T M"]
+    maxima: Float[Array, "T G"]
 
 
 def top_k(
@@ -39,17 +53,20 @@ def top_k(
         scores, indices = jax.lax.top_k(all_scores, min(k, num_slots))
         return pad_neighbours(scores, indices, k)
 
-    def search_block(queries: Float[Array, "queries H"]) -> tuple[Scores, Indices]:
-        block_slots = max(1, block_scores // len(queries))
-        return _best_slots(_scores_of_memory(queries, keys, valid, block_slots), k, group_size)
+    def search_part(
+        found: GroupedScores, part: Float[Array, "queries H"]
+    ) -> tuple[GroupedScores, tuple[Scores, Indices]]:
+        found = _scores_of_memory(found, part, keys, valid, block_scores)
+        return found, _best_slots(found, k)
 
-    num_blocks = -(-num_queries // block_queries)
-    if num_blocks == 1:
-        return search_block(queries)
-    at_once = -(-num_queries // num_blocks)
-    padded = jnp.pad(queries, [(0, num_blocks * at_once - num_queries), (0, 0)])
-    # [blocks, queries, k]
-    scores, indices = jax.lax.map(search_block, padded.reshape(num_blocks, at_once, width))
+    num_parts = -(-num_queries // block_queries)
+    at_once = -(-num_queries // num_parts)
+    # [parts, queries, H]
+    parts = jnp.pad(queries, [(0, num_parts * at_once - num_queries), (0, 0)]).reshape(num_parts, at_once, width)
+    # All in the same room, one after the other: what lies behind the filled part of a memory is written once.
+    nothing = _nothing_found(parts[0], keys, valid, group_size)
+    # [parts, queries, k]
+    _, (scores, indices) = jax.lax.scan(search_part, nothing, parts)
     return scores.reshape(-1, k)[:num_queries], indices.reshape(-1, k)[:num_queries]
 
 
@@ -69,54 +86,72 @@ def scores_of(
     return jnp.where(valid[None, :], scores, -jnp.inf)
 
 
-def _scores_of_memory(
+def _nothing_found(
     queries: Float[Array, "T H"],
     keys: Float[Array, "M H"],
     valid: Bool[Array, "M"],
-    block_slots: int,
-) -> Float[Array, "T M"]:
-    """`scores_of` the whole memory, a block of slots after the other."""
-    num_slots = len(keys)
-    block_slots = largest_divisor(num_slots, block_slots)
-    num_blocks = num_slots // block_slots
-    if num_blocks == 1:
-        return scores_of(queries, keys, valid)
+    group_size: int,
+) -> GroupedScores:
+    """Scores of an empty memory."""
+    # What a loop hands on has to vary over the devices of a mesh from the start, as the scores will.
+    is_any = valid[0] & (jnp.vdot(queries[0], keys[0]) > 0)
+    empty = jnp.where(is_any, -jnp.inf, -jnp.inf)
+    num_queries, num_slots = len(queries), len(keys)
+    return GroupedScores(
+        jnp.broadcast_to(empty, (num_queries, num_slots)),
+        jnp.broadcast_to(empty, (num_queries, num_slots // group_size)),
+    )
 
-    def scores_of_block(first: Int[Array, ""] | int) -> Float[Array, "T slots"]:
-        block_keys = jax.lax.dynamic_slice_in_dim(keys, first, block_slots)
-        block_valid = jax.lax.dynamic_slice_in_dim(valid, first, block_slots)
-        return scores_of(queries, block_keys, block_valid)
 
-    def add_block(index_and_scores: tuple[Int[Array, ""], Array]) -> tuple[Int[Array, ""], Array]:
-        index, scores = index_and_scores
-        first = index * block_slots
-        return index + 1, jax.lax.dynamic_update_slice_in_dim(scores, scores_of_block(first), first, axis=1)
+def _scores_of_memory(
+    found: GroupedScores,
+    queries: Float[Array, "T H"],
+    keys: Float[Array, "M H"],
+    valid: Bool[Array, "M"],
+    block_scores: int,
+) -> GroupedScores:
+    """Writes the scores of a memory's filled part over others, a block of groups after the other."""
+    num_queries, num_groups = found.maxima.shape
+    group_size = len(keys) // num_groups
+    block_groups = largest_divisor(num_groups, max(1, block_scores // (num_queries * group_size)))
+    num_blocks = num_groups // block_groups
+    block_slots = block_groups * group_size
+
+    def add_block(index_and_found: tuple[Int[Array, ""], GroupedScores]) -> tuple[Int[Array, ""], GroupedScores]:
+        index, found = index_and_found
+        block_keys = jax.lax.dynamic_slice_in_dim(keys, index * block_slots, block_slots)
+        block_valid = jax.lax.dynamic_slice_in_dim(valid, index * block_slots, block_slots)
+        scores = scores_of(queries, block_keys, block_valid)
+        maxima = scores.reshape(num_queries, block_groups, group_size).max(axis=-1)
+        return index + 1, GroupedScores(
+            jax.lax.dynamic_update_slice_in_dim(found.scores, scores, index * block_slots, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(found.maxima, maxima, index * block_groups, axis=1),
+        )
 
     # While a memory fills, the blocks behind the last one that holds something are not looked at.
     has_valid = valid.reshape(num_blocks, block_slots).any(axis=-1)
-    last_block = jnp.max(jnp.where(has_valid, jnp.arange(num_blocks), 0))
+    last_block = jnp.max(jnp.where(has_valid, jnp.arange(num_blocks), -1))
 
-    def is_left(index_and_scores: tuple[Int[Array, ""], Array]) -> Bool[Array, ""]:
-        index, _ = index_and_scores
+    def is_left(index_and_found: tuple[Int[Array, ""], GroupedScores]) -> Bool[Array, ""]:
+        index, _ = index_and_found
         # That there are no more says how often the loop runs at most, which estimates of its cost look for.
         return (index <= last_block) & (index < num_blocks)
 
-    # The first one outside the loop: what it is joined to then varies over the devices of a mesh as it does itself.
-    scores = jnp.pad(scores_of_block(0), [(0, 0), (0, num_slots - block_slots)], constant_values=-jnp.inf)
-    _, scores = jax.lax.while_loop(is_left, add_block, (jnp.int32(1), scores))
-    return scores
+    _, found = jax.lax.while_loop(is_left, add_block, (jnp.zeros_like(last_block), found))
+    return found
 
 
-def _best_slots(scores: Float[Array, "T M"], k: int, group_size: int) -> tuple[Scores, Indices]:
+def _best_slots(found: GroupedScores, k: int) -> tuple[Scores, Indices]:
     """The k best slots of each query, of equal ones the lower first.
 
     Each of them lies in one of the k groups of neighbouring slots with the greatest maxima, of equal maxima the lower
     groups: only the slots of these are sorted.
     """
-    num_queries = len(scores)
+    num_queries, num_groups = found.maxima.shape
     # [T, G, S]
-    groups = scores.reshape(num_queries, -1, group_size)
-    _, best = jax.lax.top_k(groups.max(axis=-1), k)
+    groups = found.scores.reshape(num_queries, num_groups, -1)
+    group_size = groups.shape[-1]
+    _, best = jax.lax.top_k(found.maxima, k)
     # In the order of the memory, so that of equal slots the lower one comes first.
     best = jnp.sort(best, axis=-1)
     # [T, k, S] -> [T, k * S]
