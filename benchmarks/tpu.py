@@ -6,6 +6,8 @@ tokens a step in segments of 512, a Transformer-XL cache of 512. Every program t
 With --search the search alone, on one device: 64 heads, its share of that step, with keys of width 128 in bfloat16; the
 exact one, the approximate one, and a bound. The bound is the product of queries and keys, fused with a maximum: what a
 search takes at least that looks at every key and computes it as XLA does.
+
+With --attention the local attention alone, see `memorizing.benchmarks.tpu_attention`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from memorizing.benchmarks import measure
+from memorizing.benchmarks import measure, tpu_attention
 from memorizing.benchmarks.step import with_memory
 from memorizing.commands import experiment_flags
 from memorizing.commands.plan import DEFAULT_RUN
@@ -46,11 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory_sizes", default="0,8192,65536,262144", metavar="M,...", help="0: no memory (default: %(default)s)"
     )
-    parser.add_argument("--search", action="store_true", help="the search alone")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--search", action="store_true", help="the search alone")
+    alone.add_argument("--attention", action="store_true", help="the local attention alone")
 
 
 def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Compiles, prints a line for each program as it comes, and returns the figures."""
+    if options.attention:
+        _no_bindings("--attention", bindings)
+        return tpu_attention.run(options.slices.split(","))
     return _searches(options, bindings) if options.search else _steps(options, bindings)
 
 
@@ -92,8 +99,7 @@ def _steps(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
 
 def _searches(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Of the search alone, in seconds and bytes."""
-    if bindings:
-        raise UserError(f"bench tpu --search takes no bindings, but was given --gin.{bindings[0]}")
+    _no_bindings("--search", bindings)
     jax.config.update("jax_platforms", "cpu")
     sizes = [size for size in measure.sizes("--memory_sizes", options.memory_sizes) if size]
     rows = [["slice", "slots", "bound", "approximate", "exact", "exact / approximate", "exact / bound", "rare"]]
@@ -150,6 +156,11 @@ def estimate(search: Search, num_slots: int, device: Any, topology: str) -> dict
         "bound_seconds": bound,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
     }
+
+
+def _no_bindings(flag: str, bindings: list[str]) -> None:
+    if bindings:
+        raise UserError(f"bench tpu {flag} takes no bindings, but was given --gin.{bindings[0]}")
 
 
 def _ms(seconds: float) -> str:

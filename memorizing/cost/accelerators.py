@@ -21,6 +21,8 @@ class Accelerator(NamedTuple):
       clock: of the matrix units in Hz; 0 where it is not known.
       hbm_bytes: memory of a device; 0 where it is not known.
       bandwidth: bytes a second between a chip and its memory; 0 where it is not known.
+      kernel_share: of the peak, that the kernels of the local attention reach, forward and backward, by the schedules
+        that the compiler makes of them (`memorizing bench tpu --attention`); 0 where there are none.
     """
 
     peak_flops: float
@@ -28,17 +30,18 @@ class Accelerator(NamedTuple):
     clock: float = 0.0
     hbm_bytes: int = 0
     bandwidth: float = 0.0
+    kernel_share: float = 0.0
 
 
 # By the beginning of `jax.Device.device_kind`, longer names first. From the makers' pages.
 ACCELERATORS = {
     "TPU v2": Accelerator(46e12, 2),
     "TPU v3": Accelerator(123e12, 2, 940e6, 16 * 2**30, 900e9),
-    "TPU v4": Accelerator(275e12, 1, 1050e6, 32 * 2**30, 1200e9),
-    "TPU v5 lite": Accelerator(197e12, 1, 1500e6, 16 * 2**30, 819e9),
-    "TPU v5e": Accelerator(197e12, 1, 1500e6, 16 * 2**30, 819e9),
-    "TPU v5": Accelerator(459e12, 1, 1750e6, 95 * 2**30, 2765e9),
-    "TPU v6": Accelerator(918e12, 1, 1750e6, 32 * 2**30, 1640e9),
+    "TPU v4": Accelerator(275e12, 1, 1050e6, 32 * 2**30, 1200e9, 0.29),
+    "TPU v5 lite": Accelerator(197e12, 1, 1500e6, 16 * 2**30, 819e9, 0.57),
+    "TPU v5e": Accelerator(197e12, 1, 1500e6, 16 * 2**30, 819e9, 0.57),
+    "TPU v5": Accelerator(459e12, 1, 1750e6, 95 * 2**30, 2765e9, 0.53),
+    "TPU v6": Accelerator(918e12, 1, 1750e6, 32 * 2**30, 1640e9, 0.17),
     "NVIDIA A100": Accelerator(312e12),
     "NVIDIA H100 PCIe": Accelerator(756e12),
     "NVIDIA H100": Accelerator(989e12),

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.+?) (?P<opcode>[a-z][\w\-]*)\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+# What a kernel says of itself, which the compiler does not price.
+_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CONSTANT = re.compile(r"\b[su]32\[\][^=]* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
@@ -41,6 +43,7 @@ class Instruction:
       num_bytes: size of its result.
       count: how often it runs in one run of the program.
       is_rare: whether it belongs to a branch that hardly ever runs.
+      kernel_flops: of one run of a kernel, as it says itself; 0 for all other instructions.
     """
 
     opcode: str
@@ -49,6 +52,7 @@ class Instruction:
     num_bytes: int
     count: int
     is_rare: bool
+    kernel_flops: int = 0
 
     @property
     def total_cycles(self) -> int:
@@ -168,6 +172,7 @@ def _run(
             num_bytes=_num_bytes(found["type"], opcode),
             count=count,
             is_rare=is_rare,
+            kernel_flops=int(_group(_FLOPS, line, default="0")),
         )
 
 

@@ -4,7 +4,8 @@ An instruction takes the cycles that the compiler expects, as often as it runs, 
 scatters and sorts for which it names none, and what it says that it cannot tell, take the time to read and write their
 results once at the bandwidth of the chip's memory, which single rows seldom reach. The matrix product of the
 approximate search, which the compiler does not price with its partial reduction, takes what it says of the same product
-with a maximum in its place. Collectives are counted, not timed. What runs in rare cases only is told apart.
+with a maximum in its place. Kernels, of which the compiler names no cycles either, take their FLOPs at a share of the chip's
+peak: the one that the schedules reach that it makes of them. Collectives are counted, not timed. What runs in rare cases only is told apart.
 """
 
 from __future__ import annotations
@@ -55,13 +56,24 @@ def read(compiled: jax.stages.Compiled) -> Program:
 
 def seconds(instructions: list[Instruction], chip: Accelerator) -> float:
     """What instructions take on a device, without the product of an approximate search."""
-    return compiled_cost.cycles(instructions) / chip.clock + moving_seconds(instructions, chip)
+    priced = compiled_cost.cycles(instructions) / chip.clock
+    return priced + moving_seconds(instructions, chip) + kernel_seconds(instructions, chip)
 
 
 def moving_seconds(instructions: list[Instruction], chip: Accelerator) -> float:
     """What gathers, scatters and sorts, and instructions that the compiler cannot tell the cycles of, take of it."""
     moved = sum(traffic.num_bytes for traffic in compiled_cost.moves(instructions).values())
     return 2 * moved * chip.devices_per_chip / chip.bandwidth
+
+
+def kernel_seconds(instructions: list[Instruction], chip: Accelerator) -> float:
+    """What kernels take of it. Raises ValueError where nothing is known of a chip's kernels."""
+    flops = sum(instruction.kernel_flops * instruction.count for instruction in instructions)
+    if not flops:
+        return 0.0
+    if not chip.kernel_share:
+        raise ValueError("a program has kernels, of which no schedule is known for this chip")
+    return flops * chip.devices_per_chip / (chip.peak_flops * chip.kernel_share)
 
 
 def product_seconds(num_queries: int, num_slots: int, width: int, dtype: Any, device: Any, chip: Accelerator) -> float:

@@ -20,6 +20,7 @@ from memorizing.context import (
 from memorizing.errors import Count, CountOrNone, Factor, FactorAboveZero, Range, Share, UserError, Width
 from memorizing.models import attention as attention_lib
 from memorizing.models.attention.base import Attention, BiasPlace, LayerDims, QKNormKind, ResidualKind
+from memorizing.models.attention.flash import KernelKind
 from memorizing.models.layers import HeadKind, Lora, MLPKind, NormKind
 from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE, ContinuousCache
 from memorizing.models.memory.external_memory import Memory
@@ -72,6 +73,8 @@ class LMConfig:
       scales_embedding: whether embeddings are multiplied by sqrt(D).
       final_logit_cap: c, the logits become c * tanh(logits / c); 0 for none.
       lora: low-rank changes of projections, for light training; None for none.
+      attention_kernel: 'tpu' for kernels of the local attention on TPUs from v4 on, 'none' for the plain form
+        everywhere, 'interpreted' for kernels computed by plain operations, which is slow and for tests.
     """
 
     vocab_size: Width = 259
@@ -110,6 +113,7 @@ class LMConfig:
     product_keys_at: tuple[CountOrNone, ...] = ()
     learned_positions: tuple[Width, ...] = ()
     lora: Lora | None = None
+    attention_kernel: KernelKind = "tpu"
 
     def __post_init__(self) -> None:
         for name in (
@@ -229,6 +233,7 @@ class LMConfig:
             sandwich_norms=self.sandwich_norms,
             residuals=self.residuals,
             lora=self.lora,
+            attention_kernel=self.attention_kernel,
         )
 
     @property

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from memorizing.array_typing import Activations, AxesTree, Clock, HeadScale, Tree
 from memorizing.context import Layout, Report, Segment
 from memorizing.errors import UserError
+from memorizing.models.attention.flash import KernelKind
 from memorizing.models.layers import Einsum, Lora, MLPKind, NormKind, RMSNorm, parameter
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.product_keys import ProductKeys
@@ -52,6 +53,7 @@ class LayerDims:
       residuals: 'parallel' where attention and MLP read the same x.
       product_keys: a memory in the place of the MLP, or None.
       lora: low-rank changes of projections, None for none.
+      attention_kernel: where the local attention is computed by kernels, see `flash`.
     """
 
     embed_dim: int
@@ -76,6 +78,7 @@ class LayerDims:
     residuals: ResidualKind = "plain"
     product_keys: ProductKeys | None = None
     lora: Lora | None = None
+    attention_kernel: KernelKind = "tpu"
 
     @property
     def width(self) -> int:

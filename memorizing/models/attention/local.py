@@ -11,8 +11,10 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from memorizing.array_typing import HeadScale, Keys, Queries, Tree, Values
 from memorizing.context import Report, Segment
-from memorizing.models import masks
+from memorizing.models import masks, positions
+from memorizing.models.attention import flash
 from memorizing.models.attention.base import LayerDims
+from memorizing.models.attention.flash import KernelKind
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.layers import soft_cap
 from memorizing.models.positions import Rotary
@@ -87,8 +89,16 @@ class LocalCore(nn.Module):
         mask = self.visible(segment, num_queries, num_keys, state)
         bias = self.attention.position_bias(self.dims, segment, num_queries, num_keys)
         placed = self.placed(segment, queries, all_keys, state)
-        logit_cap = self.dims.attention_logit_cap
-        attended = local_attention(*placed, all_values, scale, bias, mask, logit_cap, soft_mask)
+        attended = local_attention(
+            *placed,
+            all_values,
+            scale,
+            bias,
+            mask,
+            logit_cap=self.dims.attention_logit_cap,
+            soft_mask=soft_mask,
+            kernel=self.dims.attention_kernel,
+        )
 
         if segment.decoding is not None:
             return attended, None, Report(kv_cache={"keys": all_keys, "values": all_values})
@@ -120,25 +130,30 @@ def local_attention(
     keys: Keys,
     values: Values,
     scale: HeadScale,
-    bias: Float[Array, "N T S"] | None,
+    by_distance: Float[Array, "N R"] | None,
     mask: Bool[Array, "B T S"],
+    *,
     logit_cap: float = 0.0,
     soft_mask: Float[Array, "N T S"] | None = None,
+    kernel: KernelKind = "none",
 ) -> Attended:
     """softmax(scale * (q . k + bias)) v over the visible keys; query head n reads key head n // (N / K).
 
     Args:
       queries, keys, values: N heads of queries, K of the others.
       scale: of the logits.
-      bias: None for none.
+      by_distance: the bias, R = S + T - 1 numbers a head in the order of `positions.distances`; None for none.
       mask: which keys each query sees, at least one.
       logit_cap: see `layers.soft_cap`.
       soft_mask: logarithm of factors of the exponentials; None for none.
+      kernel: see `flash.serves`; with a cap or a soft mask the plain form is used.
     """
+    if not logit_cap and soft_mask is None and flash.serves(kernel, queries, keys):
+        return Attended(*flash.attention(kernel, queries, keys, values, scale, by_distance, mask))
     with jax.named_scope("local_attention"):
         logits = _products(queries, keys)
-        if bias is not None:
-            logits = logits + bias[None]
+        if by_distance is not None:
+            logits = logits + positions.same_by_key(by_distance, *logits.shape[2:])[None]
         logits = logits * scale[None, :, None, None]
         logits = soft_cap(logits, logit_cap)
         if soft_mask is not None:

@@ -44,8 +44,11 @@ class T5Bias(nn.Module):
         segment: Segment,
         num_queries: int,
         num_keys: int,
-    ) -> Float[Array, "N T S"]:
-        """The bias of each query for each key; the queries are all positions of the segment, or some of them."""
+    ) -> Float[Array, "N R"]:
+        """The bias by distance, in the order of `positions.distances`, R = S + T - 1.
+
+        The queries are all positions of the segment, or some of them.
+        """
         layout = segment.layout
         distances = positions.distances(layout.size, num_keys)
         buckets = positions.t5_buckets(
@@ -54,10 +57,8 @@ class T5Bias(nn.Module):
             self.max_distance,
             layout.bidirectional,
         )
-        # [N, R], R = S + T - 1
         num_distances = num_queries + num_keys - 1
-        by_distance = segment.select(segment.tied(self.table)[:, buckets], num_distances, axis=1)
-        return positions.same_by_key(by_distance, num_queries, num_keys)
+        return segment.select(segment.tied(self.table)[:, buckets], num_distances, axis=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,8 @@ class BiasedAttention(Attention):
         segment: Segment,
         num_queries: int,
         num_keys: int,
-    ) -> Float[Array, "N T S"] | None:
-        """The bias of the logits for the positions of queries and keys.
+    ) -> Float[Array, "N R"] | None:
+        """The bias of the logits by the distance of query and key: see `T5Bias`.
 
         To be called in a module: its submodule `bias` has the parameters.
 

@@ -1,0 +1,126 @@
+"""The local attention alone on one device: the plain form and the kernels, as the TPU compiler estimates them.
+
+A device's share of the paper's step: 8 rows of 8 heads of width 128, segments of 512 and a cache of 512, in bfloat16,
+forward and backward. The compiler names no cycles for kernels, but writes down the instructions that it makes of them:
+a bundle of them takes a cycle, and a core runs all of them at each place of the grid. Waiting is not in it.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from memorizing.cost import pricing
+from memorizing.cost.plan import chip_of, slice_devices
+from memorizing.models.attention import flash
+from memorizing.models.attention.local import local_attention
+from memorizing.runtime import tables
+
+ROWS = 8
+HEADS = 8
+QUERIES = 512
+KEYS = 1024
+WIDTH = 128
+# Two products of queries and keys forward; five backward, where the weights are computed again.
+FLOPS = 7 * 2 * ROWS * HEADS * QUERIES * KEYS * WIDTH
+_BUNDLES = re.compile(r"total scheduled bundles:\s*(\d+)")
+
+
+def run(slices: list[str]) -> dict[str, Any]:
+    """Compiles, prints a line for each slice as it comes, and returns the figures."""
+    jax.config.update("jax_platforms", "cpu")
+    rows = [["slice", "plain", "with kernels", "of it the kernels", "of the chip's peak", "temporaries"]]
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        # Read when the compiler is loaded.
+        _add_arguments(f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false")
+        for topology in slices:
+            found = results[topology] = estimate(topology, pathlib.Path(folder))
+            plain, kernels = found["plain"], found["kernels"]
+            row = [topology, f"{1e3 * plain['seconds']:.2f} ms"]
+            if found["kernel_share"]:
+                row += [f"{1e3 * kernels['seconds']:.2f} ms", f"{1e3 * found['kernel_seconds']:.2f} ms"]
+                row += [f"{found['kernel_share']:.2f}"]
+            else:
+                row += ["no kernels", "", ""]
+            row += [f"{plain['temporaries'] >> 20} and {kernels['temporaries'] >> 20} MiB"]
+            rows.append(row)
+            print("  ".join(row), flush=True)
+    print(f"\n{tables.align(rows, left=1)}")
+    return results
+
+
+def estimate(topology: str, folder: pathlib.Path) -> dict[str, Any]:
+    """Of both forms.
+
+    Args:
+      topology: of the slice; one of its devices computes.
+      folder: where the compiler writes its schedules.
+
+    Returns:
+      plain, kernels: seconds, and bytes of temporaries.
+      kernel_seconds: what the kernels take of it by their schedules; their share of the chip's peak is kernel_share.
+    """
+    device = slice_devices(topology, 1)[0]
+    chip = chip_of(topology, device.device_kind)
+    mesh = jax.sharding.Mesh(np.array([device]).reshape(1, 1, 1), ("data", "model", "memory"))
+    with jax.set_mesh(mesh):
+        plain = _compile("none", device)
+        before = set(folder.iterdir())
+        kernels = _compile("tpu", device)
+    bundles = sum(map(_bundles, sorted(set(folder.iterdir()) - before)))
+    blocks = QUERIES * KEYS // flash.BLOCK_LOGITS
+    kernel_seconds = bundles * HEADS * ROWS * blocks / device.num_cores / chip.clock
+    around = [instruction for instruction in pricing.read(kernels).usual if not instruction.kernel_flops]
+
+    def told(seconds: float, compiled: jax.stages.Compiled) -> dict[str, Any]:
+        return {"seconds": seconds, "temporaries": compiled.memory_analysis().temp_size_in_bytes}
+
+    return {
+        "plain": told(pricing.seconds(pricing.read(plain).usual, chip), plain),
+        "kernels": told(pricing.seconds(around, chip) + kernel_seconds, kernels),
+        "kernel_seconds": kernel_seconds,
+        "kernel_share": FLOPS / (kernel_seconds * chip.peak_flops) if kernel_seconds else 0.0,
+    }
+
+
+def _compile(kernel: flash.KernelKind, device: Any) -> jax.stages.Compiled:
+    sharding = SingleDeviceSharding(device)
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def both(mask: jax.Array, gradient: jax.Array, *arrays: jax.Array) -> Any:
+        out, pull_back = jax.vjp(lambda *arrays: local_attention(*arrays, mask, kernel=kernel).values, *arrays)
+        return out, pull_back(gradient)
+
+    lowered = jax.jit(both).lower(
+        array(ROWS, QUERIES, KEYS, dtype=jnp.bool_),
+        array(ROWS, QUERIES, HEADS, WIDTH),
+        array(ROWS, QUERIES, HEADS, WIDTH),
+        array(ROWS, KEYS, HEADS, WIDTH),
+        array(ROWS, KEYS, HEADS, WIDTH),
+        array(HEADS, dtype=jnp.float32),
+        array(HEADS, QUERIES + KEYS - 1, dtype=jnp.float32),
+    )
+    return lowered.compile(pricing.COMPILER_OPTIONS)
+
+
+def _bundles(file: pathlib.Path) -> int:
+    """Of a kernel, if the file tells of its last schedule."""
+    if "attention" not in file.name or "schedule-analysis_final_bundles" not in file.name:
+        return 0
+    found = _BUNDLES.search(file.read_text())
+    return int(found[1]) if found else 0
+
+
+def _add_arguments(arguments: str) -> None:
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {arguments}".strip()

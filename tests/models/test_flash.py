@@ -1,0 +1,139 @@
+"""The kernels of the local attention, computed by plain operations, against its plain form."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from memorizing.models.attention import flash
+from memorizing.models.attention.local import local_attention
+from memorizing.runtime.sharding import MeshConfig
+
+# Two rows of 256 queries, 384 keys; four query heads, two key heads.
+B, T, S, N, K = 2, 256, 384, 4, 2
+
+
+@pytest.fixture(scope="module", params=[16, 128], ids=["width 16", "width 128"])
+def inputs(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Of heads that fill registers, and of others."""
+    width = request.param
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    mask = rng.random((B, T, S)) < 0.5
+    mask[:, :, 5] = True
+    return {
+        "queries": normal(B, T, N, width),
+        "keys": normal(B, S, K, width),
+        "values": normal(B, S, K, width),
+        "scale": jnp.asarray(rng.uniform(0.1, 1.0, N), jnp.float32),
+        "by_distance": normal(N, T + S - 1),
+        "mask": jnp.asarray(mask),
+    }
+
+
+@functools.partial(jax.jit, static_argnames="kernel")
+def attended_and_gradients(inputs: dict[str, Any], kernel: flash.KernelKind) -> tuple[Any, Any]:
+    inputs = dict(inputs)
+    mask = inputs.pop("mask")
+    names = list(inputs)
+
+    def attend(*arrays: jax.Array) -> Any:
+        return local_attention(**dict(zip(names, arrays, strict=True)), mask=mask, kernel=kernel)
+
+    attended, pull_back = jax.vjp(attend, *inputs.values())
+    weights = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype), attended)
+    return attended, dict(zip(names, pull_back(weights), strict=True))
+
+
+def expect_equal(found: Any, expected: Any, share: float) -> None:
+    """Equal to within a share of the greatest value."""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        np.testing.assert_allclose(one, other, atol=share * np.abs(other).max())
+
+
+@pytest.mark.parametrize("block_logits", [1 << 20, 1 << 16, 1], ids=["one block", "two blocks", "blocks of 128"])
+def test_values_normalisers_and_gradients_are_those_of_the_plain_form(
+    inputs: dict[str, Any], block_logits: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(flash, "BLOCK_LOGITS", block_logits)
+    attended_and_gradients.clear_cache()
+    expect_equal(attended_and_gradients(inputs, "interpreted"), attended_and_gradients(inputs, "none"), 1e-5)
+
+
+def test_bfloat16_is_rounded_where_the_plain_form_rounds(inputs: dict[str, Any]):
+    half = {name: array.astype(jnp.bfloat16) for name, array in inputs.items() if array.ndim == 4}
+    attended_and_gradients.clear_cache()
+    found = attended_and_gradients(inputs | half, "interpreted")
+    expect_equal(found, attended_and_gradients(inputs | half, "none"), 2e-2)
+    assert found[0].values.dtype == jnp.bfloat16
+
+
+def test_without_a_bias(inputs: dict[str, Any]):
+    inputs = {name: array for name, array in inputs.items() if name != "by_distance"}
+    found, expected = (local_attention(**inputs, by_distance=None, kernel=kernel) for kernel in ("interpreted", "none"))
+    expect_equal(found, expected, 1e-5)
+
+
+def test_what_no_query_sees_changes_nothing_and_gets_no_gradient(inputs: dict[str, Any]):
+    hidden = inputs | {"mask": inputs["mask"].at[:, :, 100].set(False)}
+    attended, gradients = attended_and_gradients(hidden, "interpreted")
+    changed = hidden | {name: hidden[name].at[:, 100].add(1e3) for name in ("keys", "values")}
+    np.testing.assert_array_equal(attended.values, attended_and_gradients(changed, "interpreted")[0].values)
+    for name in ("keys", "values"):
+        assert not gradients[name][:, 100].any()
+
+
+def mesh_of(data: int, model: int, memory: int) -> jax.sharding.Mesh:
+    return MeshConfig(data=data, model=model, memory=memory).make_mesh(jax.devices()[: data * model * memory])
+
+
+@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1), (2, 2, 2)], ids=["data", "model", "all"])
+def test_sharded_equals_unsharded(inputs: dict[str, Any], axes: tuple[int, int, int]):
+    expected = attended_and_gradients(inputs, "none")
+    mesh = mesh_of(*axes)
+    specs = {4: P("data", None, "model"), 3: P("data"), 2: P("model"), 1: P("model")}
+    with jax.set_mesh(mesh):
+        on_mesh = {name: jax.device_put(x, NamedSharding(mesh, specs[x.ndim])) for name, x in inputs.items()}
+        attended_and_gradients.clear_cache()
+        expect_equal(attended_and_gradients(on_mesh, "interpreted"), expected, 1e-5)
+
+
+def test_kernels_are_used_where_they_can_be():
+    def serves(kind: flash.KernelKind, num_queries: int, num_keys: int, num_heads: int = 4) -> bool:
+        queries, keys = (jax.ShapeDtypeStruct((2, n, num_heads, 64), jnp.float32) for n in (num_queries, num_keys))
+        return flash.serves(kind, queries, keys)
+
+    assert serves("interpreted", 512, 1024)
+    assert not serves("none", 512, 1024)
+    assert not serves("tpu", 512, 1024), "no mesh of TPUs is set"
+    assert not serves("interpreted", 1, 1024), "a step of generation"
+    assert not serves("interpreted", 512, 1000)
+    assert not serves("interpreted", 2048, 4096), "its bias does not fit into the core"
+    mesh = mesh_of(1, 2, 1)
+    with jax.set_mesh(mesh):
+        assert serves("interpreted", 512, 1024)
+        assert not serves("interpreted", 512, 1024, num_heads=3)
+        assert not serves("tpu", 512, 1024), "a mesh of CPUs"
+
+
+@pytest.mark.parametrize(
+    "kind,has_kernels",
+    [("TPU v2", False), ("TPU v3", False), ("TPU v4", True), ("TPU v5 lite", True), ("TPU v6", True)],
+)
+def test_kernels_are_for_the_generations_that_have_a_compiler_for_them(kind: str, has_kernels: bool):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), ("data", "model", "memory"), abstract_device=device)
+    queries = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.float32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert flash.serves("tpu", queries, queries) == has_kernels
