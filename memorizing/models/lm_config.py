@@ -56,6 +56,7 @@ class LMConfig:
       remat: what is computed again for the gradient: 'none'; 'layer', each layer, all but the memory search; 'dots',
         all but that and products with parameters.
       remat_every: with the square root of the number of layers, and 'layer', memory grows as that root.
+      unroll: see `Remat`.
       residuals: 'plain'; 'parallel', where attention and MLP of a layer read the same x; or 'reversible': two streams,
         whose activations are computed back from the outputs.
       mlp_chunks: parts of a segment that pass through the MLP one after the other, so that its hidden layer is small.
@@ -99,6 +100,7 @@ class LMConfig:
     mlp_chunks: Count = 1
     loss_chunks: Count = 1
     remat_every: Count = 1
+    unroll: Count = 1
     continuous_cache: ContinuousCache | None = None
     num_kv_heads: Annotated[int, Range(1, 2**16)] | None = None
     norm_epsilon: FactorAboveZero = 1e-6
@@ -126,6 +128,7 @@ class LMConfig:
             "mlp_chunks",
             "loss_chunks",
             "remat_every",
+            "unroll",
         ):
             size = getattr(self, name)
             if size < 1:
@@ -252,7 +255,7 @@ class LMConfig:
             exceptions=self.attention_at,
             product_keys_at=self.product_keys_at,
             dims=self.dims,
-            remat=Remat(self.remat, self.remat_every),
+            remat=Remat(self.remat, self.remat_every, self.unroll),
             residuals=self.residuals,
             product_keys=self.product_keys,
         )

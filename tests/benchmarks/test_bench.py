@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 
 from memorizing import main
-from memorizing.benchmarks import accelerator, bench, data, future, measure, scaling, search, step
+from memorizing.benchmarks import accelerator, bench, data, future, growth, measure, scaling, search, step
 from memorizing.benchmarks.reading import stream
 from memorizing.config.loading import load_experiment
+from memorizing.cost.compiled_cost import Traffic
+from memorizing.cost.plan import DoesNotFit, Plan
 from memorizing.errors import UserError
 from memorizing.models.attention.sparse.reformer import ReformerAttention
 from memorizing.models.attention.sparse.routing import RoutingAttention
+from memorizing.training.experiment import Experiment
 
 
 def test_recall_counts_true_neighbours():
@@ -203,3 +206,50 @@ def test_only_forms_as_published_depend_on_the_future():
         strict = dataclasses.replace(published, strictly_causal=True)
         assert future.changes(strict, length, seed=0) == (0, 0)
     assert len(future.telling(length)) == 5
+
+
+def test_growth_plans_every_case_once_and_goes_on_where_one_does_not_fit(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    asked = []
+
+    def planned(experiment: Experiment, topology: str, num_slices: int) -> Plan:
+        memory = experiment.model.attention_at[0][1].memory_size
+        rows = experiment.batch.num_rows
+        asked.append((memory, rows, topology, num_slices, experiment.mesh.model, experiment.mesh.memory))
+        if memory == 1_048_576 and rows == 256:
+            raise DoesNotFit(topology, "RESOURCE_EXHAUSTED: too much", [])
+        columns, lines = map(int, topology.partition(":")[2].split("x"))
+        return Plan(
+            topology=topology,
+            num_slices=num_slices,
+            device_kind="TPU v5e",
+            num_devices=num_slices * columns * lines,
+            num_rows=rows,
+            tokens_per_step=512 * rows,
+            rows_per_device=8,
+            compile_seconds=1.0,
+            hbm={},
+            hbm_total=2**30,
+            hbm_limit=16 * 2**30,
+            model_flops=1e12,
+            memory_flops=0.0,
+            seconds=0.1,
+            memory_seconds=0.01,
+            moving_seconds=0.0,
+            rare_seconds=0.0,
+            collectives={"all-reduce": Traffic(1, 2**30)},
+            moves={},
+            advice=[],
+        )
+
+    monkeypatch.setattr(growth, "plan", planned)
+    output, picture = tmp_path / "growth.json", tmp_path / "growth.png"
+    assert main._run(["bench", "growth", f"--output={output}", f"--picture={picture}"]) == 0
+    assert len(asked) == len(set(asked)) == len({case for cases in growth.CASES.values() for case in cases})
+    assert (8192, 1, "v5e:4x8", 1, 8, 4) in asked and (8192, 4096, "v5e:16x16", 2, 1, 1) in asked
+    assert "does not fit" in capsys.readouterr().out
+    results = json.loads(output.read_text())["results"]
+    assert [case["fits"] for case in results["slots"]] == [True, True, True, False, True]
+    assert [case["num_devices"] for case in results["devices"]] == [8, 32, 128, 256, 512]
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -10,8 +10,10 @@ import dataclasses
 import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from jax.sharding import SingleDeviceSharding
 
 from memorizing.commands import plan as command
 from memorizing.cost import compiled_cost, plan, pricing
-from memorizing.cost.accelerators import Accelerator
+from memorizing.cost.accelerators import ACCELERATORS, Accelerator
 from memorizing.errors import UserError
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.lm_config import LMConfig
@@ -128,6 +130,21 @@ def test_moves_take_the_time_to_read_and_write_them():
     assert pricing.seconds(program, chip) == pytest.approx((7 + 3 * 5 * 10) / 1e3 + moving)
 
 
+def test_kernels_take_their_flops_at_their_share_of_the_peak():
+    kernel = (
+        '  %kernel = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config='
+        '{"custom_call_config":{"body":"TUz","cost_estimate":{"flops":"1000","transcendentals":"7"}}}\n'
+    )
+    program = compiled_cost.instructions(PROGRAM.replace("  %fusion.1", kernel + "  %fusion.1"))
+    # Two devices share the chip's peak.
+    chip = Accelerator(peak_flops=1e6, devices_per_chip=2, clock=1e3, bandwidth=1e6, kernel_share=0.5)
+    assert pricing.kernel_seconds(program, chip) == pytest.approx(15 * 1000 / (1e6 / 2 * 0.5))
+    assert pricing.seconds(program, chip) == pytest.approx((7 + 3 * 5 * 10) / 1e3 + 15 * 1000 / (1e6 / 2 * 0.5))
+    with pytest.raises(ValueError, match="no schedule is known"):
+        pricing.seconds(program, chip._replace(kernel_share=0.0))
+    assert pricing.seconds(compiled_cost.instructions(PROGRAM), chip._replace(kernel_share=0.0)) > 0
+
+
 def test_of_an_asynchronous_collective_the_result_counts():
     started = "  %started = (f32[8]{0}, f32[64]{0}) all-gather-start(%x), dimensions={0}\n"
     sent = "  %sent = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x)\n"
@@ -225,9 +242,11 @@ def test_wrong_flags_are_named(arguments: tuple[str, ...], told: str):
 SMALL = ("--gin_file=smoke", "--topology=v3:2x2", "--gin.BatchConfig.tokens_per_step=1024")
 
 
-def run_in_a_process(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+def run_in_a_process(
+    *arguments: str, command: Sequence[str] = ("plan", "--json"), code: int = 0
+) -> subprocess.CompletedProcess:
     """In a process of its own: the compiler is there once in a process, and one process at a time may have it."""
-    command_line = [sys.executable, "-m", "memorizing", "plan", "--json", *arguments]
+    command_line = [sys.executable, "-m", "memorizing", *command, *arguments]
     # The compiler for TPUs aborts at flags that are for CPUs, as the tests' are.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     ended = subprocess.run(command_line, env=environment, capture_output=True, text=True, timeout=900)
@@ -247,6 +266,27 @@ def test_the_papers_setting_fits_its_pod(memory_size: int, most: float):
     assert planned["hbm"]["external memory"] >= 2 * 8 * 8 * memory_size * 128 * 2
     assert planned["fits"] and planned["hbm_total"] < 16e9
     assert planned["memory_flops"] == pytest.approx(2 * memory_size * 8 * 128 * 2**17, rel=0.05)
+
+
+@needs_compiler
+def test_kernels_are_priced_by_the_schedules_that_the_compiler_makes_of_them(tmp_path: pathlib.Path):
+    slices = {
+        "v3:2x2": "TPU v3",
+        "v4:2x2x1": "TPU v4",
+        "v5e:2x2": "TPU v5e",
+        "v5p:2x2x1": "TPU v5",
+        "v6e:2x2": "TPU v6",
+    }
+    output = tmp_path / "attention.json"
+    run_in_a_process(f"--slices={','.join(slices)}", f"--output={output}", command=("bench", "tpu", "--attention"))
+    figures = json.loads(output.read_text())["results"]
+    for topology, kind in slices.items():
+        assert figures[topology]["kernel_share"] == pytest.approx(ACCELERATORS[kind].kernel_share, abs=0.01)
+    for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+        plain, kernels = figures[topology]["plain"], figures[topology]["kernels"]
+        assert kernels["seconds"] < 0.6 * plain["seconds"]
+        # No logits: one head's of all rows are 16 MiB.
+        assert kernels["temporaries"] < 0.25 * plain["temporaries"]
 
 
 @needs_compiler

@@ -1,4 +1,4 @@
-"""Rematerialisation: activations that are computed again for the gradient, instead of being stored."""
+"""How repeated layers are computed: in a scan, and what of them again for the gradient, instead of being stored."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ class Remat:
         parameters.
       every: layers of a scan, counted in repetitions of the pattern, of which only the inputs of the first are stored
         (Chen et al. 2016). Those of one such block are computed again together.
+      unroll: repetitions of the pattern that a scan makes at a time. Each is a copy of the program, which takes longer
+        to compile; what layers store for the gradient is then not copied into arrays of all layers, and back.
     """
 
     kind: RematKind = "none"
     every: int = 1
+    unroll: int = 1
 
     def of_layer(self, layer: Callable, is_scanned: bool) -> Callable:
         """The same layer, computed again for its gradient, unless its block is."""
@@ -37,13 +40,13 @@ class Remat:
     def scan(self, body: Callable, x: Activations, scanned: Tree) -> tuple[Activations, Tree]:
         """`jax.lax.scan` that stores the inputs of every `every`-th repetition only; the last block may be shorter."""
         if self.kind == "none" or self.every == 1:
-            return jax.lax.scan(body, x, scanned)
+            return jax.lax.scan(body, x, scanned, unroll=self.unroll)
         num_repetitions = jax.tree.leaves(scanned)[0].shape[0]
         num_blocks = num_repetitions // self.every
         num_in_blocks = num_blocks * self.every
 
         def pass_block(x: Activations, of_block: Tree) -> tuple[Activations, Tree]:
-            return jax.lax.scan(body, x, of_block)
+            return jax.lax.scan(body, x, of_block, unroll=self.unroll)
 
         def in_blocks(leaf: jax.Array) -> jax.Array:
             return leaf[:num_in_blocks].reshape(num_blocks, self.every, *leaf.shape[1:])

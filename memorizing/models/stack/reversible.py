@@ -65,7 +65,7 @@ Layers = dict[str, Halves]
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def pass_layers(
     layers: Layers,
-    is_scanned: bool,
+    unroll: int,
     x: Streams,
     inputs: dict[str, ReversibleInputs],
     segments: dict[str, Segment],
@@ -74,7 +74,8 @@ def pass_layers(
 
     Args:
       layers: of one repetition, in their order.
-      is_scanned: whether there are several repetitions; their inputs then have an axis of layers in front.
+      unroll: repetitions that a scan makes at a time, see `Remat`; their inputs have an axis of layers in front. 0 for
+        a single repetition without that axis.
       x: input streams.
       inputs: of the layers, by name.
       segments: what all repetitions of a layer are told alike, by name.
@@ -82,13 +83,13 @@ def pass_layers(
     Returns:
       The output streams; and the other outputs of the layers by name, without what they chose.
     """
-    y, outputs, _ = _forward(layers, is_scanned, x, inputs, segments)
+    y, outputs, _ = _forward(layers, unroll, x, inputs, segments)
     return y, outputs
 
 
 def _forward(
     layers: Layers,
-    is_scanned: bool,
+    unroll: int,
     x: Streams,
     inputs: dict[str, ReversibleInputs],
     segments: dict[str, Segment],
@@ -110,22 +111,22 @@ def _forward(
             outputs[name] = of_layer._replace(report=report)
         return x, (outputs, choices)
 
-    y, (outputs, choices) = _repeat(pass_repetition, is_scanned, x, inputs)
+    y, (outputs, choices) = _repeat(pass_repetition, unroll, x, inputs)
     return y, outputs, choices
 
 
 def _forward_for_gradient(
     layers: Layers,
-    is_scanned: bool,
+    unroll: int,
     x: Streams,
     inputs: dict[str, ReversibleInputs],
     segments: dict[str, Segment],
 ) -> tuple[tuple[Streams, dict[str, Any]], tuple]:
-    y, outputs, choices = _forward(layers, is_scanned, x, inputs, segments)
+    y, outputs, choices = _forward(layers, unroll, x, inputs, segments)
     return (y, outputs), (y, inputs, segments, choices)
 
 
-def _backward(layers: Layers, is_scanned: bool, kept: tuple, gradients: tuple) -> tuple:
+def _backward(layers: Layers, unroll: int, kept: tuple, gradients: tuple) -> tuple:
     """Gradients to streams and inputs, from the last layer to the first."""
     y, inputs, segments, choices = kept
     of_y, of_outputs = gradients
@@ -140,7 +141,7 @@ def _backward(layers: Layers, is_scanned: bool, kept: tuple, gradients: tuple) -
         return streams, of_inputs
 
     of_repetition = (inputs, choices, _without_integers(of_outputs))
-    (_, of_x), of_inputs = _repeat(pass_repetition, is_scanned, (y, of_y), of_repetition, reverse=True)
+    (_, of_x), of_inputs = _repeat(pass_repetition, unroll, (y, of_y), of_repetition, reverse=True)
     return of_x, of_inputs, None
 
 
@@ -181,9 +182,9 @@ def layer_backward(
     return (x, of_x), ReversibleInputs(of_params, _without_integers(of_state), None)
 
 
-def _repeat(body: Callable, is_scanned: bool, carry: Any, inputs: Any, reverse: bool = False) -> tuple[Any, Any]:
+def _repeat(body: Callable, unroll: int, carry: Any, inputs: Any, reverse: bool = False) -> tuple[Any, Any]:
     """A scan of the body, or the body once."""
-    return jax.lax.scan(body, carry, inputs, reverse=reverse) if is_scanned else body(carry, inputs)
+    return jax.lax.scan(body, carry, inputs, reverse=reverse, unroll=unroll) if unroll else body(carry, inputs)
 
 
 def _without_integers(gradients: Tree) -> Tree:

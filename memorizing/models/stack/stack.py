@@ -253,7 +253,7 @@ class Stack(LayerPattern):
 
         with jax.named_scope(run.name):
             # `custom_vjp` hides the types.
-            passed: Any = reversible.pass_layers(layers, run.is_scanned, x, own, common)
+            passed: Any = reversible.pass_layers(layers, self.remat.unroll if run.is_scanned else 0, x, own, common)
             x, outputs = passed
         if run.is_scanned:
             outputs = {name: each._replace(state=_rows_first(each.state)) for name, each in outputs.items()}
