@@ -117,15 +117,21 @@ def _scores_of_memory(
     num_blocks = num_groups // block_groups
     block_slots = block_groups * group_size
 
+    def of_block(keys: Float[Array, "slots H"], valid: Bool[Array, "slots"]) -> GroupedScores:
+        scores = scores_of(queries, keys, valid)
+        return GroupedScores(scores, scores.reshape(num_queries, -1, group_size).max(axis=-1))
+
+    if num_blocks == 1:
+        return of_block(keys, valid)
+
     def add_block(index_and_found: tuple[Int[Array, ""], GroupedScores]) -> tuple[Int[Array, ""], GroupedScores]:
         index, found = index_and_found
         block_keys = jax.lax.dynamic_slice_in_dim(keys, index * block_slots, block_slots)
         block_valid = jax.lax.dynamic_slice_in_dim(valid, index * block_slots, block_slots)
-        scores = scores_of(queries, block_keys, block_valid)
-        maxima = scores.reshape(num_queries, block_groups, group_size).max(axis=-1)
+        block = of_block(block_keys, block_valid)
         return index + 1, GroupedScores(
-            jax.lax.dynamic_update_slice_in_dim(found.scores, scores, index * block_slots, axis=1),
-            jax.lax.dynamic_update_slice_in_dim(found.maxima, maxima, index * block_groups, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(found.scores, block.scores, index * block_slots, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(found.maxima, block.maxima, index * block_groups, axis=1),
         )
 
     # While a memory fills, the blocks behind the last one that holds something are not looked at.
