@@ -146,10 +146,16 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
         time.set(ylabel="milliseconds a step, estimated")
         memory.set(ylabel="GiB of a device", xlabel={"slots": "slots of a row"}.get(name, name))
         for each in (time, memory):
-            each.set(xscale="log", ylim=(0, None))
+            each.margins(y=0.1)
+            each.set_xscale("log")
+            each.set_ylim(bottom=0)
             each.grid(alpha=0.3)
-            each.set_xticks(
-                numbers, [tables.with_unit(number) if number >= 10_000 else f"{number:,}" for number in numbers]
-            )
+            each.set_xticks(numbers, [f"{number // 1024}K" if number >= 8192 else f"{number:,}" for number in numbers])
             each.minorticks_off()
+        shared = [
+            f"{case[name]:,}: {case['rows']} rows, slots over {case['memory']} devices"
+            for case in shown
+            if name == "slots" and case["memory"] > 1
+        ]
+        time.text(0.97, 0.05, "\n".join(shared), transform=time.transAxes, ha="right", fontsize=8)
     figure.savefig(path, dpi=100)
