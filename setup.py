@@ -33,6 +33,7 @@ setup(
         "memorizing",
         *(f"memorizing.{room}" for room in find_packages(str(ROOT / "memorizing"))),
         "memorizing.benchmarks",
+        "memorizing.benchmarks.estimated",
         "memorizing.benchmarks.reading",
         "memorizing.benchmarks.trained",
         "memorizing.data",

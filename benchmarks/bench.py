@@ -15,8 +15,8 @@ from memorizing.errors import UserError
 BENCHMARKS = {
     "search": ("memorizing.benchmarks.search", "retrieval alone, beside faiss and PyTorch"),
     "step": ("memorizing.benchmarks.step", "the training step with and without external memories"),
-    "tpu": ("memorizing.benchmarks.tpu", "the same on slices of TPUs, as the TPU compiler estimates it"),
-    "growth": ("memorizing.benchmarks.growth", "the same as memories, rows and devices grow"),
+    "tpu": ("memorizing.benchmarks.estimated.tpu", "the same on slices of TPUs, as the TPU compiler estimates it"),
+    "growth": ("memorizing.benchmarks.estimated.growth", "the same as memories, rows and devices grow"),
     "accelerator": ("memorizing.benchmarks.accelerator", "steps, search and reading in one go within some minutes"),
     "text": ("memorizing.benchmarks.reading.text", "tokens a second that a model reads and writes"),
     "stream": ("memorizing.benchmarks.reading.stream", "a stream of a million tokens: memory, and time per segment"),

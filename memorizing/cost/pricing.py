@@ -4,8 +4,9 @@ An instruction takes the cycles that the compiler expects, as often as it runs, 
 scatters and sorts for which it names none, and what it says that it cannot tell, take the time to read and write their
 results once at the bandwidth of the chip's memory, which single rows seldom reach. The matrix product of the
 approximate search, which the compiler does not price with its partial reduction, takes what it says of the same product
-with a maximum in its place. Kernels, of which the compiler names no cycles either, take their FLOPs at a share of the chip's
-peak: the one that the schedules reach that it makes of them. Collectives are counted, not timed. What runs in rare cases only is told apart.
+with a maximum in its place. Kernels, of which the compiler names no cycles either, take their FLOPs at a share of the
+chip's peak: the one that the schedules reach that it makes of them. Collectives are counted, not timed. What runs in
+rare cases only is told apart.
 """
 
 from __future__ import annotations

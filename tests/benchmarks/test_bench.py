@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from memorizing import main
-from memorizing.benchmarks import accelerator, bench, data, future, growth, measure, scaling, search, step
+from memorizing.benchmarks import accelerator, bench, data, future, measure, scaling, search, step
+from memorizing.benchmarks.estimated import growth
 from memorizing.benchmarks.reading import stream
 from memorizing.config.loading import load_experiment
 from memorizing.cost.compiled_cost import Traffic

@@ -7,7 +7,7 @@ With --search the search alone, on one device: 64 heads, its share of that step,
 exact one, the approximate one, and a bound. The bound is the product of queries and keys, fused with a maximum: what a
 search takes at least that looks at every key and computes it as XLA does.
 
-With --attention the local attention alone, see `memorizing.benchmarks.tpu_attention`.
+With --attention the local attention alone, see `memorizing.benchmarks.estimated.attention`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from memorizing.benchmarks import measure, tpu_attention
+from memorizing.benchmarks import measure
+from memorizing.benchmarks.estimated import attention
 from memorizing.benchmarks.step import with_memory
 from memorizing.commands import experiment_flags
 from memorizing.commands.plan import DEFAULT_RUN
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Compiles, prints a line for each program as it comes, and returns the figures."""
     if options.attention:
         _no_bindings("--attention", bindings)
-        return tpu_attention.run(options.slices.split(","))
+        return attention.run(options.slices.split(","))
     return _searches(options, bindings) if options.search else _steps(options, bindings)
 
 

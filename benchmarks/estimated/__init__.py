@@ -1,0 +1,1 @@
+"""What the TPU compiler estimates of programs for slices of TPUs, without a TPU."""
