@@ -37,7 +37,9 @@ _HIDDEN = jnp.finfo(jnp.float32).min
 # Where a chip has two cores, each computes half of the heads.
 _PARAMETERS = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))
 
-HeadsFirst = Float[Array, "B heads length H"]
+HeadQueries = Float[Array, "B N T H"]
+HeadKeys = Float[Array, "B K S H"]
+HeadValues = Float[Array, "B K S H"]
 Bias = Float[Array, "N T S"]
 
 
@@ -115,14 +117,14 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def softmax_attention(
-    queries: HeadsFirst,
-    keys: HeadsFirst,
-    values: HeadsFirst,
+    queries: HeadQueries,
+    keys: HeadKeys,
+    values: HeadValues,
     scale: HeadScale,
     bias: Bias,
     mask: Bool[Array, "B T S"],
     interpret: bool = False,
-) -> tuple[HeadsFirst, Float[Array, "B N T"]]:
+) -> tuple[HeadQueries, Float[Array, "B N T"]]:
     """softmax(scale * (q . k + bias)) v over the visible keys, and the logarithms of its normalisers.
 
     Query head n reads key head n // (N / K).
@@ -150,14 +152,14 @@ class _Inputs(NamedTuple):
 
 
 def _forward(
-    queries: HeadsFirst,
-    keys: HeadsFirst,
-    values: HeadsFirst,
+    queries: HeadQueries,
+    keys: HeadKeys,
+    values: HeadValues,
     scale: HeadScale,
     bias: Bias,
     mask: Bool[Array, "B T S"],
     interpret: bool,
-) -> tuple[tuple[HeadsFirst, Float[Array, "B N T"]], _Inputs]:
+) -> tuple[tuple[HeadQueries, Float[Array, "B N T"]], _Inputs]:
     inputs = _Inputs(scale, queries, keys, values, bias, mask.astype(jnp.int8))
     grid, blocks = _blocks(inputs)
     out, log_normalizer = pl.pallas_call(
@@ -180,7 +182,7 @@ def _forward(
 def _backward(
     interpret: bool,
     inputs: _Inputs,
-    gradients: tuple[HeadsFirst, Float[Array, "B N T"]],
+    gradients: tuple[HeadQueries, Float[Array, "B N T"]],
 ) -> tuple[Any, ...]:
     of_out, of_normalizer = gradients
     grid, blocks = _blocks(inputs)
@@ -210,7 +212,7 @@ def _backward(
         interpret=interpret,
     )(*inputs, of_out, of_normalizer[..., None])
 
-    def of_kv_heads(gradient: HeadsFirst) -> HeadsFirst:
+    def of_kv_heads(gradient: Float[Array, "B N S H"]) -> HeadKeys:
         if num_heads == num_kv_heads:
             return gradient
         of_group = gradient.reshape(num_rows, num_kv_heads, -1, num_keys, width)
