@@ -231,8 +231,8 @@ def _with_windows(finished: FinishedRun, windows: str | None, memory_sizes: str 
     model = finished.experiment.model
     segment_length = finished.experiment.batch.segment_length
     if windows is None:
-        longest = max(model.trained_length - segment_length, 0)
-        sizes = [longest] if longest and not memory_sizes else []
+        most = max(model.trained_length - segment_length, 0)
+        sizes = [_needed(finished, most)] if most and not memory_sizes else []
     else:
         sizes = _parsed("windows", windows)
     settings = []
@@ -265,11 +265,28 @@ def _with_memory(model: LMConfig, size: int, segment_length: int) -> Setting:
 
 
 def _larger(finished: FinishedRun, own: int) -> list[int]:
-    """Four times the run's own memory, unless that would take more than a gigabyte: who wants that asks for it."""
+    """Four times the run's own memory.
+
+    None where its own already holds the longest document, or where the larger would take more than a gigabyte: who wants
+    that asks for it.
+    """
+    if _needed(finished, own + 1) <= own:
+        return []
     batch = finished.experiment.batch
     larger = finished.experiment.model.with_memory_size(4 * own)
     num_bytes = larger.state_bytes(batch.segment_length) * batch.num_rows
     return [4 * own] if num_bytes <= 1 << 30 else []
+
+
+def _needed(finished: FinishedRun, most: int) -> int:
+    """So many positions before a segment, or as many segments as the longest document has if these are fewer."""
+    text = text_of(finished.experiment.data)
+    if text is None:
+        return most
+    documents = range(finished.experiment.data.num_eval_documents)
+    longest = max((len(text.document_tokens(index)) for index in documents), default=0)
+    segment_length = finished.experiment.batch.segment_length
+    return min(most, -(-longest // segment_length) * segment_length)
 
 
 def _parsed(flag: str, given: str) -> list[int]:

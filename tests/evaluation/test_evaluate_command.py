@@ -13,6 +13,7 @@ import pytest
 from tiny_texts import LENGTH, MEMORY, TinyTexts, expect_error, finished_run
 
 from memorizing import main
+from memorizing.commands import evaluate
 from memorizing.config.runs import open_run
 from memorizing.evaluation import bootstrap
 from memorizing.evaluation.inspection.document import DocumentTokens
@@ -126,6 +127,18 @@ def test_the_controls_are_told_unless_sizes_are_named(
         if folder == workdir and not bindings:
             trained = result["evaluations"][f"memory {MEMORY}"]["loss"]
             assert summary["evaluations"][f"memory {MEMORY}"]["loss"] == pytest.approx(trained, rel=1e-6)
+
+
+def test_controls_see_no_further_than_the_longest_document(workdir: str):
+    """What sees more gives the same, and takes longer."""
+    finished, texts = open_run(workdir), TinyTexts()
+    longest = max(len(texts.document_tokens(index)) for index in range(texts.num_eval_documents))
+    whole = -(-longest // LENGTH) * LENGTH
+    assert evaluate._needed(finished, MEMORY) == MEMORY < longest
+    assert evaluate._needed(finished, 2 * whole) == whole
+    assert evaluate._larger(finished, MEMORY) == [4 * MEMORY]
+    assert evaluate._larger(finished, whole - LENGTH) == [4 * (whole - LENGTH)]
+    assert evaluate._larger(finished, whole) == []
 
 
 def test_a_local_attention_that_sees_further_in_the_place_of_a_memory(
