@@ -255,12 +255,13 @@ def run_in_a_process(
 
 
 @needs_compiler
-@pytest.mark.parametrize(("memory_size", "most"), [(8192, 1.09), (65536, 1.18), (262144, 1.53)])
+@pytest.mark.parametrize(("memory_size", "most"), [(8192, 0.0226), (65536, 0.0477), (262144, 0.147)])
 def test_the_papers_setting_fits_its_pod(memory_size: int, most: float):
     planned = json.loads(run_in_a_process("--topology=v3:4x4", f"--gin.KNNAttention.memory_size={memory_size}").stdout)
-    # What a memory with the exact search may cost: the paper's own implementation took 1.25 times as long with 8,192
-    # slots, and 3 times with 65,536.
-    assert planned["seconds"] <= most * (planned["seconds"] - planned["memory_seconds"])
+    # What a memory with the exact search may add, in seconds, whatever it is added to. Shares of 1.09, 1.18 and 1.53 of
+    # a step of about 260 ms; the paper's own implementation took 1.25 times as long with 8,192 slots, and 3 times with
+    # 65,536.
+    assert planned["memory_seconds"] <= most
     assert planned["num_devices"] == 32 and planned["num_rows"] == 256 and planned["tokens_per_step"] == 2**17
     # Keys and values of 8 rows and 8 heads of 128, in bfloat16.
     assert planned["hbm"]["external memory"] >= 2 * 8 * 8 * memory_size * 128 * 2
