@@ -267,8 +267,8 @@ def _with_memory(model: LMConfig, size: int, segment_length: int) -> Setting:
 def _larger(finished: FinishedRun, own: int) -> list[int]:
     """Four times the run's own memory.
 
-    None where its own already holds the longest document, or where the larger would take more than a gigabyte: who wants
-    that asks for it.
+    None where its own already holds the longest document, or where the larger would take more than a gigabyte: who
+    wants that asks for it.
     """
     if _needed(finished, own + 1) <= own:
         return []
