@@ -85,6 +85,18 @@ def test_without_a_bias(inputs: dict[str, Any]):
     expect_equal(found, expected, 1e-5)
 
 
+def test_texts_side_by_side_attend_as_each_does_alone(inputs: dict[str, Any]):
+    def attend(queries: jax.Array, mask: jax.Array) -> Any:
+        given = inputs | {"queries": queries, "mask": mask}
+        return local_attention(**given, kernel="interpreted")
+
+    texts = jnp.stack([inputs["queries"], 2 * inputs["queries"]]), jnp.stack([inputs["mask"], inputs["mask"][::-1]])
+    together = jax.jit(jax.vmap(attend))(*texts)
+    for index in range(2):
+        alone = attend(*(array[index] for array in texts))
+        expect_equal(jax.tree.map(lambda leaf, index=index: leaf[index], together), alone, 1e-6)
+
+
 def test_what_no_query_sees_changes_nothing_and_gets_no_gradient(inputs: dict[str, Any]):
     hidden = inputs | {"mask": inputs["mask"].at[:, :, 100].set(False)}
     attended, gradients = attended_and_gradients(hidden, "interpreted")

@@ -33,7 +33,8 @@ BLOCK_LOGITS = 1 << 18
 _HEAD_LOGITS = 1 << 20
 # Numbers side by side in a register: lengths are multiples of it.
 _LANES = 128
-_HIDDEN = jnp.finfo(jnp.float32).min
+# Logit where nothing is visible: of weight 0 beside any other, and finite.
+HIDDEN = jnp.finfo(jnp.float32).min
 # Where a chip has two cores, each computes half of the heads.
 _PARAMETERS = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))
 
@@ -258,6 +259,7 @@ def _cost(inputs: _Inputs, num_products: int) -> pl.CostEstimate:
     """What a kernel computes and moves, by which it is priced: see `memorizing.cost.pricing`."""
     num_rows, num_heads, num_queries, width = inputs.queries.shape
     num_logits = num_rows * num_heads * num_queries * inputs.keys.shape[2]
+    # What goes in is read about once forward; backward gradients as large go in and out as well.
     return pl.CostEstimate(
         flops=2 * num_products * num_logits * width,
         bytes_accessed=num_products * sum(array.nbytes for array in inputs[1:]) // 2,
@@ -283,7 +285,7 @@ def _softmax(inputs: _Inputs) -> _Softmax:
     unscaled = _product(inputs.queries[...], inputs.keys[...], "TH,SH->TS") + inputs.bias[_own_queries(inputs)]
     # Registers of TPUs v4 compare no small numbers.
     visible = inputs.mask[...].astype(jnp.int32) != 0
-    logits = jnp.where(visible, unscaled * _own_scale(inputs), _HIDDEN)
+    logits = jnp.where(visible, unscaled * _own_scale(inputs), HIDDEN)
     greatest = jnp.max(logits, axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - greatest)
     normalizer = jnp.sum(exponentials, axis=-1, keepdims=True)

@@ -19,9 +19,6 @@ from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.layers import soft_cap
 from memorizing.models.positions import Rotary
 
-# Logit where nothing is visible: of weight 0 beside any other, and finite.
-_HIDDEN = jnp.finfo(jnp.float32).min
-
 
 class Attended(NamedTuple):
     """Attention to some keys.
@@ -308,4 +305,4 @@ def _visible_logits(
     logits: Float[Array, "B N T S"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B N T S"]:
-    return jnp.where(mask[:, None], logits, _HIDDEN)
+    return jnp.where(mask[:, None], logits, flash.HIDDEN)
