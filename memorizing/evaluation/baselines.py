@@ -34,14 +34,17 @@ def with_continuous_cache(experiment: Experiment) -> LMConfig | None:
 
 
 def cached(experiment: Experiment) -> LMConfig:
-    """The experiment's model with a continuous cache that needs no training, as large as its memory."""
+    """The experiment's model with a continuous cache that needs no training, as large as its memory.
+
+    To be read with `CACHE_ALONE`: the memories of its layers hold a segment, since a smaller one is sooner searched.
+    """
     model = experiment.model
     # A whole number of segments on every device.
     unit = experiment.batch.segment_length * experiment.mesh.memory
     baseline = ContinuousCache()
     size = max((model.memory_size or baseline.memory_size) // unit, 1) * unit
     cache = dataclasses.replace(baseline, memory_size=size)
-    return dataclasses.replace(model, continuous_cache=cache)
+    return dataclasses.replace(model.with_memory_size(unit), continuous_cache=cache)
 
 
 def worth(trained: Mapping[str, Evaluation], without: Mapping[str, Evaluation], seed: int = 0) -> str:

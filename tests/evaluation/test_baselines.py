@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from tiny_texts import MEMORY, TinyTexts, finished_run
@@ -14,7 +15,8 @@ from memorizing import main
 from memorizing.config.loading import load_experiment
 from memorizing.config.runs import open_run
 from memorizing.evaluation import baselines
-from memorizing.evaluation.evaluator import Evaluation
+from memorizing.evaluation.evaluator import Evaluation, Evaluator
+from memorizing.evaluation.reading import num_rows_side_by_side
 from memorizing.models.memory.continuous_cache import ContinuousCache
 
 SMALL = ("LoopConfig.num_steps=2", "LMConfig.embed_dim=16", "LMConfig.mlp_dim=16", "BatchConfig.tokens_per_step=128")
@@ -68,11 +70,32 @@ def test_the_cache_baseline_is_as_large_as_the_memory(tmp_path: pathlib.Path, mo
     expected = MEMORY if experiment.model.has_memory else ContinuousCache().memory_size
     assert with_cache.continuous_cache.memory_size == expected
     assert not with_cache.continuous_cache.has_parameters
-    assert dataclasses.replace(with_cache, continuous_cache=None) == experiment.model
+    layers = experiment.model.with_memory_size(experiment.batch.segment_length)
+    assert dataclasses.replace(with_cache, continuous_cache=None) == layers
     # Where that is the model already, and its only memory, it is no baseline.
     if not experiment.model.has_memory:
         assert baselines.with_continuous_cache(dataclasses.replace(experiment, model=with_cache)) is None
     assert isinstance(experiment.data, TinyTexts)
+
+
+@pytest.mark.parametrize("model_file", ["models/memorizing_tiny.gin"])
+def test_the_cache_baseline_reads_as_with_the_whole_memories_cleared(tmp_path: pathlib.Path, model_file: str):
+    finished = open_run(finished_run(tmp_path / "run", model_file=model_file))
+    experiment, mesh = finished.experiment, finished.experiment.mesh.make_mesh()
+    small = baselines.with_continuous_cache(experiment)
+    assert small is not None
+    whole = dataclasses.replace(experiment.model, continuous_cache=small.continuous_cache)
+    assert small.memory_sizes != whole.memory_sizes
+    num_rows = num_rows_side_by_side(experiment.data, experiment.batch.num_rows, mesh)
+    with jax.set_mesh(mesh):
+        params, buffers = finished.variables_on(mesh)
+        found, expected = (
+            Evaluator(model, num_rows, experiment.batch.segment_length, mesh).run(
+                params, buffers, experiment.data, baselines.CACHE_ALONE
+            )
+            for model in (small, whole)
+        )
+    np.testing.assert_allclose(found.cell_nats, expected.cell_nats, rtol=1e-5)
 
 
 def test_train_compares(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture):
