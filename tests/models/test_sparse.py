@@ -14,6 +14,7 @@ from mechanisms import Mechanism
 
 from memorizing.context import Layout, Segment
 from memorizing.errors import UserError
+from memorizing.models.attention import flash
 from memorizing.models.attention.base import LayerDims
 from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.lm_config import LMConfig
@@ -112,6 +113,46 @@ def test_gradients_are_those_of_the_dense_mask(config: SparseAttention):
     found = gradients(functools.partial(attend, config))
     expected = gradients(functools.partial(dense, config, numpy=jnp))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), found, expected)
+
+
+@pytest.mark.parametrize(
+    "config, length",
+    [
+        (SparseAttention("strided", "first", stride=128), 256),
+        (SparseAttention("strided", "merged", stride=2), 256),
+        (SparseAttention("fixed", "split", stride=128, summary_width=64), 256),
+    ],
+    ids=["blocks and those before", "columns", "blocks"],
+)
+def test_kernels_give_what_plain_blocks_give(
+    config: SparseAttention, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, for blocks or columns of 128 positions; also where a query sees none of the second set."""
+    rng = np.random.default_rng(0)
+    params = {"params": {"bias": {"table": jnp.asarray(rng.normal(size=(N, config.num_buckets)), jnp.float32)}}}
+    arrays = [jnp.asarray(rng.normal(size=(1, length, N, H)), jnp.float32) for _ in range(3)]
+    segment = Segment(jnp.ones((1, length), bool), Layout(length))
+    served = []
+    kernels = flash.attention
+    monkeypatch.setattr(flash, "attention", lambda *args: served.append(args[1].shape) or kernels(*args))
+
+    def values_and_gradients(kernel: flash.KernelKind) -> tuple:
+        core = config.core(dataclasses.replace(DIMS, attention_kernel=kernel))
+
+        @jax.jit
+        def both(*args) -> tuple:
+            attended, pull_back = jax.vjp(
+                lambda params, *arrays: core.apply(params, *arrays, jnp.arange(1.0, N + 1) / N, segment, ())[0], *args
+            )
+            return attended, pull_back(jnp.cos(jnp.arange(attended.size)).reshape(attended.shape))
+
+        return both(params, *arrays)
+
+    expected = values_and_gradients("none")
+    assert not served
+    found = values_and_gradients("interpreted")
+    assert served == [(2, 128, N // 2 if config.sees == "split" else N, H)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

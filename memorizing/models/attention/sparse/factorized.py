@@ -19,8 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 from memorizing.array_typing import HeadScale, Keys, Queries, Values
 from memorizing.context import Attended, Layout, Report, Segment
 from memorizing.errors import Count, UserError
-from memorizing.models import partial_softmax
+from memorizing.models import partial_softmax, positions
 from memorizing.models.attention.base import Example, LayerDims, attend_flops, projection_flops
+from memorizing.models.attention.flash import KernelKind
+from memorizing.models.attention.local import local_attention
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import dense
 from memorizing.models.partial_softmax import Partial
@@ -229,9 +231,10 @@ class SparseCore(nn.Module):
                 scale=scale[chosen],
                 bias=lambda distances: bias(distances)[chosen],
                 are_merged=config.sees == "merged",
+                kernel=self.dims.attention_kernel,
             )
 
-        # Each [B, N, m, l, H]
+        # Each [B, m, l, N, H]
         attended = []
         if first:
             see_first = _last_positions if config.pattern == "strided" else _own_block
@@ -245,8 +248,8 @@ class SparseCore(nn.Module):
         if config.sees == "merged":
             y = partial_softmax.join(*attended).values
         else:
-            y = jnp.concatenate([part.values for part in attended], axis=1)
-        return jnp.moveaxis(y, 1, 3).reshape(num_rows, length, num_heads, head_dim)
+            y = jnp.concatenate([part.values for part in attended], axis=3)
+        return y.reshape(num_rows, length, num_heads, head_dim)
 
     def _attend_token(
         self,
@@ -275,6 +278,7 @@ class BlockHeads(NamedTuple):
       scale: of the logits, float32 [N].
       bias: of the logits by distance back, for these heads.
       are_merged: whether these heads see the other set, too: the second one then leaves out what is in the first.
+      kernel: see `flash.serves`.
     """
 
     queries: Blocks
@@ -283,23 +287,19 @@ class BlockHeads(NamedTuple):
     scale: HeadScale
     bias: Bias
     are_merged: bool
+    kernel: KernelKind
 
 
 def _last_positions(heads: BlockHeads) -> Partial:
     """The first strided set: l positions before each, in its own block and the one before."""
     num_blocks, stride = heads.queries.shape[1:3]
-    keys = _with_block_before(heads.keys)
-    values = _with_block_before(heads.values)
     # [l, 2 l]; the keys begin a block earlier.
     distance = np.arange(stride)[:, None] + stride - np.arange(2 * stride)[None, :]
     is_near = (distance >= 0) & (distance <= stride)
-    # Nothing is before the first block: [m, l, 2 l].
-    exists = np.arange(2 * stride)[None, None, :] + stride * jnp.arange(num_blocks)[:, None, None] >= stride
-    visible = is_near[None] & exists
-
-    products = jnp.einsum("BmaNH,BmsNH->BNmas", heads.queries, keys, preferred_element_type=jnp.float32)
-    logits = _logits(products, heads.bias(distance), heads.scale)
-    return partial_softmax.attend(logits, visible[None, None], _heads_first(values))
+    # Nothing is before the first block: [m, 1, 2 l].
+    exists = (np.arange(2 * stride) >= stride) | (np.arange(num_blocks) > 0)[:, None, None]
+    with_before = heads._replace(keys=_with_block_before(heads.keys), values=_with_block_before(heads.values))
+    return _block_by_block(with_before, is_near & exists)
 
 
 def _same_column(heads: BlockHeads) -> Partial:
@@ -308,25 +308,42 @@ def _same_column(heads: BlockHeads) -> Partial:
     # [m, m]
     blocks_back = np.arange(num_blocks)[:, None] - np.arange(num_blocks)[None, :]
     visible = blocks_back >= (2 if heads.are_merged else 0)
-
-    # [B, N, l, m, m]: the segment's columns take the place of its blocks.
-    products = jnp.einsum("BmaNH,BkaNH->BNamk", heads.queries, heads.keys, preferred_element_type=jnp.float32)
-    logits = _logits(products, heads.bias(stride * blocks_back), heads.scale)
-    columns = jnp.einsum("BkaNH->BNakH", heads.values)
-    seen = partial_softmax.attend(logits, visible[None, None, None], columns)
-    return Partial(seen.values.swapaxes(2, 3), seen.log_normalizer.swapaxes(2, 3))
+    # The segment's columns take the place of its blocks, [B, l, m, N, H].
+    columns = heads._replace(
+        queries=heads.queries.swapaxes(1, 2),
+        keys=heads.keys.swapaxes(1, 2),
+        values=heads.values.swapaxes(1, 2),
+        bias=lambda blocks: heads.bias(stride * blocks),
+    )
+    seen = _block_by_block(columns, visible[None])
+    return Partial(seen.values.swapaxes(1, 2), seen.log_normalizer.swapaxes(1, 2))
 
 
 def _own_block(heads: BlockHeads) -> Partial:
     """The first fixed set: the block that the query is in."""
     stride = heads.queries.shape[2]
-    # [l, l]
-    distance = np.arange(stride)[:, None] - np.arange(stride)[None, :]
-    visible = distance >= 0
+    return _block_by_block(heads, np.tri(stride, dtype=bool)[None])
 
-    products = jnp.einsum("BmaNH,BmsNH->BNmas", heads.queries, heads.keys, preferred_element_type=jnp.float32)
-    logits = _logits(products, heads.bias(distance), heads.scale)
-    return partial_softmax.attend(logits, visible[None, None, None], _heads_first(heads.values))
+
+def _block_by_block(heads: BlockHeads, visible: Bool[np.ndarray, "#m l S"]) -> Partial:
+    """Every block of queries to the keys of the same block, which end where the queries end.
+
+    Args:
+      heads: keys and values are [B, m, S, N, H].
+      visible: which of a block's keys each query sees; where none, the normaliser's logarithm is that of nothing.
+    """
+    num_rows, num_blocks, num_queries = heads.queries.shape[:3]
+    num_keys = heads.keys.shape[2]
+    blocks = (num_rows * num_blocks, -1)
+    mask = jnp.broadcast_to(visible, (num_rows, num_blocks, num_queries, num_keys))
+    seen = local_attention(
+        *(each.reshape(*blocks, *each.shape[3:]) for each in (heads.queries, heads.keys, heads.values)),
+        heads.scale,
+        heads.bias(positions.distances(num_queries, num_keys)),
+        mask.reshape(*blocks, num_keys),
+        kernel=heads.kernel,
+    )
+    return Partial(seen.values.reshape(heads.queries.shape), seen.log_normalizer.reshape(heads.queries.shape[:-1]))
 
 
 def _summaries(heads: BlockHeads, columns: Int[np.ndarray, "N c"]) -> Partial:
@@ -357,9 +374,10 @@ def _summaries(heads: BlockHeads, columns: Int[np.ndarray, "N c"]) -> Partial:
     seen = partial_softmax.attend(logits, is_before[None], summaries(heads.values))
     if not heads.are_merged:
         seen = partial_softmax.join(seen, _itself(heads))
-    # [B, N, m, l, H]
-    blocks = (num_rows, num_heads, num_blocks, stride)
-    return Partial(seen.values.reshape(*blocks, head_dim), seen.log_normalizer.reshape(blocks))
+    blocks = (num_rows, num_blocks, stride, num_heads)
+    return Partial(
+        seen.values.swapaxes(1, 2).reshape(*blocks, head_dim), seen.log_normalizer.swapaxes(1, 2).reshape(blocks)
+    )
 
 
 def _summary_bias(heads: BlockHeads, columns: Int[np.ndarray, "N c"]) -> Float[Array, "N T S"]:
