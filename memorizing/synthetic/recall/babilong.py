@@ -8,17 +8,47 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+import itertools
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from memorizing.errors import CountOrNone
 from memorizing.synthetic.recall import scoring, stories
 from memorizing.synthetic.recall.prompt import Draft, Prompt, PromptTask, TooShort, units_from
+from memorizing.synthetic.task import Text
 
 # As published: shorter sentences of the prose are left out.
 _LEAST_SENTENCE = 10
 _GENERATED = 20
 _TRIES = 100
+
+
+class _Piece(NamedTuple):
+    """A fact, or a question with its answer.
+
+    Attributes:
+      ids: int32 [length], of the fact or the question.
+      answer: int32 [length], of a question.
+      told_by: the first fact that a question's answer takes; None in a fact.
+    """
+
+    ids: np.ndarray
+    answer: np.ndarray = np.zeros(0, np.int32)
+    told_by: int | None = None
+
+
+def _in_order(
+    story: stories.Story, rng: np.random.Generator, more_questions: int
+) -> Iterator[str | stories.Question]:
+    """What stands before the last question: facts, and behind those of each moment so many questions."""
+    told = 0
+    for moment in story.moments:
+        yield from story.facts[told : moment.num_facts]
+        told = moment.num_facts
+        for _ in range(more_questions):
+            yield moment.questions[int(rng.integers(len(moment.questions)))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +59,14 @@ class BABILong(PromptTask):
       task: qa1 to qa5.
       names: 'familiar', bAbI's persons, things and places; 'other', for a test whether a model has learned the task or
         its labels.
+      more_questions: questions that a training sample answers besides its last one, at each of the up to five moments
+        at which bAbI asks one, drawn from all that may be asked there. 0, as published: none. A held-out sample has its
+        one question.
     """
 
     task: stories.Task = "qa1"
     names: Literal["familiar", "other"] = "familiar"
+    more_questions: CountOrNone = 0
 
     @property
     def chance(self) -> float:
@@ -54,13 +88,18 @@ class BABILong(PromptTask):
         return [sentence for sentence in self.language.sentences() if len(sentence) >= _LEAST_SENTENCE]
 
     def prompt(self, rng: np.random.Generator, length: int) -> Prompt:
-        encode = self.language.encode
+        return self._prompt(rng, length, 0)
+
+    def training_text(self, rng: np.random.Generator, length: int) -> Text:
+        return self._prompt(rng, length, self.more_questions).text
+
+    def _prompt(self, rng: np.random.Generator, length: int, more_questions: int) -> Prompt:
         needed = []
         for _ in range(_TRIES):
             story = stories.story(self.task, rng, self._names)
-            facts = [encode(fact) for fact in story.facts]
-            question = encode(story.question)
-            fixed = sum(map(len, facts)) + len(question) + self._room_for_answer
+            pieces = [self._piece(piece) for piece in _in_order(story, rng, more_questions)]
+            last = self._piece(story.question)
+            fixed = sum(len(piece.ids) + len(piece.answer) for piece in pieces) + len(last.ids) + self._room_for_answer
             if fixed <= length:
                 break
             # Too many facts: another story, as published.
@@ -68,19 +107,26 @@ class BABILong(PromptTask):
         else:
             raise TooShort(min(needed))
         noise = self._noise(rng, length - fixed)
-        places = np.sort(rng.integers(0, len(noise) + 1, len(facts)))
+        places = np.sort(rng.integers(0, len(noise) + 1, len(pieces)))
+        scattered = [noise[first:after] for first, after in itertools.pairwise([0, *places, len(noise)])]
         draft = Draft()
-        told_at = []
-        fact = 0
-        for index in range(len(noise) + 1):
-            while fact < len(facts) and places[fact] == index:
-                told_at.append(draft.add(facts[fact]))
-                fact += 1
-            if index < len(noise):
-                draft.add(noise[index])
-        draft.add(question)
-        draft.answer(encode(story.answer), told_at[story.support[0]])
-        return Prompt(draft.text(), (story.answer.strip(),), story.question.strip(), _GENERATED)
+        told_at: list[int] = []
+        for sentences, piece in zip(scattered, [*pieces, last], strict=True):
+            for sentence in sentences:
+                draft.add(sentence)
+            position = draft.add(piece.ids)
+            if piece.told_by is None:
+                told_at.append(position)
+            else:
+                draft.answer(piece.answer, told_at[piece.told_by])
+        question = story.question
+        return Prompt(draft.text(), (question.answer.strip(),), question.text.strip(), _GENERATED)
+
+    def _piece(self, piece: str | stories.Question) -> _Piece:
+        encode = self.language.encode
+        if isinstance(piece, stories.Question):
+            return _Piece(encode(piece.text), encode(piece.answer), piece.support[0])
+        return _Piece(encode(piece))
 
     def _noise(self, rng: np.random.Generator, room: int) -> list[np.ndarray]:
         """Sentences in order, the last one cut."""

@@ -85,17 +85,22 @@ class PromptTask(SyntheticTask):
           TooShort: they are too few.
         """
 
+    def training_text(self, rng: np.random.Generator, length: int) -> Text:
+        """What a model is trained on: a sample, unless a task has more to teach. Raises TooShort, see `prompt`."""
+        return self.prompt(rng, length).text
+
     @abc.abstractmethod
     def score(self, prediction: str, prompt: Prompt) -> float:
         """What the benchmark gives for a generated text, from 0 to 1."""
 
     def write(self, rng: np.random.Generator, split: Split, num_segments: int, segment_length: int) -> Text:
+        length = num_segments * segment_length
         try:
-            return self.prompt(rng, num_segments * segment_length).text
+            return self.training_text(rng, length) if split == "train" else self.prompt(rng, length).text
         except TooShort as error:
             raise UserError(
                 f"BatchConfig.segment_length = {segment_length}: a sample of {type(self).__name__} takes "
-                f"{error.needed} tokens or more, {num_segments} segments have {num_segments * segment_length}"
+                f"{error.needed} tokens or more, {num_segments} segments have {length}"
             ) from None
 
     def held_out_prompt(self, index: int, segment_length: int) -> Prompt:

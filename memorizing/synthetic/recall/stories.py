@@ -10,7 +10,7 @@ qa1 one fact, qa2 two, qa3 three, qa4 relations of two places, qa5 relations of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -45,29 +45,57 @@ FAMILIAR = Names(templates.PERSONS, templates.GIVERS, templates.THINGS, template
 OTHER = Names(templates.OTHER_PERSONS, templates.OTHER_GIVERS, templates.OTHER_THINGS, templates.OTHER_PLACES)
 
 
-class Story(NamedTuple):
-    """One question and all facts before it.
+class Question(NamedTuple):
+    """Something that follows from the facts before it.
 
     Attributes:
-      facts: sentences, each of which begins with a space.
-      question, answer: the same.
+      text, answer: each begins with a space.
       support: indices of the facts that the answer takes, ascending.
     """
 
-    facts: tuple[str, ...]
-    question: str
+    text: str
     answer: str
     support: tuple[int, ...]
+
+
+class Moment(NamedTuple):
+    """When a question is asked.
+
+    Attributes:
+      num_facts: facts before it.
+      questions: all that may be asked, of which bAbI asks one.
+    """
+
+    num_facts: int
+    questions: tuple[Question, ...]
+
+
+class Story(NamedTuple):
+    """Facts, and the question behind the last of them.
+
+    Attributes:
+      facts: sentences, each of which begins with a space.
+      question: the question.
+      moments: those at which bAbI asks, up to that of the question.
+    """
+
+    facts: tuple[str, ...]
+    question: Question
+    moments: tuple[Moment, ...]
 
 
 def story(task: Task, rng: np.random.Generator, names: Names = FAMILIAR) -> Story:
     """A story of a task, up to one of its five questions."""
     if task == "qa4":
-        return _directions(rng, names)
-    teller = _Teller(rng, names.givers if task == "qa5" else names.persons, names)
-    asked = int(rng.integers(_NUM_QUESTIONS))
-    tell = {"qa1": _moves, "qa2": _things, "qa3": _former_places, "qa5": _gifts}[task]
-    return tell(teller, rng, asked)
+        facts, moments = _directions(rng, names)
+    else:
+        teller = _Teller(rng, names.givers if task == "qa5" else names.persons, names)
+        asked = int(rng.integers(_NUM_QUESTIONS))
+        tell = {"qa1": _moves, "qa2": _things, "qa3": _former_places, "qa5": _gifts}[task]
+        moments = list(tell(teller, rng, asked))
+        facts = teller.facts
+    choices = moments[-1].questions
+    return Story(tuple(facts), choices[int(rng.integers(len(choices)))], tuple(moments))
 
 
 class _Visit(NamedTuple):
@@ -108,6 +136,10 @@ class _Teller:
 
     def _any(self, choices: Sequence[str]) -> str:
         return choices[int(self._rng.integers(len(choices)))]
+
+    def moment(self, questions: Iterable[Question]) -> Moment:
+        """A moment behind all facts that have been told."""
+        return Moment(len(self.facts), tuple(questions))
 
     def place_of(self, person: str) -> str:
         return self._place[person]
@@ -194,18 +226,19 @@ class _Teller:
         getattr(self, kind)(*who[int(self._rng.integers(len(who)))])
 
 
-def _moves(teller: _Teller, rng: np.random.Generator, asked: int) -> Story:
+def _moves(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[Moment]:
     """qa1: two moves before every question."""
-    for _ in range(2 * (asked + 1)):
+    for _ in range(asked + 1):
         teller.move()
-    known = list(teller.moved)
-    person = known[int(rng.integers(len(known)))]
-    fact = teller.moved[person]
-    return Story(tuple(teller.facts), f" Where is {person}?", f" {teller.place_of(person)}", (fact,))
+        teller.move()
+        yield teller.moment(
+            Question(f" Where is {person}?", f" {teller.place_of(person)}", (fact,))
+            for person, fact in teller.moved.items()
+        )
 
 
-def _until_asked(teller: _Teller, rng: np.random.Generator, asked: int, least: int) -> list[str]:
-    """Tells on until the question of that number; returns the things that it may be about.
+def _until_asked(teller: _Teller, rng: np.random.Generator, asked: int, least: int) -> Iterator[list[str]]:
+    """Tells on until the question of that number; yields the things that each question may be about.
 
     Those are known to have been at `least` places, and at the last of them once only.
     """
@@ -221,54 +254,59 @@ def _until_asked(teller: _Teller, rng: np.random.Generator, asked: int, least: i
         if least == 1:
             known = [thing for thing, own in places.items() if own]
         if since > 2 and known and rng.integers(2):
+            yield known
             if asked == 0:
-                return known
+                return
             asked -= 1
             since = 0
 
 
-def _things(teller: _Teller, rng: np.random.Generator, asked: int) -> Story:
+def _things(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[Moment]:
     """qa2: where a thing is."""
-    known = _until_asked(teller, rng, asked, 1)
-    thing = known[int(rng.integers(len(known)))]
-    visit = teller.visits[thing][-1]
-    return Story(tuple(teller.facts), f" Where is the {thing}?", f" {visit.place}", visit.support)
+    for known in _until_asked(teller, rng, asked, 1):
+        visits = {thing: teller.visits[thing][-1] for thing in known}
+        yield teller.moment(
+            Question(f" Where is the {thing}?", f" {visit.place}", visit.support) for thing, visit in visits.items()
+        )
 
 
-def _former_places(teller: _Teller, rng: np.random.Generator, asked: int) -> Story:
+def _former_places(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[Moment]:
     """qa3: where a thing was before it came to where it now is."""
-    known = _until_asked(teller, rng, asked, 2)
-    thing = known[int(rng.integers(len(known)))]
-    before, last = teller.visits[thing][-2:]
+    for known in _until_asked(teller, rng, asked, 2):
+        yield teller.moment(_former_place(thing, *teller.visits[thing][-2:]) for thing in known)
+
+
+def _former_place(thing: str, before: _Visit, last: _Visit) -> Question:
     support = tuple(sorted({*before.support, *last.support}))
-    question = f" Where was the {thing} before the {last.place}?"
-    return Story(tuple(teller.facts), question, f" {before.place}", support)
+    return Question(f" Where was the {thing} before the {last.place}?", f" {before.place}", support)
 
 
-def _gifts(teller: _Teller, rng: np.random.Generator, asked: int) -> Story:
+def _gifts(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[Moment]:
     """qa5: a gift, with up to five steps behind it, in which the same thing and the same two persons have no other."""
     kinds = ("move", "take", "give")
-    while True:
+    for _ in range(asked + 1):
         before = len(teller.gifts)
         while len(teller.gifts) == before:
             teller.any_step(kinds)
         gift = teller.gifts[-1]
         for _ in range(int(rng.integers(6))):
             teller.any_step(kinds, unlike=gift)
-        if asked == 0:
-            break
-        asked -= 1
-    question, answer = [
+        yield teller.moment(_of_a_gift(gift))
+
+
+def _of_a_gift(gift: _Gift) -> Iterator[Question]:
+    asked = [
         (f" What did {gift.giver} give to {gift.receiver}?", gift.thing),
         (f" Who gave the {gift.thing} to {gift.receiver}?", gift.giver),
         (f" Who did {gift.giver} give the {gift.thing} to?", gift.receiver),
         (f" Who gave the {gift.thing}?", gift.giver),
         (f" Who received the {gift.thing}?", gift.receiver),
-    ][int(rng.integers(5))]
-    return Story(tuple(teller.facts), question, f" {answer}", (gift.fact,))
+    ]
+    for text, answer in asked:
+        yield Question(text, f" {answer}", (gift.fact,))
 
 
-def _directions(rng: np.random.Generator, names: Names) -> Story:
+def _directions(rng: np.random.Generator, names: Names) -> tuple[list[str], list[Moment]]:
     """qa4: three places in a line, of which the question names the middle one."""
     first, middle, last = (names.places[i] for i in rng.choice(len(names.places), 3, replace=False))
     direction = list(_OPPOSITE)[int(rng.integers(4))]
@@ -276,9 +314,6 @@ def _directions(rng: np.random.Generator, names: Names) -> Story:
     if rng.integers(2):
         relations.reverse()
     facts = [f" The {place} is {direction} of the {other}." for place, other in relations]
-    if rng.integers(2):
-        asked, answer = f" What is {direction} of the {middle}?", first
-    else:
-        asked, answer = f" What is the {middle} {direction} of?", last
-    support = relations.index((first, middle) if answer == first else (middle, last))
-    return Story(tuple(facts), asked, f" {answer}", (support,))
+    of_last = Question(f" What is the {middle} {direction} of?", f" {last}", (relations.index((middle, last)),))
+    of_first = Question(f" What is {direction} of the {middle}?", f" {first}", (relations.index((first, middle)),))
+    return facts, [Moment(len(facts), (of_last, of_first))]

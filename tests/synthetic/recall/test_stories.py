@@ -104,7 +104,7 @@ def told(task: str, number: int, names: stories.Names = stories.FAMILIAR) -> lis
 def test_an_independent_reader_answers_every_question(task: str) -> None:
     """Ten thousand stories, all five tasks together."""
     for index, story in enumerate(told(task, 2000)):
-        assert Reader(story.facts).answer(story.question) == story.answer.strip(), index
+        assert Reader(story.facts).answer(story.question.text) == story.question.answer.strip(), index
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -113,11 +113,11 @@ def test_the_supporting_facts_tell_the_answer(task: str) -> None:
     number = {"qa1": (1, 1), "qa2": (1, 2), "qa3": (2, 4), "qa4": (1, 1), "qa5": (1, 1)}[task]
     kept = 0
     for story in told(task, 150):
-        assert list(story.support) == sorted(set(story.support)) and len(story.facts) > max(story.support)
-        assert number[0] <= len(story.support) <= number[1]
-        without = tuple(fact for index, fact in enumerate(story.facts) if index not in story.support)
+        assert list(story.question.support) == sorted(set(story.question.support)) and len(story.facts) > max(story.question.support)
+        assert number[0] <= len(story.question.support) <= number[1]
+        without = tuple(fact for index, fact in enumerate(story.facts) if index not in story.question.support)
         try:
-            kept += Reader(without).answer(story.question) == story.answer.strip()
+            kept += Reader(without).answer(story.question.text) == story.question.answer.strip()
         except (AssertionError, KeyError, IndexError):
             continue
     assert kept < 150 * 0.45
@@ -126,11 +126,11 @@ def test_the_supporting_facts_tell_the_answer(task: str) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_other_names_make_other_labels(task: str) -> None:
     familiar = {label for label in stories.FAMILIAR.labels(task)}
-    answers = {story.answer.strip() for story in told(task, 100, stories.OTHER)}
+    answers = {story.question.answer.strip() for story in told(task, 100, stories.OTHER)}
     assert not answers & familiar and answers <= set(stories.OTHER.labels(task))
-    assert {story.answer.strip() for story in told(task, 100)} <= familiar
+    assert {story.question.answer.strip() for story in told(task, 100)} <= familiar
     for story in told(task, 50, stories.OTHER):
-        assert Reader(story.facts).answer(story.question) == story.answer.strip()
+        assert Reader(story.facts).answer(story.question.text) == story.question.answer.strip()
 
 
 def test_stories_are_as_long_as_published() -> None:
@@ -163,3 +163,26 @@ def test_facts_stand_in_prose_in_their_order_and_the_answer_ends_the_text(task: 
         right += guess == answer
     # A guesser among all labels is not better than chance.
     assert right / 30 <= chance + 3 * np.sqrt(chance * (1 - chance) / 30)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_question_of_a_training_sample_follows_from_the_facts_before_it(task: str) -> None:
+    """With `more_questions` a training sample asks again and again; a held-out one still asks once, as published."""
+    words = PlainWords()
+    plain, asking = BABILong(language=words, task=task), BABILong(language=words, task=task, more_questions=3)
+    piece = re.compile(r"((?:Where|What|Who)\b[^?.]*\?) (\w+)|((?:[A-Z]|[a-z]{2,})[A-Za-z ]* \.)")
+    for index in range(20):
+        text = asking.text_of_sample("train", 0, index, 16, 64)
+        answers = iter(text.ids[text.is_answer])
+        facts = []
+        for found in piece.finditer(words.decode(text.ids)):
+            question, answer, fact = found.groups()
+            if fact:
+                facts.append(fact.replace(" .", "."))
+                continue
+            assert Reader(tuple(facts)).answer(question.replace(" ?", "?")) == answer == words.decode([next(answers)])
+        assert next(answers, None) is None and (text.is_answer.sum() - 1) % 3 == 0 < text.is_answer.sum() - 1
+        told_at = text.told_at[text.is_answer]
+        assert (told_at < np.flatnonzero(text.is_answer)).all() and (words.encode(".") == text.ids[told_at]).all()
+        held_out = [source.text_of_sample("validation", 0, index, 16, 64) for source in (plain, asking)]
+        np.testing.assert_array_equal(held_out[0].ids, held_out[1].ids)
