@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import glob
 import importlib
 import importlib.util
@@ -51,6 +52,12 @@ COMMANDS = {
     "launch": ("memorizing.launch.command", "start a run on a pod, or on several processes here"),
 }
 
+# Where Linux says for which memory it gives pages of 2 MiB: for all, for what asks for them, or for none.
+LARGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
+# Has the C library ask for them, from 2.35 on; others pass over what they do not know.
+TUNABLES = "GLIBC_TUNABLES"
+LARGE_PAGES_TUNABLE = "glibc.malloc.hugetlb=1"
+
 # Where Linux shows the TPUs of a machine: those up to v4, and later ones.
 TPU_DEVICES = ("/dev/accel*", "/dev/vfio/*")
 
@@ -79,16 +86,45 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with its code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+        start_with_large_pages(arguments)
     if arguments[:1] == ["train"]:
         # Until the run itself listens, after seconds of imports: there is nothing yet to be saved.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_START_AGAIN))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _show_what_can_be_shown()
     leave_out_absent_tpus(os.environ)
     if arguments[:1] != ["prepare"]:
         # etils would read and write object stores through TensorFlow, where that is installed.
         os.environ.setdefault("EPATH_USE_TF", "false")
     sys.exit(_run(arguments))
+
+
+def start_with_large_pages(arguments: Sequence[str]) -> None:
+    """Starts this program anew with large pages, where Linux gives them to those that ask and nobody has asked yet.
+
+    On CPUs, XLA allocates and frees the arrays of a step over and over, and a program waits for every page: with pages
+    of 4 KiB more than half of a step's time can be waiting. The C library reads its settings only as a program starts.
+
+    Args:
+      arguments: of the command line.
+    """
+    tunables = os.environ.get(TUNABLES, "")
+    if "glibc.malloc.hugetlb" in tunables or not _gives_large_pages_on_request():
+        return
+    os.environ[TUNABLES] = f"{tunables}:{LARGE_PAGES_TUNABLE}".lstrip(":")
+    if arguments[:1] == ["train"]:
+        # A stop that comes in between waits until it is listened to.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    with contextlib.suppress(OSError):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _gives_large_pages_on_request() -> bool:
+    with contextlib.suppress(OSError), open(LARGE_PAGES) as setting:
+        return "[madvise]" in setting.read()
+    return False
 
 
 def _show_what_can_be_shown() -> None:

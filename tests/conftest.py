@@ -18,6 +18,8 @@ from collections.abc import Iterator
 assert "jax" not in sys.modules, "devices are chosen when JAX is imported: conftest.py has to come first"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# For workers and the processes that tests start, as the command line has it: see `main.start_with_large_pages`.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 # Every program is compiled once, for all workers and for the processes that tests start.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     CACHE = tempfile.mkdtemp(prefix="memorizing-tests-")
