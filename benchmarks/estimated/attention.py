@@ -1,17 +1,19 @@
 """The local attention alone on one device: the plain form and the kernels, as the TPU compiler estimates them.
 
-A device's share of the paper's step: 8 rows of 8 heads of width 128, segments of 512 and a cache of 512, in bfloat16,
-forward and backward. The compiler names no cycles for kernels, but writes down the instructions that it makes of them:
+By default a device's share of the paper's step: 8 rows of 8 heads of width 128, segments of 512 and a cache of 512, in
+bfloat16, forward and backward. The compiler names no cycles for kernels, but writes down the instructions that it makes of them:
 a bundle of them takes a cycle, and a core runs all of them at each place of the grid. Waiting is not in it.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
 import tempfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +26,33 @@ from memorizing.models.attention import flash
 from memorizing.models.attention.local import local_attention
 from memorizing.runtime import tables
 
-ROWS = 8
-HEADS = 8
-QUERIES = 512
-KEYS = 1024
-WIDTH = 128
-# Two products of queries and keys forward; five backward, where the weights are computed again.
-FLOPS = 7 * 2 * ROWS * HEADS * QUERIES * KEYS * WIDTH
+
+
+class Shape(NamedTuple):
+    """Of the arrays: rows, heads, queries and keys of a row, width of a head."""
+
+    rows: int = 8
+    heads: int = 8
+    queries: int = 512
+    keys: int = 1024
+    width: int = 128
+
+    @property
+    def flops(self) -> int:
+        """Two products of queries and keys forward; five backward, where the weights are computed again."""
+        return 7 * 2 * self.rows * self.heads * self.queries * self.keys * self.width
+
+    @property
+    def places(self) -> int:
+        """Of a kernel's grid."""
+        blocks = max(self.queries * self.keys // flash.BLOCK_LOGITS, 1)
+        return self.rows * self.heads * blocks
+
+
 _BUNDLES = re.compile(r"total scheduled bundles:\s*(\d+)")
 
 
-def run(slices: list[str]) -> dict[str, Any]:
+def run(slices: list[str], shape: Shape) -> dict[str, Any]:
     """Compiles, prints a line for each slice as it comes, and returns the figures."""
     jax.config.update("jax_platforms", "cpu")
     rows = [["slice", "plain", "with kernels", "of it the kernels", "of the chip's peak", "temporaries"]]
@@ -43,7 +61,7 @@ def run(slices: list[str]) -> dict[str, Any]:
         # Read when the compiler is loaded.
         _add_arguments(f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false")
         for topology in slices:
-            found = results[topology] = estimate(topology, pathlib.Path(folder))
+            found = results[topology] = estimate(topology, shape, pathlib.Path(folder))
             plain, kernels = found["plain"], found["kernels"]
             row = [topology, f"{1e3 * plain['seconds']:.2f} ms"]
             if found["kernel_share"]:
@@ -58,11 +76,12 @@ def run(slices: list[str]) -> dict[str, Any]:
     return results
 
 
-def estimate(topology: str, folder: pathlib.Path) -> dict[str, Any]:
+def estimate(topology: str, shape: Shape, folder: pathlib.Path) -> dict[str, Any]:
     """Of both forms.
 
     Args:
       topology: of the slice; one of its devices computes.
+      shape: what it computes.
       folder: where the compiler writes its schedules.
 
     Returns:
@@ -73,12 +92,13 @@ def estimate(topology: str, folder: pathlib.Path) -> dict[str, Any]:
     chip = chip_of(topology, device.device_kind)
     mesh = jax.sharding.Mesh(np.array([device]).reshape(1, 1, 1), ("data", "model", "memory"))
     with jax.set_mesh(mesh):
-        plain = _compile("none", device)
+        plain = _compile(functools.partial(local_attention, kernel="none"), shape, device)
         before = set(folder.iterdir())
-        kernels = _compile("tpu", device)
+        # Also where they would not be used since they do not pay.
+        with_kernels = functools.partial(flash.attention, "tpu")
+        kernels = _compile(with_kernels, shape, device) if flash.has_kernels(mesh.abstract_mesh) else plain
     bundles = sum(map(_bundles, sorted(set(folder.iterdir()) - before)))
-    blocks = QUERIES * KEYS // flash.BLOCK_LOGITS
-    kernel_seconds = bundles * HEADS * ROWS * blocks / device.num_cores / chip.clock
+    kernel_seconds = bundles * shape.places / device.num_cores / chip.clock
     around = [instruction for instruction in pricing.read(kernels).usual if not instruction.kernel_flops]
 
     def told(seconds: float, compiled: jax.stages.Compiled) -> dict[str, Any]:
@@ -88,28 +108,30 @@ def estimate(topology: str, folder: pathlib.Path) -> dict[str, Any]:
         "plain": told(pricing.seconds(pricing.read(plain).usual, chip), plain),
         "kernels": told(pricing.seconds(around, chip) + kernel_seconds, kernels),
         "kernel_seconds": kernel_seconds,
-        "kernel_share": FLOPS / (kernel_seconds * chip.peak_flops) if kernel_seconds else 0.0,
+        "kernel_share": shape.flops / (kernel_seconds * chip.peak_flops) if kernel_seconds else 0.0,
     }
 
 
-def _compile(kernel: flash.KernelKind, device: Any) -> jax.stages.Compiled:
+def _compile(attend: Callable[..., Any], shape: Shape, device: Any) -> jax.stages.Compiled:
     sharding = SingleDeviceSharding(device)
+    rows, heads, queries, keys, width = shape
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def both(mask: jax.Array, gradient: jax.Array, *arrays: jax.Array) -> Any:
-        out, pull_back = jax.vjp(lambda *arrays: local_attention(*arrays, mask, kernel=kernel).values, *arrays)
+        # The values alone.
+        out, pull_back = jax.vjp(lambda *arrays: attend(*arrays, mask)[0], *arrays)
         return out, pull_back(gradient)
 
     lowered = jax.jit(both).lower(
-        array(ROWS, QUERIES, KEYS, dtype=jnp.bool_),
-        array(ROWS, QUERIES, HEADS, WIDTH),
-        array(ROWS, QUERIES, HEADS, WIDTH),
-        array(ROWS, KEYS, HEADS, WIDTH),
-        array(ROWS, KEYS, HEADS, WIDTH),
-        array(HEADS, dtype=jnp.float32),
-        array(HEADS, QUERIES + KEYS - 1, dtype=jnp.float32),
+        array(rows, queries, keys, dtype=jnp.bool_),
+        array(rows, queries, heads, width),
+        array(rows, queries, heads, width),
+        array(rows, keys, heads, width),
+        array(rows, keys, heads, width),
+        array(heads, dtype=jnp.float32),
+        array(heads, queries + keys - 1, dtype=jnp.float32),
     )
     return lowered.compile(pricing.COMPILER_OPTIONS)
 

@@ -52,13 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     alone = parser.add_mutually_exclusive_group()
     alone.add_argument("--search", action="store_true", help="the search alone")
     alone.add_argument("--attention", action="store_true", help="the local attention alone")
+    parser.add_argument(
+        "--shape",
+        default=",".join(map(str, attention.Shape())),
+        metavar="ROWS,HEADS,QUERIES,KEYS,WIDTH",
+        help="of the local attention (default: %(default)s)",
+    )
 
 
 def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Compiles, prints a line for each program as it comes, and returns the figures."""
     if options.attention:
         _no_bindings("--attention", bindings)
-        return attention.run(options.slices.split(","))
+        shape = measure.sizes("--shape", options.shape, least=1)
+        if len(shape) != len(attention.Shape()):
+            raise UserError(f"--shape={options.shape}: expected five numbers, ROWS,HEADS,QUERIES,KEYS,WIDTH")
+        return attention.run(options.slices.split(","), attention.Shape(*shape))
     return _searches(options, bindings) if options.search else _steps(options, bindings)
 
 

@@ -149,3 +149,5 @@ def test_kernels_are_for_the_generations_that_have_a_compiler_for_them(kind: str
     queries = jnp.zeros((2, 512, 4, 8))
     with jax.sharding.use_abstract_mesh(mesh):
         assert flash.serves("tpu", queries, queries) == has_kernels
+        # Blocks in which they do not pay.
+        assert not flash.serves("tpu", queries[:, :128], queries[:, :256])

@@ -29,6 +29,8 @@ KernelKind = Literal["tpu", "interpreted", "none"]
 _TOO_OLD = ("TPU v2", "TPU v3")
 # Logits of a block of queries, at most: the core's own memory holds several arrays of this size.
 BLOCK_LOGITS = 1 << 18
+# Logits of a head, at least: smaller blocks take no less time than the plain form (`bench tpu --attention`).
+_LEAST_HEAD_LOGITS = 1 << 17
 # Logits of a head, at most: those of the bias and of its gradient lie in the core's own memory as well.
 _HEAD_LOGITS = 1 << 20
 # Numbers side by side in a register: lengths are multiples of it.
@@ -47,8 +49,8 @@ Bias = Float[Array, "N T S"]
 def serves(kind: KernelKind, queries: Queries, keys: Keys) -> bool:
     """Whether the kernels are used for a segment's queries and the keys that they see.
 
-    They are where the mesh that is set is one of TPUs from v4 on, lengths are multiples of 128, there are no more than
-    2^20 pairs of a query and a key, and heads and rows fill the mesh.
+    They are where the mesh that is set is one of TPUs from v4 on and they pay, from 2^17 pairs of a query and a key on;
+    where lengths are multiples of 128, there are no more than 2^20 such pairs, and heads and rows fill the mesh.
 
     Args:
       kind: where they may be.
@@ -56,16 +58,18 @@ def serves(kind: KernelKind, queries: Queries, keys: Keys) -> bool:
     """
     num_rows, num_queries, num_heads, _ = queries.shape
     num_keys, num_kv_heads = keys.shape[1:3]
+    num_pairs = num_queries * num_keys
     mesh = jax.sharding.get_abstract_mesh()
-    if kind == "none" or (kind == "tpu" and not _has_kernels(mesh)):
+    if kind == "none" or (kind == "tpu" and not (has_kernels(mesh) and num_pairs >= _LEAST_HEAD_LOGITS)):
         return False
     heads_fit = mesh.empty or num_heads % mesh.shape["model"] == num_kv_heads % mesh.shape["model"] == 0
     rows_fit = mesh.empty or num_rows % mesh.shape["data"] == 0
     lengths_fit = num_queries % _LANES == num_keys % _LANES == 0
-    return heads_fit and rows_fit and lengths_fit and num_queries * num_keys <= _HEAD_LOGITS
+    return heads_fit and rows_fit and lengths_fit and num_pairs <= _HEAD_LOGITS
 
 
-def _has_kernels(mesh: jax.sharding.AbstractMesh) -> bool:
+def has_kernels(mesh: jax.sharding.AbstractMesh) -> bool:
+    """Whether the devices of a mesh are TPUs that have a compiler for them."""
     device = None if mesh.empty else mesh.abstract_device
     return device is not None and device.platform == "tpu" and not device.device_kind.startswith(_TOO_OLD)
 
