@@ -62,11 +62,13 @@ class BABILong(PromptTask):
       more_questions: questions that a training sample answers besides its last one, at each of the up to five moments
         at which bAbI asks one, drawn from all that may be asked there. 0, as published: none. A held-out sample has its
         one question.
+      prose: whether the facts are scattered in prose; without it a sample is the story alone, BABILong's length 0.
     """
 
     task: stories.Task = "qa1"
     names: Literal["familiar", "other"] = "familiar"
     more_questions: CountOrNone = 0
+    prose: bool = True
 
     @property
     def chance(self) -> float:
@@ -130,7 +132,7 @@ class BABILong(PromptTask):
 
     def _noise(self, rng: np.random.Generator, room: int) -> list[np.ndarray]:
         """Sentences in order, the last one cut."""
-        if room == 0:
+        if room == 0 or not self.prose:
             return []
         units = units_from(self._sentences, rng, room)
         excess = sum(map(len, units)) - room

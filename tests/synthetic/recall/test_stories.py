@@ -186,3 +186,16 @@ def test_every_question_of_a_training_sample_follows_from_the_facts_before_it(ta
         assert (told_at < np.flatnonzero(text.is_answer)).all() and (words.encode(".") == text.ids[told_at]).all()
         held_out = [source.text_of_sample("validation", 0, index, 16, 64) for source in (plain, asking)]
         np.testing.assert_array_equal(held_out[0].ids, held_out[1].ids)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_prose_a_sample_is_the_story_alone(task: str) -> None:
+    words = PlainWords()
+    babilong = BABILong(language=words, task=task, prose=False)
+    for index in range(20):
+        text = babilong.text_of_sample("validation", 0, index, 16, 64)
+        story, answer = words.decode(text.ids).rsplit(" ", 1)
+        *facts, question = re.findall(r"[A-Z][A-Za-z ]* [.?]", story)
+        assert " ".join([*facts, question]) == story
+        facts = tuple(fact.replace(" .", ".") for fact in facts)
+        assert Reader(facts).answer(question.replace(" ?", "?")) == answer
