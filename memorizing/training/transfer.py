@@ -1,6 +1,6 @@
 """Starting from another run's checkpoint: into a larger memory, or from a model without a memory into one that has it.
 
-The paper has a section on each. Parameters are matched layer by layer, however either model stacks its layers.
+The paper has a section on each; a model may leave its memory behind as well. Parameters are matched layer by layer, however either model stacks its layers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import numpy as np
 from memorizing.array_typing import Tree
 from memorizing.errors import UserError
 from memorizing.models import language_model
+from memorizing.models.attention import MECHANISMS
+from memorizing.models.attention.external import MemoryAttention
 from memorizing.models.lm_config import LMConfig
 from memorizing.models.stack.arrays import member_paths, stack, unstack_paths
+from memorizing.runtime import distributed
 from memorizing.runtime.sharding import from_host
 from memorizing.runtime.workdir import resolve
 from memorizing.training.checkpoint import FOLDER, paths, read_arrays
@@ -36,8 +39,8 @@ def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer
         on where it was; else they start at 0.
 
     Raises:
-      UserError: there is no checkpoint, or a parameter that is not the memory's is missing or has another shape; the
-        message names it.
+      UserError: there is no checkpoint, or a parameter that is not the memory's is missing, has no place in the model or
+        has another shape; the message names it.
     """
     given = f"LoopConfig.start_from = {workdir!r}"
     folder = resolve(workdir)
@@ -48,8 +51,20 @@ def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer
     with_optimizer = with_optimizer and any(path.startswith("opt_state/") for path in saved)
     names = ("params", "buffers", "opt_state", "step") if with_optimizer else ("params", "buffers")
     fresh = {name: getattr(state, name) for name in names}
-    filled = fit(fresh, saved, config.stack.stacked_layers, given, memory_parameters(config))
+    left_behind = _memories_left_behind(saved, config)
+    if left_behind:
+        distributed.say(f"going on without its memory: {', '.join(sorted(left_behind))} stay behind")
+    taken = {path: array for path, array in saved.items() if path not in left_behind}
+    filled = fit(fresh, taken, config.stack.stacked_layers, given, memory_parameters(config))
     return dataclasses.replace(state, **jax.tree.map(_place, filled, fresh))
+
+
+def _memories_left_behind(saved: Collection[str], config: LMConfig) -> set[str]:
+    """Saved parameters of memories in layers in which this model has none."""
+    memories = [mechanism for mechanism in MECHANISMS if issubclass(mechanism, MemoryAttention)]
+    names = {f"/attention/core/{name}" for memory in memories for name in memory.own_parameters}
+    own = {f"params/{parameter}" for parameter in memory_parameters(config)}
+    return {path for path in saved if path.startswith("params/") and path.endswith(tuple(names))} - own
 
 
 def memory_parameters(config: LMConfig) -> set[str]:

@@ -17,6 +17,8 @@ import pytest
 from etils import epath
 
 from memorizing.errors import UserError
+from memorizing.models.attention import MECHANISMS
+from memorizing.models.attention.external import MemoryAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.lm_config import LMConfig
 from memorizing.models.stack.arrays import unstack
@@ -82,6 +84,30 @@ def test_from_a_model_without_memory_layer_by_layer(tmp_path: pathlib.Path):
     # Each layer got its own: in the stack they differ.
     kernels = [ours[f"params/layer_{layer:02d}/mlp/up/kernel"] for layer in range(4)]
     assert all(np.any(kernels[0] != kernel) for kernel in kernels[1:])
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_a_model_goes_on_without_its_memory(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, with_optimizer: bool
+):
+    """Layer by layer the same, also where the layers are stacked otherwise; what stays behind is told."""
+    workdir, there = saved(WITH_MEMORY, tmp_path)
+    started = transfer.start_from(workdir, state(PLAIN, 1), PLAIN, with_optimizer)
+    assert "going on without its memory: params/layer_02/attention/core/gate stay behind" in capsys.readouterr().out
+    ours, theirs = (by_layer(config, {"params": tree.params}) for config, tree in ((PLAIN, started), (WITH_MEMORY, there)))
+    assert theirs.keys() - ours.keys() == {"params/layer_02/attention/core/gate"}
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
+
+
+def test_every_memory_names_what_it_adds():
+    """What stays behind is found by these names."""
+    for mechanism in MECHANISMS:
+        if not issubclass(mechanism, MemoryAttention):
+            continue
+        config = dataclasses.replace(PLAIN, attention_at=((2, mechanism(memory_size=512)),))
+        names = {f"layer_02/attention/core/{name}" for name in mechanism.own_parameters}
+        assert transfer.memory_parameters(config) == names != set()
 
 
 def test_the_optimizer_may_start_anew(tmp_path: pathlib.Path):

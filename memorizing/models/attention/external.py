@@ -60,10 +60,12 @@ class MemoryAttention(Attention):
         (`BatchConfig.num_segments`) this changes nothing. Keys and values get a gradient of their own size, of which
         there may be two at a time.
       stores_next: whether keys are stored with the next position's value.
+      own_parameters: names of what a layer has beyond its local attention.
     """
 
     stackable: ClassVar[bool] = False
     stores_next: ClassVar[bool] = False
+    own_parameters: ClassVar[tuple[str, ...]] = ()
 
     memory_size: Count = 8192
     num_neighbors: Annotated[int, Range(1, 2**16)] = 32

@@ -55,6 +55,7 @@ class JointMemoryAttention(MemoryAttention):
 
     takes_all_parts: ClassVar[bool] = True
     is_compiled_apart: ClassVar[bool] = True
+    own_parameters: ClassVar[tuple[str, ...]] = ("alpha", "beta")
 
     mixing: Literal["learned", "full"] = "learned"
     distances: Literal["true", "constant"] = "true"

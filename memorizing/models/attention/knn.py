@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -41,6 +41,8 @@ class KNNAttention(MemoryAttention):
         the token that has to be predicted: see `recall.retrieval_loss`. The paper has none.
       retrieval_rows: rows of the batch among whose positions that loss lets them choose, the own included.
     """
+
+    own_parameters: ClassVar[tuple[str, ...]] = ("gate",)
 
     initial_gate: Share = 0.5
     stored_value: Literal["own", "next"] = "own"
