@@ -1,8 +1,8 @@
 """The local attention alone on one device: the plain form and the kernels, as the TPU compiler estimates them.
 
 By default a device's share of the paper's step: 8 rows of 8 heads of width 128, segments of 512 and a cache of 512, in
-bfloat16, forward and backward. The compiler names no cycles for kernels, but writes down the instructions that it makes of them:
-a bundle of them takes a cycle, and a core runs all of them at each place of the grid. Waiting is not in it.
+bfloat16, forward and backward. The compiler names no cycles for kernels, but writes down the instructions that it makes
+of them: a bundle of them takes a cycle, and a core runs all of them at each place of the grid. Waiting is not in it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from memorizing.cost.plan import chip_of, slice_devices
 from memorizing.models.attention import flash
 from memorizing.models.attention.local import local_attention
 from memorizing.runtime import tables
-
 
 
 class Shape(NamedTuple):

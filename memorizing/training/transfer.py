@@ -1,6 +1,7 @@
 """Starting from another run's checkpoint: into a larger memory, or from a model without a memory into one that has it.
 
-The paper has a section on each; a model may leave its memory behind as well. Parameters are matched layer by layer, however either model stacks its layers.
+The paper has a section on each; a model may leave its memory behind as well. Parameters are matched layer by layer,
+however either model stacks its layers.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer
         on where it was; else they start at 0.
 
     Raises:
-      UserError: there is no checkpoint, or a parameter that is not the memory's is missing, has no place in the model or
-        has another shape; the message names it.
+      UserError: there is no checkpoint, or a parameter that is not the memory's is missing, has no place in the model
+        or has another shape; the message names it.
     """
     given = f"LoopConfig.start_from = {workdir!r}"
     folder = resolve(workdir)

@@ -94,7 +94,9 @@ def test_a_model_goes_on_without_its_memory(
     workdir, there = saved(WITH_MEMORY, tmp_path)
     started = transfer.start_from(workdir, state(PLAIN, 1), PLAIN, with_optimizer)
     assert "going on without its memory: params/layer_02/attention/core/gate stay behind" in capsys.readouterr().out
-    ours, theirs = (by_layer(config, {"params": tree.params}) for config, tree in ((PLAIN, started), (WITH_MEMORY, there)))
+    ours, theirs = (
+        by_layer(config, {"params": tree.params}) for config, tree in ((PLAIN, started), (WITH_MEMORY, there))
+    )
     assert theirs.keys() - ours.keys() == {"params/layer_02/attention/core/gate"}
     for path, leaf in ours.items():
         np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)

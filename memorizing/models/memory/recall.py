@@ -125,9 +125,7 @@ def add_to(
     losses = dict(report.losses)
     if loss_factor:
         is_taught = wanted.known if segment.is_scored is None else wanted.known & segment.is_scored
-        losses["retrieval_loss"] = loss_factor * retrieval_loss(
-            look_ups, around.followed, wanted, is_taught, loss_rows
-        )
+        losses["retrieval_loss"] = loss_factor * retrieval_loss(look_ups, around.followed, wanted, is_taught, loss_rows)
     return dataclasses.replace(report, losses=losses, metrics={**report.metrics, **metrics})
 
 

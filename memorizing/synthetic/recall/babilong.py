@@ -39,9 +39,7 @@ class _Piece(NamedTuple):
     told_by: int | None = None
 
 
-def _in_order(
-    story: stories.Story, rng: np.random.Generator, more_questions: int
-) -> Iterator[str | stories.Question]:
+def _in_order(story: stories.Story, rng: np.random.Generator, more_questions: int) -> Iterator[str | stories.Question]:
     """What stands before the last question: facts, and behind those of each moment so many questions."""
     told = 0
     for moment in story.moments:

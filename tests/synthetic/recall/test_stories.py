@@ -113,7 +113,9 @@ def test_the_supporting_facts_tell_the_answer(task: str) -> None:
     number = {"qa1": (1, 1), "qa2": (1, 2), "qa3": (2, 4), "qa4": (1, 1), "qa5": (1, 1)}[task]
     kept = 0
     for story in told(task, 150):
-        assert list(story.question.support) == sorted(set(story.question.support)) and len(story.facts) > max(story.question.support)
+        assert list(story.question.support) == sorted(set(story.question.support)) and len(story.facts) > max(
+            story.question.support
+        )
         assert number[0] <= len(story.question.support) <= number[1]
         without = tuple(fact for index, fact in enumerate(story.facts) if index not in story.question.support)
         try:
