@@ -105,7 +105,7 @@ def start_with_large_pages(arguments: Sequence[str]) -> None:
     """Starts this program anew with large pages, where Linux gives them to those that ask and nobody has asked yet.
 
     On CPUs, XLA allocates and frees the arrays of a step over and over, and a program waits for every page: with pages
-    of 4 KiB more than half of a step's time can be waiting. The C library reads its settings only as a program starts.
+    of 4 KiB this can be a good part of a step's time. The C library reads its settings only as a program starts.
 
     Args:
       arguments: of the command line.

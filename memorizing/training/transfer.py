@@ -20,7 +20,8 @@ from memorizing.errors import UserError
 from memorizing.models import language_model
 from memorizing.models.attention import MECHANISMS
 from memorizing.models.attention.external import MemoryAttention
-from memorizing.models.lm_config import LMConfig
+from memorizing.models.lm_config import RECURRENT, LMConfig
+from memorizing.models.memory.continuous_cache import CONTINUOUS_CACHE
 from memorizing.models.stack.arrays import member_paths, stack, unstack_paths
 from memorizing.runtime import distributed
 from memorizing.runtime.sharding import from_host
@@ -52,7 +53,7 @@ def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer
     with_optimizer = with_optimizer and any(path.startswith("opt_state/") for path in saved)
     names = ("params", "buffers", "opt_state", "step") if with_optimizer else ("params", "buffers")
     fresh = {name: getattr(state, name) for name in names}
-    left_behind = _memories_left_behind(saved, config)
+    left_behind = _left_behind(saved, config)
     if left_behind:
         distributed.say(f"going on without its memory: {', '.join(sorted(left_behind))} stay behind")
     taken = {path: array for path, array in saved.items() if path not in left_behind}
@@ -60,12 +61,15 @@ def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer
     return dataclasses.replace(state, **jax.tree.map(_place, filled, fresh))
 
 
-def _memories_left_behind(saved: Collection[str], config: LMConfig) -> set[str]:
-    """Saved parameters of memories in layers in which this model has none."""
+def _left_behind(saved: Collection[str], config: LMConfig) -> set[str]:
+    """Saved parameters of what this model carries no context with: memories, recurrent tokens, a continuous cache."""
+    parts = {RECURRENT: config.recurrent_tokens, CONTINUOUS_CACHE: config.continuous_cache}
+    absent = tuple(f"params/{name}/" for name, part in parts.items() if part is None)
     memories = [mechanism for mechanism in MECHANISMS if issubclass(mechanism, MemoryAttention)]
     names = {f"/attention/core/{name}" for memory in memories for name in memory.own_parameters}
     own = {f"params/{parameter}" for parameter in memory_parameters(config)}
-    return {path for path in saved if path.startswith("params/") and path.endswith(tuple(names))} - own
+    of_layers = {path for path in saved if path.startswith("params/") and path.endswith(tuple(names))} - own
+    return of_layers | {path for path in saved if path.startswith(absent)}
 
 
 def memory_parameters(config: LMConfig) -> set[str]:

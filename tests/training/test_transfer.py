@@ -21,6 +21,8 @@ from memorizing.models.attention import MECHANISMS
 from memorizing.models.attention.external import MemoryAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.lm_config import LMConfig
+from memorizing.models.memory.continuous_cache import ContinuousCache
+from memorizing.models.recurrent_tokens import RecurrentTokens
 from memorizing.models.stack.arrays import unstack
 from memorizing.training import transfer
 from memorizing.training.checkpoint import Checkpointer, paths
@@ -87,17 +89,27 @@ def test_from_a_model_without_memory_layer_by_layer(tmp_path: pathlib.Path):
 
 
 @pytest.mark.parametrize("with_optimizer", [True, False])
-def test_a_model_goes_on_without_its_memory(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, with_optimizer: bool
+@pytest.mark.parametrize(
+    ("change", "own"),
+    [
+        ({"attention_at": ((2, MEMORY),)}, "layer_02/attention/core/gate"),
+        ({"recurrent_tokens": RecurrentTokens(2)}, "recurrent_tokens/"),
+        ({"continuous_cache": ContinuousCache(8, num_neighbors=2, mixing="learned")}, "continuous_cache/"),
+    ],
+    ids=["memory", "recurrent tokens", "continuous cache"],
+)
+def test_a_model_goes_on_without_what_carried_its_context(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, change: dict, own: str, with_optimizer: bool
 ):
     """Layer by layer the same, also where the layers are stacked otherwise; what stays behind is told."""
-    workdir, there = saved(WITH_MEMORY, tmp_path)
+    config = dataclasses.replace(PLAIN, **change)
+    workdir, there = saved(config, tmp_path)
     started = transfer.start_from(workdir, state(PLAIN, 1), PLAIN, with_optimizer)
-    assert "going on without its memory: params/layer_02/attention/core/gate stay behind" in capsys.readouterr().out
-    ours, theirs = (
-        by_layer(config, {"params": tree.params}) for config, tree in ((PLAIN, started), (WITH_MEMORY, there))
-    )
-    assert theirs.keys() - ours.keys() == {"params/layer_02/attention/core/gate"}
+    assert f"going on without its memory: params/{own}" in capsys.readouterr().out
+    ours = by_layer(PLAIN, {"params": started.params})
+    theirs = by_layer(config, {"params": there.params})
+    left_behind = theirs.keys() - ours.keys()
+    assert left_behind and all(path.startswith(f"params/{own}") for path in left_behind)
     for path, leaf in ours.items():
         np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
 
