@@ -142,7 +142,6 @@ def apply(
         rngs=rngs,
         tokens=inputs.tokens,
         clock=context["clock"],
-        is_scored=inputs.is_scored,
         num_shown=num_shown,
     )
     layers = config.stack.apply(params, buffers, x, segment, context, update_buffers)

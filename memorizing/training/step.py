@@ -159,7 +159,7 @@ def batch_loss(
             config,
             params,
             carried.buffers,
-            Inputs(segment.tokens, segment.is_real, segment.start_of_document, segment.loss_weights > 0),
+            Inputs(segment.tokens, segment.is_real, segment.start_of_document),
             context,
             dataclasses.replace(rngs, key=jax.random.fold_in(rngs.key, index)),
             update_buffers=True,

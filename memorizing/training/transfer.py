@@ -33,6 +33,8 @@ from memorizing.training.state import TrainState
 def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer: bool = True) -> TrainState:
     """A fresh state with the parameters and buffers of the newest checkpoint of another run; contexts start empty.
 
+    A memory, recurrent tokens or a continuous cache that this model does not have stay behind, which is said.
+
     Args:
       workdir: the other run's folder.
       state: a fresh state on its devices.

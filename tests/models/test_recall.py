@@ -14,8 +14,7 @@ import pytest
 from mechanisms import LENGTH, ROWS, VOCAB, Mechanism, apply_model, init_params
 from test_continuous_cache import documents, read
 
-from memorizing.context import Context, Inputs
-from memorizing.models import language_model
+from memorizing.context import Context
 from memorizing.models.attention.base import normalize
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.lm_config import LMConfig
@@ -170,17 +169,12 @@ def test_metrics_of_an_empty_memory_are_finite():
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5])
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_the_retrieval_loss_is_that_of_its_definition(num_rows: int, share: float):
-    """There are two rows: of more than there are nothing is added, least of all a row's own future.
-
-    Positions that are not taught have no loss and are no part of the mean, but can be found.
-    """
+def test_the_retrieval_loss_is_that_of_its_definition(num_rows: int):
+    """There are two rows: of more than there are nothing is added, least of all a row's own future."""
     found, around, _, tokens, wanted = look_ups(np.random.default_rng(1))
-    is_taught = np.asarray(wanted.known) & (np.random.default_rng(2).random((B, T)) < share)
     total = 0.0
     for b, t, n in np.ndindex(B, T, N):
-        if not is_taught[b, t]:
+        if not wanted.known[b, t]:
             continue
         logits = [float(logit) for logit in found.logits[b, t, n]]
         followed = [int(token) for token in around.followed[b, t, n]]
@@ -195,9 +189,8 @@ def test_the_retrieval_loss_is_that_of_its_definition(num_rows: int, share: floa
         on_hits = weights[np.array(followed) == wanted.tokens[b, t]].sum()
         if on_hits > 0:
             total -= np.log(on_hits / weights.sum())
-    measured = recall.retrieval_loss(found, around.followed, wanted, jnp.asarray(is_taught), num_rows)
-    num_positions = B * T - int(wanted.known.sum()) + is_taught.sum()
-    np.testing.assert_allclose(measured, total / (num_positions * N), rtol=1e-5)
+    measured = recall.retrieval_loss(found, around.followed, wanted, num_rows)
+    np.testing.assert_allclose(measured, total / (B * T * N), rtol=1e-5)
 
 
 def test_the_retrieval_loss_reaches_queries_keys_and_scale_and_nothing_that_does_not_count():
@@ -205,7 +198,7 @@ def test_the_retrieval_loss_reaches_queries_keys_and_scale_and_nothing_that_does
 
     def loss(queries: jax.Array, keys: jax.Array, scale: jax.Array, logits: jax.Array) -> jax.Array:
         of = found._replace(queries=queries, keys=keys, scale=scale, logits=logits)
-        return recall.retrieval_loss(of, around.followed, wanted, wanted.known)
+        return recall.retrieval_loss(of, around.followed, wanted)
 
     inputs = (found.queries, found.keys, found.scale, found.logits)
     queries, keys, scale, logits = jax.grad(loss, argnums=(0, 1, 2, 3))(*inputs)
@@ -249,27 +242,3 @@ def test_training_on_the_loss_turns_look_ups_into_hits(part: str):
         values, share = step(values)
         shares.append(float(share))
     assert shares[-1] > 1.5 * shares[0], (shares[0], shares[-1])
-
-
-@pytest.mark.parametrize("part", ["layer", "cache"])
-def test_what_the_loss_does_not_count_is_not_taught(part: str):
-    """Nothing where nothing is scored, and of one scored position what can be found before it."""
-    config = model_of(dataclasses.replace(NEXT, retrieval_loss=1.0))
-    if part == "cache":
-        cache = ContinuousCache(M, num_neighbors=4, retrieval_loss=1.0)
-        config = dataclasses.replace(Mechanism("").config, continuous_cache=cache)
-    tokens = np.tile(np.arange(LENGTH // 2, dtype=np.int32), (ROWS, 2))
-    values = jax.jit(lambda: init_params(config, ROWS, LENGTH, jax.random.key(0)))()
-    context = config.init_context(ROWS, LENGTH)
-
-    @jax.jit
-    def taught(is_scored: jax.Array | None) -> jax.Array:
-        inputs = Inputs(tokens, jnp.ones((ROWS, LENGTH), bool), jnp.ones(ROWS, bool), is_scored)
-        output = language_model.apply(config, values, {}, inputs, context)
-        return sum(output.report.losses.values())
-
-    everything, nothing = jnp.ones((ROWS, LENGTH), bool), jnp.zeros((ROWS, LENGTH), bool)
-    assert taught(everything) == taught(None) > 0
-    assert taught(nothing) == 0
-    # In the second half, every token has been there before.
-    assert taught(nothing.at[:, 5].set(True)) > 0 == taught(nothing.at[:, 1].set(True))

@@ -124,8 +124,7 @@ def add_to(
     metrics = recall_metrics(look_ups.logits, around, memory, segment.tokens, wanted)
     losses = dict(report.losses)
     if loss_factor:
-        is_taught = wanted.known if segment.is_scored is None else wanted.known & segment.is_scored
-        losses["retrieval_loss"] = loss_factor * retrieval_loss(look_ups, around.followed, wanted, is_taught, loss_rows)
+        losses["retrieval_loss"] = loss_factor * retrieval_loss(look_ups, around.followed, wanted, loss_rows)
     return dataclasses.replace(report, losses=losses, metrics={**report.metrics, **metrics})
 
 
@@ -203,7 +202,6 @@ def retrieval_loss(
     look_ups: LookUps,
     followed: Int[Array, "B T N K"],
     wanted: Targets,
-    is_taught: RealPositions,
     num_rows: int = 1,
 ) -> Scalar:
     """-log of the attention to hits, among the neighbours found and positions of the batch.
@@ -218,13 +216,11 @@ def retrieval_loss(
       look_ups: of the segment.
       followed: int32 [B, T, N, K], the token after the key of each neighbour.
       wanted: what the positions have to predict.
-      is_taught: bool [B, T], positions with a target that count: a model whose loss counts answers alone is not taught
-        to look up what stands between them.
       num_rows: rows of the batch (of a microbatch) whose segments have candidates, the own included: TRIME's in-batch
         memories, and the negatives of other documents of the Focused Transformer (Tworkowski et al. 2023).
 
     Returns:
-      Nats a head and position, those apart that are not taught.
+      Nats a position and head.
     """
     batch_size, length, num_heads, _ = look_ups.queries.shape
     all_logits = [look_ups.logits]
@@ -245,8 +241,7 @@ def retrieval_loss(
     led_to = jnp.concatenate(all_tokens, axis=-1)
     is_hit = (led_to == wanted.tokens[:, :, None, None]) & (logits > NO_NEIGHBOUR)
 
-    has_hit = jnp.any(is_hit, axis=-1) & is_taught[:, :, None]
+    has_hit = jnp.any(is_hit, axis=-1) & wanted.known[:, :, None]
     of_hits = jax.nn.logsumexp(jnp.where(is_hit, logits, NO_NEIGHBOUR), axis=-1)
     nats = jax.nn.logsumexp(logits, axis=-1) - of_hits
-    num_left_out = jnp.sum(wanted.known & ~is_taught)
-    return jnp.sum(jnp.where(has_hit, nats, 0.0)) / (num_heads * (batch_size * length - num_left_out))
+    return jnp.sum(jnp.where(has_hit, nats, 0.0)) / (batch_size * length * num_heads)

@@ -94,6 +94,7 @@ class BABILong(PromptTask):
         return self._prompt(rng, length, self.more_questions).text
 
     def _prompt(self, rng: np.random.Generator, length: int, more_questions: int) -> Prompt:
+        """A sample that answers so many more questions at every moment of its story."""
         needed = []
         for _ in range(_TRIES):
             story = stories.story(self.task, rng, self._names)
@@ -106,12 +107,18 @@ class BABILong(PromptTask):
             needed.append(fixed)
         else:
             raise TooShort(min(needed))
-        noise = self._noise(rng, length - fixed)
+        draft = self._scattered(rng, pieces, last, length - fixed)
+        question = story.question
+        return Prompt(draft.text(), (question.answer.strip(),), question.text.strip(), _GENERATED)
+
+    def _scattered(self, rng: np.random.Generator, pieces: list[_Piece], last: _Piece, room: int) -> Draft:
+        """The pieces in their order, each before a random sentence of so much prose, and the last question."""
+        noise = self._noise(rng, room)
         places = np.sort(rng.integers(0, len(noise) + 1, len(pieces)))
-        scattered = [noise[first:after] for first, after in itertools.pairwise([0, *places, len(noise)])]
+        before_each = [noise[first:after] for first, after in itertools.pairwise([0, *places, len(noise)])]
         draft = Draft()
         told_at: list[int] = []
-        for sentences, piece in zip(scattered, [*pieces, last], strict=True):
+        for sentences, piece in zip(before_each, [*pieces, last], strict=True):
             for sentence in sentences:
                 draft.add(sentence)
             position = draft.add(piece.ids)
@@ -119,8 +126,7 @@ class BABILong(PromptTask):
                 told_at.append(position)
             else:
                 draft.answer(piece.answer, told_at[piece.told_by])
-        question = story.question
-        return Prompt(draft.text(), (question.answer.strip(),), question.text.strip(), _GENERATED)
+        return draft
 
     def _piece(self, piece: str | stories.Question) -> _Piece:
         encode = self.language.encode
