@@ -70,11 +70,14 @@ class Inputs:
       tokens: int32 [B, T]; in a decode step only the one token of the step, [B, 1].
       is_real: bool [B, T], false after the end of a document.
       start_of_document: bool [B], rows whose context is reset before the segment.
+      taught: float32 [B, T], how much each position counts in auxiliary losses about what it has to predict; None for
+        equally much.
     """
 
     tokens: Tokens
     is_real: RealPositions
     start_of_document: RowFlags
+    taught: Float[Array, "B T"] | None = None
 
 
 @struct.dataclass
@@ -134,6 +137,7 @@ class Segment:
       rngs: random numbers of this layer; None where nothing is random, as in evaluation.
       tokens: int32 [B, length], the segment's own; in a decode step only the one token of the step, [B, 1].
       clock: int32 scalar, segments processed before this one. A layer without a memory needs neither.
+      taught: float32 [B, length], see `Inputs`.
       choices: what the layer chose when it passed this segment before (`Report.choices`); None for the first time.
       num_shown: so many positions that get the most attention from each one are reported, where a mechanism can tell
         (`Report.attended`); 0, as in training: none.
@@ -145,6 +149,7 @@ class Segment:
     rngs: Rngs | None = None
     tokens: Int[Array, "B _"] | None = None
     clock: Clock | None = None
+    taught: Float[Array, "B _"] | None = None
     choices: Mapping[str, jax.Array] | None = None
     num_shown: int = struct.field(pytree_node=False, default=0)
 

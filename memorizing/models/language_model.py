@@ -142,6 +142,7 @@ def apply(
         rngs=rngs,
         tokens=inputs.tokens,
         clock=context["clock"],
+        taught=inputs.taught,
         num_shown=num_shown,
     )
     layers = config.stack.apply(params, buffers, x, segment, context, update_buffers)

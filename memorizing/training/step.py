@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from memorizing import context as context_lib
 from memorizing.array_typing import Scalar, Tree
@@ -16,6 +17,7 @@ from memorizing.batch import Batch
 from memorizing.context import Context, Inputs, Rngs
 from memorizing.models import language_model
 from memorizing.models.lm_config import RECURRENT, LMConfig
+from memorizing.models.memory import recall
 from memorizing.models.memory.retrieval import NEIGHBOURS
 from memorizing.training.state import TrainState
 
@@ -106,19 +108,20 @@ def batch_gradient(
     loss_gradient = jax.grad(held_loss, has_aux=True)
     # Gradients of microbatches are averaged, so each loss is divided by its share of the weight of all rows.
     weight = jnp.maximum(jnp.sum(batch.loss_weights), 1.0) / num_microbatches
+    taught = recall.teaching_weights(batch)
     if num_microbatches == 1:
-        gradient, (carried, metrics) = loss_gradient(params, batch, carried, rngs, weight)
+        gradient, (carried, metrics) = loss_gradient(params, batch, carried, rngs, weight, taught)
         return gradient, carried, metrics
 
     def add_microbatch(running: tuple[Tree, Tree], microbatch: tuple) -> tuple[tuple[Tree, Tree], tuple]:
         total, buffers = running
-        part, context, rows = microbatch
+        part, context, rows, taught = microbatch
         part_rngs = dataclasses.replace(rngs, rows=rows)
-        gradient, (after, metrics) = loss_gradient(params, part, Carried(context, buffers), part_rngs, weight)
+        gradient, (after, metrics) = loss_gradient(params, part, Carried(context, buffers), part_rngs, weight, taught)
         total = jax.tree.map(lambda total, part: total + part / num_microbatches, total, gradient)
         return (total, after.buffers), (after.context, metrics)
 
-    microbatches = context_lib.split_rows((batch, carried.context, rngs.rows), num_microbatches)
+    microbatches = context_lib.split_rows((batch, carried.context, rngs.rows, taught), num_microbatches)
     zeros = jax.tree.map(jnp.zeros_like, params)
     (gradient, buffers), (contexts, metrics) = jax.lax.scan(add_microbatch, (zeros, carried.buffers), microbatches)
     carried = Carried(context_lib.join_rows(contexts), buffers)
@@ -126,7 +129,13 @@ def batch_gradient(
 
 
 def batch_loss(
-    config: LMConfig, params: Tree, batch: Batch, carried: Carried, rngs: Rngs, weight: Scalar
+    config: LMConfig,
+    params: Tree,
+    batch: Batch,
+    carried: Carried,
+    rngs: Rngs,
+    weight: Scalar,
+    taught: Float[Array, "B U T"] | None = None,
 ) -> tuple[Scalar, tuple[Carried, Metrics]]:
     """Loss of U consecutive segments of each row, context and buffers carried from each segment to the next.
 
@@ -140,6 +149,7 @@ def batch_loss(
       carried: from the step before.
       rngs: random numbers of the step.
       weight: what the nats are divided by.
+      taught: see `Inputs`.
 
     Returns:
       The loss: nats divided by `weight`, plus the mean over segments of the auxiliary losses.
@@ -148,9 +158,9 @@ def batch_loss(
     num_segments = batch.tokens.shape[1]
 
     def segment_loss(
-        carried: Carried, segment_and_index: tuple[Batch, jax.Array]
+        carried: Carried, of_segment: tuple[Batch, Float[Array, "B T"] | None, jax.Array]
     ) -> tuple[Carried, tuple[Scalar, Metrics]]:
-        segment, index = segment_and_index
+        segment, taught, index = of_segment
         context = carried.context
         if config.recurrent_tokens:
             recurrent = config.recurrent_tokens.truncate(context[RECURRENT], index, num_segments)
@@ -159,7 +169,7 @@ def batch_loss(
             config,
             params,
             carried.buffers,
-            Inputs(segment.tokens, segment.is_real, segment.start_of_document),
+            Inputs(segment.tokens, segment.is_real, segment.start_of_document, taught),
             context,
             dataclasses.replace(rngs, key=jax.random.fold_in(rngs.key, index)),
             update_buffers=True,
@@ -181,8 +191,8 @@ def batch_loss(
         policy = jax.checkpoint_policies.save_only_these_names(NEIGHBOURS)
         segment_loss = jax.checkpoint(segment_loss, policy=policy)
     # [B, U, ...] -> [U, B, ...]
-    segments = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
-    inputs = (segments, jnp.arange(num_segments))
+    segments, taught = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), (batch, taught))
+    inputs = (segments, taught, jnp.arange(num_segments))
     carried, (losses, metrics) = jax.lax.scan(segment_loss, carried, inputs, unroll=num_segments == 1)
     return losses.sum(), (carried, _mean_of_each(metrics))
 

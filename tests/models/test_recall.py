@@ -14,7 +14,8 @@ import pytest
 from mechanisms import LENGTH, ROWS, VOCAB, Mechanism, apply_model, init_params
 from test_continuous_cache import documents, read
 
-from memorizing.context import Context
+from memorizing.batch import Batch
+from memorizing.context import Context, Rngs
 from memorizing.models.attention.base import normalize
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.lm_config import LMConfig
@@ -24,6 +25,7 @@ from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.recall import LookUps, Targets, TokensAround
 from memorizing.models.memory.retrieval import NO_NEIGHBOUR
 from memorizing.models.memory.search import ExactSearch
+from memorizing.training.step import Carried, batch_gradient
 
 M = 3 * LENGTH
 OWN = KNNAttention(M, num_neighbors=4)
@@ -169,9 +171,11 @@ def test_metrics_of_an_empty_memory_are_finite():
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5])
-def test_the_retrieval_loss_is_that_of_its_definition(num_rows: int):
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_the_retrieval_loss_is_that_of_its_definition(num_rows: int, is_weighted: bool):
     """There are two rows: of more than there are nothing is added, least of all a row's own future."""
     found, around, _, tokens, wanted = look_ups(np.random.default_rng(1))
+    taught = np.random.default_rng(2).integers(0, 3, (B, T)).astype(np.float32) if is_weighted else None
     total = 0.0
     for b, t, n in np.ndindex(B, T, N):
         if not wanted.known[b, t]:
@@ -188,8 +192,8 @@ def test_the_retrieval_loss_is_that_of_its_definition(num_rows: int):
         weights = np.exp(np.array(logits) - max(logits))
         on_hits = weights[np.array(followed) == wanted.tokens[b, t]].sum()
         if on_hits > 0:
-            total -= np.log(on_hits / weights.sum())
-    measured = recall.retrieval_loss(found, around.followed, wanted, num_rows)
+            total -= np.log(on_hits / weights.sum()) * (1 if taught is None else taught[b, t])
+    measured = recall.retrieval_loss(found, around.followed, wanted, taught, num_rows)
     np.testing.assert_allclose(measured, total / (B * T * N), rtol=1e-5)
 
 
@@ -242,3 +246,64 @@ def test_training_on_the_loss_turns_look_ups_into_hits(part: str):
         values, share = step(values)
         shares.append(float(share))
     assert shares[-1] > 1.5 * shares[0], (shares[0], shares[-1])
+
+
+def batch_with_answers(counts: tuple[int, ...]) -> Batch:
+    """Words that come again in every segment; so many predictions of a row are scored, all of them for -1."""
+    tokens = np.tile(np.arange(LENGTH // 2, dtype=np.int32), (len(counts), 3, 2))
+    is_real = np.ones(tokens.shape, bool)
+    is_real[1, 2, 3:] = False
+    order = np.random.default_rng(0).permuted(np.broadcast_to(np.arange(3 * LENGTH), (len(counts), 3 * LENGTH)), axis=1)
+    is_answer = (order.reshape(tokens.shape) < np.array(counts)[:, None, None]) | (np.array(counts) < 0)[:, None, None]
+    start = np.zeros((len(counts), 3), bool)
+    start[:, 0] = True
+    loss_weights = (is_answer & is_real).astype(np.float32)
+    return Batch(tokens, np.roll(tokens, -1, axis=2), loss_weights, is_real, start)
+
+
+def test_in_text_every_position_counts_equally_in_the_retrieval_loss():
+    batch = batch_with_answers((-1, -1, -1, -1))
+    taught = np.asarray(recall.teaching_weights(batch))
+    np.testing.assert_array_equal(taught, batch.is_real)
+
+
+def test_answers_have_the_weight_of_all_positions():
+    """What cannot be taught, the last position of a segment or the end of a document, has the weight that it had."""
+    batch = batch_with_answers((5, 0, 1, 0))
+    taught = np.asarray(recall.teaching_weights(batch))
+    np.testing.assert_array_equal(taught > 0, batch.loss_weights > 0)
+    known = np.asarray(recall.targets(batch.tokens, batch.is_real).known)
+    not_taught = known & (batch.loss_weights == 0)
+    np.testing.assert_allclose(taught[taught > 0], taught.size / (taught.size - not_taught.sum()), rtol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["layer", "cache"])
+@pytest.mark.parametrize("counts", [(1, 9, 0, 2), (-1, 4, -1, 0)])
+def test_microbatches_teach_what_the_whole_batch_does(part: str, counts: tuple[int, ...]):
+    """However the answers are distributed over the rows; and what stands between them is not taught."""
+    batch = batch_with_answers(counts)
+    config = model_of(dataclasses.replace(NEXT, retrieval_loss=10.0))
+    if part == "cache":
+        cache = ContinuousCache(M, num_neighbors=4, retrieval_loss=10.0)
+        config = dataclasses.replace(Mechanism("").config, continuous_cache=cache)
+    values = jax.jit(lambda: init_params(config, len(counts), LENGTH, jax.random.key(0)))()
+    rngs = Rngs(jax.random.key(0), jnp.arange(len(counts)))
+    before = Carried(config.init_context(len(counts), LENGTH), {})
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(batch: Batch, num_microbatches: int) -> tuple[Any, dict]:
+        gradient, _, metrics = batch_gradient(config, values, batch, before, rngs, num_microbatches)
+        return gradient, metrics
+
+    def retrieval_loss(metrics: dict) -> jax.Array:
+        (loss,) = (value for name, value in metrics.items() if name.endswith("retrieval_loss"))
+        return loss
+
+    whole, metrics = gradient(batch, 1)
+    assert retrieval_loss(metrics) > 0
+    for num_microbatches in (2, 4):
+        parts, of_parts = gradient(batch, num_microbatches)
+        np.testing.assert_allclose(retrieval_loss(of_parts), retrieval_loss(metrics), rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), parts, whole)
+    _, of_nothing = gradient(batch._replace(loss_weights=0 * batch.loss_weights), 1)
+    assert retrieval_loss(of_nothing) == 0

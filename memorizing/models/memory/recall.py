@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from memorizing.array_typing import Clock, HeadScale, Keys, Queries, RealPositions, Scalar, Tokens
+from memorizing.array_typing import Clock, HeadScale, Keys, Queries, Scalar, Tokens
+from memorizing.batch import Batch
 from memorizing.context import Report, Segment
 from memorizing.models.memory.external_memory import Memory, take_slots
 from memorizing.models.memory.retrieval import NO_NEIGHBOUR
@@ -66,19 +67,19 @@ class Targets(NamedTuple):
     """What each position of a segment has to predict, as far as the segment itself tells.
 
     Attributes:
-      tokens: int32 [B, T].
-      known: bool [B, T], false at the last real position and after it.
+      tokens: int32 [..., T].
+      known: bool [..., T], false at the last real position and after it.
     """
 
-    tokens: Tokens
-    known: RealPositions
+    tokens: Int[Array, "*rows T"]
+    known: Bool[Array, "*rows T"]
 
 
-def targets(tokens: Tokens, is_real: RealPositions) -> Targets:
+def targets(tokens: Int[Array, "*rows T"], is_real: Bool[Array, "*rows T"]) -> Targets:
     """The targets of a segment's own positions."""
     # The last position's is the first token, which is not used.
-    has_next = jnp.roll(is_real, -1, axis=1).at[:, -1].set(False)
-    return Targets(jnp.roll(tokens, -1, axis=1), is_real & has_next)
+    has_next = jnp.roll(is_real, -1, axis=-1).at[..., -1].set(False)
+    return Targets(jnp.roll(tokens, -1, axis=-1), is_real & has_next)
 
 
 class LookUps(NamedTuple):
@@ -124,7 +125,8 @@ def add_to(
     metrics = recall_metrics(look_ups.logits, around, memory, segment.tokens, wanted)
     losses = dict(report.losses)
     if loss_factor:
-        losses["retrieval_loss"] = loss_factor * retrieval_loss(look_ups, around.followed, wanted, loss_rows)
+        nats = retrieval_loss(look_ups, around.followed, wanted, segment.taught, loss_rows)
+        losses["retrieval_loss"] = loss_factor * nats
     return dataclasses.replace(report, losses=losses, metrics={**report.metrics, **metrics})
 
 
@@ -202,6 +204,7 @@ def retrieval_loss(
     look_ups: LookUps,
     followed: Int[Array, "B T N K"],
     wanted: Targets,
+    taught: Float[Array, "B T"] | None = None,
     num_rows: int = 1,
 ) -> Scalar:
     """-log of the attention to hits, among the neighbours found and positions of the batch.
@@ -216,6 +219,7 @@ def retrieval_loss(
       look_ups: of the segment.
       followed: int32 [B, T, N, K], the token after the key of each neighbour.
       wanted: what the positions have to predict.
+      taught: float32 [B, T], how much each position counts; None for equally much. See `teaching_weights`.
       num_rows: rows of the batch (of a microbatch) whose segments have candidates, the own included: TRIME's in-batch
         memories, and the negatives of other documents of the Focused Transformer (Tworkowski et al. 2023).
 
@@ -243,5 +247,23 @@ def retrieval_loss(
 
     has_hit = jnp.any(is_hit, axis=-1) & wanted.known[:, :, None]
     of_hits = jax.nn.logsumexp(jnp.where(is_hit, logits, NO_NEIGHBOUR), axis=-1)
-    nats = jax.nn.logsumexp(logits, axis=-1) - of_hits
-    return jnp.sum(jnp.where(has_hit, nats, 0.0)) / (batch_size * length * num_heads)
+    nats = jnp.where(has_hit, jax.nn.logsumexp(logits, axis=-1) - of_hits, 0.0)
+    if taught is not None:
+        nats *= taught[:, :, None]
+    return jnp.sum(nats) / (batch_size * length * num_heads)
+
+
+def teaching_weights(batch: Batch) -> Float[Array, "B U T"]:
+    """How much each position of a batch counts in the retrieval loss: those alone whose predictions the loss counts.
+
+    Of a task that scores only answers, what stands between them is not taught; the answers have the weight of all. In
+    text every position counts 1.
+
+    Args:
+      batch: the whole one: a part of it may have more answers than another.
+    """
+    is_counted = batch.loss_weights > 0
+    # Positions that have a target in their segment and are not taught.
+    num_left_out = jnp.sum(targets(batch.tokens, batch.is_real).known & ~is_counted)
+    num_positions = is_counted.size
+    return jnp.where(is_counted, num_positions / (num_positions - num_left_out), 0.0)
