@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -39,16 +38,6 @@ class _Piece(NamedTuple):
     told_by: int | None = None
 
 
-def _in_order(story: stories.Story, rng: np.random.Generator, more_questions: int) -> Iterator[str | stories.Question]:
-    """What stands before the last question: facts, and behind those of each moment so many questions."""
-    told = 0
-    for moment in story.moments:
-        yield from story.facts[told : moment.num_facts]
-        told = moment.num_facts
-        for _ in range(more_questions):
-            yield moment.questions[int(rng.integers(len(moment.questions)))]
-
-
 @dataclasses.dataclass(frozen=True)
 class BABILong(PromptTask):
     """Facts stand in their order before random sentences of the prose; several may stand before the same one.
@@ -57,9 +46,8 @@ class BABILong(PromptTask):
       task: qa1 to qa5.
       names: 'familiar', bAbI's persons, things and places; 'other', for a test whether a model has learned the task or
         its labels.
-      more_questions: questions that a training sample answers besides its last one, at each of the up to five moments
-        at which bAbI asks one, drawn from all that may be asked there. 0, as published: none. A held-out sample has its
-        one question.
+      more_questions: questions that a training sample answers before its last one, behind all facts, as far as there
+        are others that might be asked. 0, as published: none. A held-out sample has its one question.
       prose: whether the facts are scattered in prose; without it a sample is the story alone, BABILong's length 0.
     """
 
@@ -94,11 +82,12 @@ class BABILong(PromptTask):
         return self._prompt(rng, length, self.more_questions).text
 
     def _prompt(self, rng: np.random.Generator, length: int, more_questions: int) -> Prompt:
-        """A sample that answers so many more questions at every moment of its story."""
+        """A sample that answers so many more questions behind its story."""
         needed = []
         for _ in range(_TRIES):
             story = stories.story(self.task, rng, self._names)
-            pieces = [self._piece(piece) for piece in _in_order(story, rng, more_questions)]
+            others = rng.permutation(len(story.others))[:more_questions] if more_questions else ()
+            pieces = [self._piece(piece) for piece in (*story.facts, *(story.others[i] for i in others))]
             last = self._piece(story.question)
             fixed = sum(len(piece.ids) + len(piece.answer) for piece in pieces) + len(last.ids) + self._room_for_answer
             if fixed <= length:
