@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -38,6 +39,28 @@ class _Piece(NamedTuple):
     told_by: int | None = None
 
 
+def _asking_at_moments(
+    story: stories.Story, rng: np.random.Generator, more_questions: int
+) -> Iterator[str | stories.Question]:
+    """The facts, and behind those of each moment so many questions, perhaps the same ones."""
+    told = 0
+    for moment in story.moments:
+        yield from story.facts[told : moment.num_facts]
+        told = moment.num_facts
+        for _ in range(more_questions):
+            yield moment.questions[int(rng.integers(len(moment.questions)))]
+
+
+def _asking_at_end(
+    story: stories.Story, rng: np.random.Generator, more_questions: int
+) -> Iterator[str | stories.Question]:
+    """The facts, and then so many questions, as far as there are others than the story's."""
+    yield from story.facts
+    if more_questions:
+        others = [question for question in story.moments[-1].questions if question != story.question]
+        yield from (others[i] for i in rng.permutation(len(others))[:more_questions])
+
+
 @dataclasses.dataclass(frozen=True)
 class BABILong(PromptTask):
     """Facts stand in their order before random sentences of the prose; several may stand before the same one.
@@ -46,14 +69,18 @@ class BABILong(PromptTask):
       task: qa1 to qa5.
       names: 'familiar', bAbI's persons, things and places; 'other', for a test whether a model has learned the task or
         its labels.
-      more_questions: questions that a training sample answers before its last one, behind all facts, as far as there
-        are others that might be asked. 0, as published: none. A held-out sample has its one question.
+      more_questions: questions that a training sample answers before its last one. 0, as published: none. A held-out
+        sample has its one question.
+      ask_more: where these stand. 'at_end': behind all facts, all different. 'at_moments': so many at each of the up to
+        five moments at which bAbI asks one, which is easier, since most are about what was told last or has been asked
+        before.
       prose: whether the facts are scattered in prose; without it a sample is the story alone, BABILong's length 0.
     """
 
     task: stories.Task = "qa1"
     names: Literal["familiar", "other"] = "familiar"
     more_questions: CountOrNone = 0
+    ask_more: Literal["at_end", "at_moments"] = "at_end"
     prose: bool = True
 
     @property
@@ -82,12 +109,12 @@ class BABILong(PromptTask):
         return self._prompt(rng, length, self.more_questions).text
 
     def _prompt(self, rng: np.random.Generator, length: int, more_questions: int) -> Prompt:
-        """A sample that answers so many more questions behind its story."""
+        """A sample that answers so many more questions than the last one."""
+        in_order = _asking_at_end if self.ask_more == "at_end" else _asking_at_moments
         needed = []
         for _ in range(_TRIES):
             story = stories.story(self.task, rng, self._names)
-            others = rng.permutation(len(story.others))[:more_questions] if more_questions else ()
-            pieces = [self._piece(piece) for piece in (*story.facts, *(story.others[i] for i in others))]
+            pieces = [self._piece(piece) for piece in in_order(story, rng, more_questions)]
             last = self._piece(story.question)
             fixed = sum(len(piece.ids) + len(piece.answer) for piece in pieces) + len(last.ids) + self._room_for_answer
             if fixed <= length:

@@ -10,7 +10,7 @@ qa1 one fact, qa2 two, qa3 three, qa4 relations of two places, qa5 relations of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -58,33 +58,44 @@ class Question(NamedTuple):
     support: tuple[int, ...]
 
 
+class Moment(NamedTuple):
+    """When a question is asked.
+
+    Attributes:
+      num_facts: facts before it.
+      questions: all that may be asked, of which bAbI asks one.
+    """
+
+    num_facts: int
+    questions: tuple[Question, ...]
+
+
 class Story(NamedTuple):
     """Facts, and the question behind the last of them.
 
     Attributes:
       facts: sentences, each of which begins with a space.
       question: the question.
-      others: that might be asked in its place.
+      moments: those at which bAbI asks, up to that of the question.
     """
 
     facts: tuple[str, ...]
     question: Question
-    others: tuple[Question, ...]
+    moments: tuple[Moment, ...]
 
 
 def story(task: Task, rng: np.random.Generator, names: Names = FAMILIAR) -> Story:
     """A story of a task, up to one of its five questions."""
     if task == "qa4":
-        facts, choices = _directions(rng, names)
+        facts, moments = _directions(rng, names)
     else:
         teller = _Teller(rng, names.givers if task == "qa5" else names.persons, names)
         asked = int(rng.integers(_NUM_QUESTIONS))
         tell = {"qa1": _moves, "qa2": _things, "qa3": _former_places, "qa5": _gifts}[task]
-        # Of each of the questions that bAbI asks, what it might ask; the story is told up to the last one.
-        *_, choices = tell(teller, rng, asked)
+        moments = list(tell(teller, rng, asked))
         facts = teller.facts
-    question = choices.pop(int(rng.integers(len(choices))))
-    return Story(tuple(facts), question, tuple(choices))
+    choices = moments[-1].questions
+    return Story(tuple(facts), choices[int(rng.integers(len(choices)))], tuple(moments))
 
 
 class _Visit(NamedTuple):
@@ -125,6 +136,10 @@ class _Teller:
 
     def _any(self, choices: Sequence[str]) -> str:
         return choices[int(self._rng.integers(len(choices)))]
+
+    def moment(self, questions: Iterable[Question]) -> Moment:
+        """A moment behind all facts that have been told."""
+        return Moment(len(self.facts), tuple(questions))
 
     def place_of(self, person: str) -> str:
         return self._place[person]
@@ -211,15 +226,15 @@ class _Teller:
         getattr(self, kind)(*who[int(self._rng.integers(len(who)))])
 
 
-def _moves(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[list[Question]]:
+def _moves(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[Moment]:
     """qa1: two moves before every question."""
     for _ in range(asked + 1):
         teller.move()
         teller.move()
-        yield [
+        yield teller.moment(
             Question(f" Where is {person}?", f" {teller.place_of(person)}", (fact,))
             for person, fact in teller.moved.items()
-        ]
+        )
 
 
 def _until_asked(teller: _Teller, rng: np.random.Generator, asked: int, least: int) -> Iterator[list[str]]:
@@ -246,17 +261,19 @@ def _until_asked(teller: _Teller, rng: np.random.Generator, asked: int, least: i
             since = 0
 
 
-def _things(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[list[Question]]:
+def _things(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[Moment]:
     """qa2: where a thing is."""
     for known in _until_asked(teller, rng, asked, 1):
         visits = {thing: teller.visits[thing][-1] for thing in known}
-        yield [Question(f" Where is the {thing}?", f" {visit.place}", visit.support) for thing, visit in visits.items()]
+        yield teller.moment(
+            Question(f" Where is the {thing}?", f" {visit.place}", visit.support) for thing, visit in visits.items()
+        )
 
 
-def _former_places(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[list[Question]]:
+def _former_places(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[Moment]:
     """qa3: where a thing was before it came to where it now is."""
     for known in _until_asked(teller, rng, asked, 2):
-        yield [_former_place(thing, *teller.visits[thing][-2:]) for thing in known]
+        yield teller.moment(_former_place(thing, *teller.visits[thing][-2:]) for thing in known)
 
 
 def _former_place(thing: str, before: _Visit, last: _Visit) -> Question:
@@ -264,7 +281,7 @@ def _former_place(thing: str, before: _Visit, last: _Visit) -> Question:
     return Question(f" Where was the {thing} before the {last.place}?", f" {before.place}", support)
 
 
-def _gifts(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[list[Question]]:
+def _gifts(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[Moment]:
     """qa5: a gift, with up to five steps behind it, in which the same thing and the same two persons have no other."""
     kinds = ("move", "take", "give")
     for _ in range(asked + 1):
@@ -274,7 +291,7 @@ def _gifts(teller: _Teller, rng: np.random.Generator, asked: int) -> Iterator[li
         gift = teller.gifts[-1]
         for _ in range(int(rng.integers(6))):
             teller.any_step(kinds, unlike=gift)
-        yield list(_of_a_gift(gift))
+        yield teller.moment(_of_a_gift(gift))
 
 
 def _of_a_gift(gift: _Gift) -> Iterator[Question]:
@@ -289,7 +306,7 @@ def _of_a_gift(gift: _Gift) -> Iterator[Question]:
         yield Question(text, f" {answer}", (gift.fact,))
 
 
-def _directions(rng: np.random.Generator, names: Names) -> tuple[list[str], list[Question]]:
+def _directions(rng: np.random.Generator, names: Names) -> tuple[list[str], list[Moment]]:
     """qa4: three places in a line, of which the question names the middle one."""
     first, middle, last = (names.places[i] for i in rng.choice(len(names.places), 3, replace=False))
     direction = list(_OPPOSITE)[int(rng.integers(4))]
@@ -299,4 +316,4 @@ def _directions(rng: np.random.Generator, names: Names) -> tuple[list[str], list
     facts = [f" The {place} is {direction} of the {other}." for place, other in relations]
     of_last = Question(f" What is the {middle} {direction} of?", f" {last}", (relations.index((middle, last)),))
     of_first = Question(f" What is {direction} of the {middle}?", f" {first}", (relations.index((first, middle)),))
-    return facts, [of_last, of_first]
+    return facts, [Moment(len(facts), (of_last, of_first))]
