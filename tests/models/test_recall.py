@@ -267,8 +267,8 @@ def test_in_text_every_position_counts_equally_in_the_retrieval_loss():
     np.testing.assert_array_equal(taught, batch.is_real)
 
 
-def test_answers_have_the_weight_of_all_positions():
-    """What cannot be taught, the last position of a segment or the end of a document, has the weight that it had."""
+def test_what_stands_between_answers_is_no_part_of_the_mean():
+    """What has no target, the last position of a segment or of a document, is one as before."""
     batch = batch_with_answers((5, 0, 1, 0))
     taught = np.asarray(recall.teaching_weights(batch))
     np.testing.assert_array_equal(taught > 0, batch.loss_weights > 0)

@@ -256,8 +256,8 @@ def retrieval_loss(
 def teaching_weights(batch: Batch) -> Float[Array, "B U T"]:
     """How much each position of a batch counts in the retrieval loss: those alone whose predictions the loss counts.
 
-    Of a task that scores only answers, what stands between them is not taught; the answers have the weight of all. In
-    text every position counts 1.
+    Of a task that scores only answers, what stands between them is neither taught nor a part of the mean. In text every
+    position counts 1.
 
     Args:
       batch: the whole one: a part of it may have more answers than another.
