@@ -109,7 +109,7 @@ class BABILong(PromptTask):
         return self._prompt(rng, length, self.more_questions).text
 
     def _prompt(self, rng: np.random.Generator, length: int, more_questions: int) -> Prompt:
-        """A sample that answers so many more questions than the last one."""
+        """A sample that answers so many questions, if there are others, before its last one."""
         in_order = _asking_at_end if self.ask_more == "at_end" else _asking_at_moments
         needed = []
         for _ in range(_TRIES):
