@@ -8,10 +8,9 @@ from typing import Any
 
 from etils import epath
 
-from memorizing.runtime.events import FILE as EVENTS
 from memorizing.runtime.events import EventLog
 from memorizing.runtime.metrics import MetricWriter
-from memorizing.runtime.workdir import CHECKPOINTS, EXPERIMENT, checkpoint_record, write_config, write_record
+from memorizing.runtime.workdir import CHECKPOINTS, EVENTS, EXPERIMENT, checkpoint_record, write_config, write_record
 
 CONFIG = """\
 import memorizing.data.gin_registry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ from memorizing.evaluation.evaluation_hook import EvaluationHook
 from memorizing.evaluation.evaluator import Evaluation, Evaluator
 from memorizing.evaluation.reading import num_rows_side_by_side
 from memorizing.runtime import distributed, failures, workdir_lock
-from memorizing.runtime.events import FILE as EVENTS_FILE
 from memorizing.runtime.events import EventLog, goodput
 from memorizing.runtime.failures import Interrupted, MachineFailed
 from memorizing.runtime.json_lines import replace_bytes, replace_text
@@ -30,7 +29,7 @@ from memorizing.runtime.metrics import MetricWriter, Progress, Values
 from memorizing.runtime.stopping import StopSignal
 from memorizing.runtime.tracking import weights_and_biases
 from memorizing.runtime.watchdog import HangDetector
-from memorizing.runtime.workdir import resolve
+from memorizing.runtime.workdir import EVENTS, resolve, take_back
 from memorizing.training.checkpoint import Checkpointer, saved_steps
 from memorizing.training.experiment import Experiment
 from memorizing.training.hooks import CheckpointHook, MetricsHook, ProfileHook
@@ -78,9 +77,23 @@ def train_and_evaluate(
         held = workdir_lock.held(resolve(workdir), distributed.say)
     else:
         held = contextlib.nullcontext(lambda: None)
-    with held as check_lock:
+    with held as check_lock, _nothing_left_if_refused(resolve(workdir), check_lock):
         folder = distributed.primary_first(lambda: open_workdir(workdir, experiment, config_text, restore_step))
         return _run(experiment, folder, mesh, check_lock, restore_step)
+
+
+@contextlib.contextmanager
+def _nothing_left_if_refused(workdir: epath.Path, check_lock: Callable[[], None]) -> Iterator[None]:
+    """Takes back what was written where the user's mistake is found before anything was trained."""
+    try:
+        yield
+    except UserError:
+        # Whoever has lost the workdir to another process leaves it alone.
+        with contextlib.suppress(UserError):
+            check_lock()
+            if distributed.is_primary():
+                take_back(workdir)
+        raise
 
 
 def _run(
@@ -91,7 +104,7 @@ def _run(
     restore_step: int | None,
 ) -> dict[str, Evaluation]:
     """Trains and evaluates in a workdir that this run holds, as `check_lock` says."""
-    events = EventLog(folder / EVENTS_FILE if distributed.is_primary() else None)
+    events = EventLog(folder / EVENTS if distributed.is_primary() else None)
     events.write("start", version=__version__, **_machines())
 
     def end_hanging(reason: str) -> None:

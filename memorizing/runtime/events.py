@@ -28,8 +28,8 @@ from etils import epath
 
 from memorizing.runtime.json_lines import JsonLines, Line, read_lines
 from memorizing.runtime.tables import duration
+from memorizing.runtime.workdir import EVENTS
 
-FILE = "events.jsonl"
 # What every event has.
 _NAMES = ("time", "event")
 
@@ -131,7 +131,7 @@ def goodput(workdir: epath.Path) -> Goodput:
 
 def read_events(workdir: epath.Path) -> list[Line]:
     """The events of a run, oldest first; none if it has none. Raises UserError where the file is damaged."""
-    return read_lines(workdir / FILE, _NAMES)
+    return read_lines(workdir / EVENTS, _NAMES)
 
 
 def goodput_of(events: Sequence[Line]) -> Goodput:

@@ -15,7 +15,7 @@ from memorizing.runtime.tables import duration
 from memorizing.runtime.tracking.tensorboard import TensorBoard
 from memorizing.runtime.tracking.weights_and_biases import WeightsAndBiases
 from memorizing.runtime.watching.settings import settings_of
-from memorizing.runtime.workdir import CONFIG, METRIC_NAMES, METRICS, read_config
+from memorizing.runtime.workdir import CONFIG, METRIC_NAMES, METRICS, TENSORBOARD, read_config
 
 Values = dict[str, float]
 
@@ -50,7 +50,7 @@ class MetricWriter:
             return
         self._file = JsonLines(workdir / METRICS, METRIC_NAMES, keep=lambda line: line["step"] <= resumed_step)
         self._written = {(line["step"], line["kind"]) for line in self._file.lines}
-        self._trackers.append(TensorBoard(workdir / "events", resumed_step))
+        self._trackers.append(TensorBoard(workdir / TENSORBOARD, resumed_step))
         if wandb_project:
             config = settings_of(read_config(workdir)) if (workdir / CONFIG).exists() else {}
             self._trackers.append(WeightsAndBiases(workdir, wandb_project, config))

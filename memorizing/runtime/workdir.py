@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from memorizing.errors import UserError
-from memorizing.runtime.json_lines import is_remote, replace_text
+from memorizing.runtime.json_lines import is_remote, read_lines, replace_text
 
 # The files that describe a run: its configuration as gin text, and records.
 CONFIG = "config.gin"
@@ -24,6 +24,9 @@ VOCABULARY = "vocabulary.json"
 # A line a step and kind, see `MetricWriter`; what every line has.
 METRICS = "metrics.jsonl"
 METRIC_NAMES = ("step", "kind")
+# What befell it, and what TensorBoard reads.
+EVENTS = "events.jsonl"
+TENSORBOARD = "events"
 # The folder of its checkpoints, one a step.
 CHECKPOINTS = "checkpoints"
 
@@ -124,6 +127,17 @@ def read_record(path: epath.Path) -> dict[str, Any]:
         ) from None
     except OtherFormat as error:
         raise UserError(f"{path} {error}: go on with that version, or choose another --workdir") from None
+
+
+def take_back(workdir: epath.Path) -> None:
+    """Removes what a run has written to its folder, unless anything was trained there, or measured."""
+    steps = (child for child in (workdir / CHECKPOINTS).glob("*") if child.name.isdigit())
+    if any(steps) or read_lines(workdir / METRICS):
+        return
+    for name in (CONFIG, EXPERIMENT, VOCABULARY, METRICS, EVENTS):
+        (workdir / name).unlink(missing_ok=True)
+    for name in (TENSORBOARD, CHECKPOINTS):
+        (workdir / name).rmtree(missing_ok=True)
 
 
 def checkpoint_record(folder: epath.Path, step: int) -> epath.Path:

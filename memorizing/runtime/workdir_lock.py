@@ -240,7 +240,7 @@ class WorkdirLock:
 
 @contextlib.contextmanager
 def held(workdir: epath.Path, say: Callable[[str], None], flag: str = "--workdir") -> Iterator[Callable[[], None]]:
-    """Holds a workdir, which is made if there is none.
+    """Holds a workdir, which is made if there is none, and removed again if nothing was written to it.
 
     Args:
       workdir: the folder.
@@ -254,6 +254,7 @@ def held(workdir: epath.Path, say: Callable[[str], None], flag: str = "--workdir
       UserError: another process is writing into it, or it cannot be written.
     """
     lock = WorkdirLock(workdir, say=say, flag=flag)
+    is_new = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -263,6 +264,10 @@ def held(workdir: epath.Path, say: Callable[[str], None], flag: str = "--workdir
         yield lock.check
     finally:
         lock.release()
+        # An object store has no folders. As a rule this one is not empty.
+        if is_new and not is_remote(workdir):
+            with contextlib.suppress(OSError):
+                os.rmdir(workdir)
 
 
 def writer(workdir: epath.Path, limit_seconds: float = _LIMIT_SECONDS) -> str | None:

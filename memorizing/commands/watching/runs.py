@@ -14,13 +14,13 @@ from memorizing.runtime.tables import align
 from memorizing.runtime.watching.records import RunRecords, is_run, read_run
 from memorizing.runtime.watching.settings import differing, short_names, value_of
 from memorizing.runtime.watching.status import Status, status_of
-from memorizing.runtime.workdir import CHECKPOINTS, resolve
+from memorizing.runtime.workdir import CHECKPOINTS, TENSORBOARD, resolve
 
 DEFAULT_FOLDER = "runs"
 # Runs lie in the folder, in folders of it, or in those of runs, as WORKDIR/without_memory does.
 _DEPTH = 3
 # Folders in those of runs that are large, and hold no runs.
-_PARTS_OF_RUNS = (CHECKPOINTS, "events", "evaluation", "inspection", "profile", "wandb")
+_PARTS_OF_RUNS = (CHECKPOINTS, TENSORBOARD, "evaluation", "inspection", "profile", "wandb")
 # Of a table that a terminal can show.
 _SHOWN_SETTINGS = 6
 _SHOWN_CHARACTERS = 28

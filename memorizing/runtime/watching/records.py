@@ -12,13 +12,13 @@ from etils import epath
 
 from memorizing.errors import UserError, first_line, is_number
 from memorizing.runtime import workdir_lock
-from memorizing.runtime.events import FILE as EVENTS
 from memorizing.runtime.events import read_events
 from memorizing.runtime.json_lines import Line, read_lines
 from memorizing.runtime.watching.settings import settings_of
 from memorizing.runtime.workdir import (
     CHECKPOINTS,
     CONFIG,
+    EVENTS,
     EXPERIMENT,
     METRIC_NAMES,
     METRICS,
