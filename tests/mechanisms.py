@@ -26,6 +26,7 @@ from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.attention.sparse.reformer import ReformerAttention
 from memorizing.models.attention.sparse.routing import RoutingAttention
+from memorizing.models.attention.sparse.sinkhorn import SinkhornAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.language_model import ModelOutput
@@ -197,6 +198,7 @@ MECHANISMS = (
         attention=RoutingAttention(num_clusters=2, cluster_size=4, local=XL, strictly_causal=True),
         order_of_sums_depends_on_later_tokens=True,
     ),
+    Mechanism("sinkhorn", attention=SinkhornAttention(block_size=2), carries_context=False),
     Mechanism(
         "sliding window and first positions",
         attention=XLAttention(window=LENGTH, same_length=True, num_sinks=3),

@@ -90,6 +90,7 @@ ENTRIES = (
     Entry("Sparse Transformer", (), ("models/sparse_tiny.gin",)),
     Entry("Reformer, strictly causal", (), ("models/reformer_tiny.gin",)),
     Entry("Routing Transformer, strictly causal", (), ("models/routing_tiny.gin",)),
+    Entry("Sparse Sinkhorn Attention", (), ("models/sinkhorn_tiny.gin",)),
 )
 # Of the model, whatever size the file of a mechanism gives it.
 _SIZE = ("LMConfig.num_layers=2", "VOCAB_SIZE={vocabulary}")

@@ -20,6 +20,7 @@ from memorizing.models.attention.compressive import CompressiveAttention
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.sparse.factorized import SparseAttention
+from memorizing.models.attention.sparse.sinkhorn import SinkhornAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.lm_config import LMConfig
@@ -130,8 +131,9 @@ def test_a_mechanism_tells_its_own_count() -> None:
         CompressiveAttention(window=128, compressed_size=64, compressor="dilated"),
         SparseAttention("strided", stride=16),
         SparseAttention("fixed", "split", stride=16, summary_width=4),
+        SinkhornAttention(block_size=16),
     ],
-    ids=["full", "xl", "transformer_xl", "conv", "dilated", "strided", "fixed"],
+    ids=["full", "xl", "transformer_xl", "conv", "dilated", "strided", "fixed", "sinkhorn"],
 )
 @pytest.mark.parametrize("recurrent_tokens", [None, RecurrentTokens(num_tokens=16)], ids=["alone", "rmt"])
 def test_count_agrees_with_the_compiler(attention: Attention, recurrent_tokens: RecurrentTokens | None) -> None:
@@ -186,6 +188,7 @@ def test_plan_prints_the_run_of_a_gin_file(capsys: pytest.CaptureFixture) -> Non
         "sparse",
         "Reformer",
         "routing",
+        "Sinkhorn",
         "adaptive span",
         "RMT",
     ]

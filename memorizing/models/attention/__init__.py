@@ -12,6 +12,7 @@ from memorizing.models.attention.knn import KNNAttention
 from memorizing.models.attention.sparse.factorized import SparseAttention
 from memorizing.models.attention.sparse.reformer import ReformerAttention
 from memorizing.models.attention.sparse.routing import RoutingAttention
+from memorizing.models.attention.sparse.sinkhorn import SinkhornAttention
 from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 
@@ -26,6 +27,7 @@ MECHANISMS: tuple[type[Attention], ...] = (
     SparseAttention,
     ReformerAttention,
     RoutingAttention,
+    SinkhornAttention,
     AdaptiveSpanAttention,
 )
 

@@ -1,1 +1,1 @@
-"""Attention within a segment to few of its positions: by place, by hash or by cluster."""
+"""Attention within a segment to few of its positions: by place, by hash, by cluster, or sorted."""
