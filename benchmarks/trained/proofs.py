@@ -96,7 +96,7 @@ PROOFS = {
     ),
     "routing": Proof(
         "routing_topics",
-        1000,
+        6000,
         (
             Variant("routing"),
             Variant("routing, strictly causal", ("RoutingAttention.strictly_causal=True",)),
