@@ -80,7 +80,9 @@ def describe(hint: Any) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(map(repr, args))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(describe, args))
+        # `X | tuple[X, ...]` tells X once.
+        tuples_of_others = [tuple[other, ...] for other in args]
+        return " or ".join("a tuple of such" if arg in tuples_of_others else describe(arg) for arg in args)
     if origin is tuple and args[-1:] == (Ellipsis,):
         return f"a tuple, each item {describe(args[0])}"
     if origin is tuple:

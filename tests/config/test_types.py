@@ -41,6 +41,7 @@ def test_types(hint: Any, right: list, wrong: list):
         (str | None, "a string or None"),
         (Literal["mean", "max"], "one of 'mean', 'max'"),
         (tuple[float, ...], "a tuple, each item a number"),
+        (str | tuple[str, ...], "a string or a tuple of such"),
         (tuple[tuple[int, bool], ...], "a tuple, each item a tuple (a whole number, True or False)"),
     ],
 )
