@@ -29,7 +29,7 @@ from memorizing.runtime.metrics import MetricWriter, Progress, Values
 from memorizing.runtime.stopping import StopSignal
 from memorizing.runtime.tracking import weights_and_biases
 from memorizing.runtime.watchdog import HangDetector
-from memorizing.runtime.workdir import EVENTS, resolve, take_back
+from memorizing.runtime.workdir import EVENTS, not_yet_there, resolve, take_back
 from memorizing.training.checkpoint import Checkpointer, saved_steps
 from memorizing.training.experiment import Experiment
 from memorizing.training.hooks import CheckpointHook, MetricsHook, ProfileHook
@@ -85,6 +85,7 @@ def train_and_evaluate(
 @contextlib.contextmanager
 def _nothing_left_if_refused(workdir: epath.Path, check_lock: Callable[[], None]) -> Iterator[None]:
     """Takes back what was written where the user's mistake is found before anything was trained."""
+    written = not_yet_there(workdir)
     try:
         yield
     except UserError:
@@ -92,7 +93,7 @@ def _nothing_left_if_refused(workdir: epath.Path, check_lock: Callable[[], None]
         with contextlib.suppress(UserError):
             check_lock()
             if distributed.is_primary():
-                take_back(workdir)
+                take_back(workdir, written)
         raise
 
 

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -129,15 +129,31 @@ def read_record(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path} {error}: go on with that version, or choose another --workdir") from None
 
 
-def take_back(workdir: epath.Path) -> None:
-    """Removes what a run has written to its folder, unless anything was trained there, or measured."""
-    steps = (child for child in (workdir / CHECKPOINTS).glob("*") if child.name.isdigit())
-    if any(steps) or read_lines(workdir / METRICS):
+def not_yet_there(workdir: epath.Path) -> list[str]:
+    """Of the files and folders that a run writes before its first step, those that its folder does not have."""
+    names = (CONFIG, EXPERIMENT, VOCABULARY, METRICS, EVENTS, TENSORBOARD, CHECKPOINTS)
+    return [name for name in names if not (workdir / name).exists()]
+
+
+def take_back(workdir: epath.Path, names: Sequence[str]) -> None:
+    """Removes what a run has written to its folder, unless anything was trained there, or measured.
+
+    Args:
+      workdir: the run's folder.
+      names: what was `not_yet_there` before the run: anything else is not its own.
+    """
+    if checkpoint_steps(workdir) or read_lines(workdir / METRICS):
         return
-    for name in (CONFIG, EXPERIMENT, VOCABULARY, METRICS, EVENTS):
-        (workdir / name).unlink(missing_ok=True)
-    for name in (TENSORBOARD, CHECKPOINTS):
-        (workdir / name).rmtree(missing_ok=True)
+    for path in (workdir / name for name in names):
+        if path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink(missing_ok=True)
+
+
+def checkpoint_steps(workdir: epath.Path) -> list[int]:
+    """The steps of which a run's folder has checkpoints, complete or not."""
+    return [int(child.name) for child in (workdir / CHECKPOINTS).glob("*") if child.name.isdigit()]
 
 
 def checkpoint_record(folder: epath.Path, step: int) -> epath.Path:

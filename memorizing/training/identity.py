@@ -14,12 +14,12 @@ from memorizing.runtime.workdir import (
     EXPERIMENT,
     FORMAT,
     VOCABULARY,
+    checkpoint_steps,
     read_record,
     resolve,
     write_config,
     write_record,
 )
-from memorizing.training.checkpoint import FOLDER
 from memorizing.training.experiment import Experiment
 
 # The parts that may change when a run goes on: its length, the machines it runs on, how rows are laid out. Of the loop
@@ -47,7 +47,7 @@ def open_workdir(path: str, experiment: Experiment, config_text: str, restore_st
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Without a checkpoint there is nothing yet that could be mixed up.
-        steps = _checkpoints(workdir)
+        steps = checkpoint_steps(workdir)
         if record.exists() and steps:
             _check_same(read_record(record), described, path)
         # The files that follow say what was run.
@@ -74,11 +74,6 @@ def identity(experiment: Experiment) -> dict[str, Any]:
             flat |= _flatten(getattr(experiment, field.name))
     # Once through JSON, so that it compares equal to what is read back.
     return json.loads(json.dumps(flat))
-
-
-def _checkpoints(workdir: epath.Path) -> list[int]:
-    """The steps of which there are checkpoints."""
-    return [int(child.name) for child in (workdir / FOLDER).glob("*") if child.name.isdigit()]
 
 
 def _check_length(steps: list[int], num_steps: int, path: str) -> None:

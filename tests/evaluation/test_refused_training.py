@@ -41,6 +41,16 @@ def test_what_others_put_there_stays(tmp_path: pathlib.Path, mistake: str):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_others_put_into_folders_of_such_names_stays(tmp_path: pathlib.Path, mistake: str):
+    theirs = [tmp_path / name for name in ("checkpoints/model.pt", "events/calendar")]
+    for path in theirs:
+        path.parent.mkdir()
+        path.write_text("theirs")
+    refused(tmp_path, mistake)
+    assert [path.read_text() for path in theirs] == ["theirs", "theirs"]
+
+
 def test_a_folder_that_was_empty_stays(tmp_path: pathlib.Path):
     refused(tmp_path, "start_from")
     assert tmp_path.exists() and not list(tmp_path.iterdir())
@@ -52,5 +62,5 @@ def test_what_was_trained_stays(tmp_path: pathlib.Path, trained: str):
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text('{"step": 3, "kind": "train"}\n')
     (tmp_path / CONFIG).write_text("of that run")
-    take_back(epath.Path(tmp_path))
+    take_back(epath.Path(tmp_path), [CONFIG, trained.partition("/")[0]])
     assert kept.exists() and (tmp_path / CONFIG).exists()

@@ -25,6 +25,7 @@ from memorizing.models.attention.flash import KernelKind
 from memorizing.models.attention.local import local_attention
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import dense
+from memorizing.models.attention.sparse.dividing import check_divides, divisor_near_root
 from memorizing.models.partial_softmax import Partial
 
 # The segment cut into m blocks of l positions.
@@ -75,12 +76,7 @@ class SparseAttention(BiasedAttention):
             )
 
     def check(self, segment_length: int) -> None:
-        if segment_length % self.stride:
-            above = -(-segment_length // self.stride) * self.stride
-            raise UserError(
-                f"SparseAttention.stride = {self.stride} does not divide the segment length {segment_length}: choose "
-                f"another stride, or segments of {above}"
-            )
+        check_divides("SparseAttention.stride", self.stride, segment_length)
 
     def heads(self, num_heads: int) -> tuple[range, range]:
         """The heads that see the first set, and those that see the second."""
@@ -149,9 +145,7 @@ class SparseAttention(BiasedAttention):
 
     @classmethod
     def example(cls, segment_length: int) -> Example:
-        # The divisor of the segment's length that is nearest to its root.
-        divisors = [stride for stride in range(1, segment_length + 1) if segment_length % stride == 0]
-        stride = min(divisors, key=lambda divisor: abs(divisor - segment_length**0.5))
+        stride = divisor_near_root(segment_length)
         meaning = f"nothing carried; within a segment the last {stride} positions and every {stride}-th, in every layer"
         return Example("sparse", meaning, cls(stride=stride))
 

@@ -30,6 +30,7 @@ from memorizing.models.attention.base import (
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import buckets, dense
 from memorizing.models.attention.sparse.buckets import Pairs, Sorted
+from memorizing.models.attention.sparse.dividing import check_divides
 from memorizing.models.memory.retrieval import NEIGHBOURS
 from memorizing.models.partial_softmax import Partial
 
@@ -93,12 +94,7 @@ class ReformerAttention(BiasedAttention):
         return self.strictly_causal
 
     def check(self, segment_length: int) -> None:
-        if segment_length % self.chunk_size:
-            above = -(-segment_length // self.chunk_size) * self.chunk_size
-            raise UserError(
-                f"ReformerAttention.chunk_size = {self.chunk_size} does not divide the segment length "
-                f"{segment_length}: choose another one, or segments of {above}"
-            )
+        check_divides("ReformerAttention.chunk_size", self.chunk_size, segment_length)
 
     def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return ReformerLayer(self, dims, name=name)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from memorizing.array_typing import Activations, HeadScale
 from memorizing.context import Attended, Layout, Report, Rngs, Segment
-from memorizing.errors import Count, Range, UserError
+from memorizing.errors import Count, Range
 from memorizing.models import partial_softmax
 from memorizing.models.attention.base import (
     Example,
@@ -28,6 +28,7 @@ from memorizing.models.attention.base import (
 )
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import dense
+from memorizing.models.attention.sparse.dividing import check_divides, divisor_near_root
 from memorizing.models.layers import Einsum
 from memorizing.models.partial_softmax import HIDDEN
 
@@ -68,12 +69,7 @@ class SinkhornAttention(BiasedAttention):
     temperature: Annotated[float, Range(0, 1e3, without_ends=True)] = 0.75
 
     def check(self, segment_length: int) -> None:
-        if segment_length % self.block_size:
-            above = -(-segment_length // self.block_size) * self.block_size
-            raise UserError(
-                f"SinkhornAttention.block_size = {self.block_size} does not divide the segment length "
-                f"{segment_length}: choose another one, or segments of {above}"
-            )
+        check_divides("SinkhornAttention.block_size", self.block_size, segment_length)
 
     def layer(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return SinkhornLayer(self, dims, name=name)
@@ -89,9 +85,7 @@ class SinkhornAttention(BiasedAttention):
 
     @classmethod
     def example(cls, segment_length: int) -> Example:
-        # The divisor of the segment's length that is nearest to its root.
-        divisors = [size for size in range(1, segment_length + 1) if segment_length % size == 0]
-        size = min(divisors, key=lambda divisor: abs(divisor - segment_length**0.5))
+        size = divisor_near_root(segment_length)
         meaning = (
             f"nothing carried; within a segment the own {size} positions and {size} of sorted ones, in every layer"
         )
