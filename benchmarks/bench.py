@@ -20,6 +20,7 @@ BENCHMARKS = {
     "accelerator": ("memorizing.benchmarks.accelerator", "steps, search and reading in one go within some minutes"),
     "text": ("memorizing.benchmarks.reading.text", "tokens a second that a model reads and writes"),
     "stream": ("memorizing.benchmarks.reading.stream", "a stream of a million tokens: memory, and time per segment"),
+    "heads": ("memorizing.benchmarks.reading.heads", "what the memory of each key head of a run is worth"),
     "scaling": ("memorizing.benchmarks.scaling", "an attention layer against the length of a segment"),
     "activations": ("memorizing.benchmarks.activations", "memory and time of ways not to store activations"),
     "future": ("memorizing.benchmarks.future", "how much what a position sees depends on later tokens"),

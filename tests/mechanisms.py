@@ -93,6 +93,7 @@ class Mechanism:
 
 
 XL = XLAttention(window=LENGTH)
+JOINT = JointMemoryAttention(3 * LENGTH, num_neighbors=4, local=XLAttention(window=4, num_sinks=2))
 
 # As pretrained models are put together; the scale makes attention sharp.
 PRETRAINED = {
@@ -135,10 +136,12 @@ MECHANISMS = (
             (1, KNNAttention(2 * LENGTH, num_neighbors=4, stored_value="next", retrieval_loss=0.5, local=XL)),
         ),
     ),
+    Mechanism("joint memory over a cache with sinks", attention=JOINT, parts=PRETRAINED),
     Mechanism(
-        "joint memory over a cache with sinks",
-        attention=JointMemoryAttention(3 * LENGTH, num_neighbors=4, local=XLAttention(window=4, num_sinks=2)),
-        parts=PRETRAINED,
+        "joint memory of one key head",
+        attention=JOINT.local,
+        attention_at=((1, dataclasses.replace(JOINT, heads=(1,))),),
+        parts=PRETRAINED | {"num_kv_heads": 2},
     ),
     Mechanism("transformer-xl", attention=TransformerXLAttention(window=LENGTH), two_segments_equal_one=True),
     Mechanism("compressive", attention=CompressiveAttention(window=LENGTH, compressed_size=4, rate=4)),

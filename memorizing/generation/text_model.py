@@ -90,7 +90,7 @@ class TextModel:
         config = run.experiment.model
         segment_length = run.experiment.batch.segment_length
         memory_segments = math.gcd(*config.memory_sizes.values()) // segment_length
-        mesh = sharding.mesh_for_one_row(config.dims.kv_heads, memory_segments)
+        mesh = sharding.mesh_for_one_row(config.memory_heads or config.dims.kv_heads, memory_segments)
         self._decoder = _decoder(config, segment_length, mesh)
         with jax.set_mesh(mesh):
             self._weights = Weights(*run.variables_on(mesh))

@@ -294,6 +294,12 @@ class LMConfig:
         """Whether any layer has an external memory, or the whole a continuous cache."""
         return self.memory_size > 0
 
+    @property
+    def memory_heads(self) -> int:
+        """The key heads that have an external memory; of layers that differ, the greatest number that divides all."""
+        layers = [mechanism for mechanism in self.stack.mechanisms if mechanism.memory_size]
+        return math.gcd(*(mechanism.memory_dims(self.dims).kv_heads for mechanism in layers))
+
     def with_memory_size(self, memory_size: int) -> LMConfig:
         """The same model, which has the same parameters, with external memories of another size."""
         cache = self.continuous_cache and dataclasses.replace(self.continuous_cache, memory_size=memory_size)

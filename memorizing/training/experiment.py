@@ -177,6 +177,7 @@ class Experiment:
         if self.model.has_memory:
             # Those of a memory are not replicated.
             sharding.check_divides("LMConfig.num_kv_heads", self.model.dims.kv_heads, mesh, "model")
+            sharding.check_divides("key heads that have a memory", self.model.memory_heads, mesh, "model")
         memories = {group.attention for group in self.model.groups} | {self.model.continuous_cache}
         for memory in memories:
             if memory and memory.memory_size:

@@ -87,9 +87,11 @@ def read(
     return jax.lax.scan(step, config.init_context(ROWS, LENGTH), (TOKENS, starts))[1]
 
 
-def compiled(config: LMConfig, **options: Any) -> tuple[jax.Array, dict]:
+def compiled(
+    config: LMConfig, opened: Callable[[Any], Any] = lambda params: params, **options: Any
+) -> tuple[jax.Array, dict]:
     """The same, with parameters that lie as in training on the mesh that is set."""
-    params = parameters(config)
+    params = opened(parameters(config))
     mesh = jax.sharding.get_mesh()
     if not mesh.empty:
         boxed = jax.eval_shape(lambda: language_model.init(config, ROWS, LENGTH, jax.random.key(0)))
@@ -158,6 +160,41 @@ def test_with_all_neighbours_it_is_full_attention(mesh: MeshConfig | None):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("num_kv_heads", "heads", "mesh"),
+    [
+        pytest.param(2, (1,), None, id="one of two key heads"),
+        pytest.param(4, (0, 3), None, id="two of four"),
+        pytest.param(4, (0, 3), MESH, id="two of four, 8 devices"),
+    ],
+)
+def test_a_memory_of_some_heads_is_one_that_is_closed_in_the_others(
+    num_kv_heads: int, heads: tuple[int, ...], mesh: MeshConfig | None
+):
+    of_all = dataclasses.replace(MODEL, num_kv_heads=num_kv_heads)
+    of_some = with_memory(of_all, heads=heads)
+    group = MODEL.num_heads // num_kv_heads
+    is_open = np.isin(np.arange(MODEL.num_heads) // group, heads)
+
+    def open_heads(params: Any) -> Any:
+        layer = params["layer_01"]
+        core = {"alpha": np.where(is_open, 0.7, 0.0), "beta": np.where(is_open, 0.3, 0.1)}
+        attention = layer["attention"] | {"core": {name: value.astype(np.float32) for name, value in core.items()}}
+        return params | {"layer_01": layer | {"attention": attention}}
+
+    with jax.set_mesh(mesh.make_mesh()) if mesh else contextlib.nullcontext():
+        expected, retrieved_by_all = compiled(of_all, opened=open_heads)
+        logits, retrieved = compiled(of_some, opened=open_heads)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+    # What an inspector sees of them is the same; of the others that they have found nothing.
+    scores = np.asarray(retrieved["layer_01"].neighbours.scores)
+    all_scores = np.asarray(retrieved_by_all["layer_01"].neighbours.scores)
+    np.testing.assert_allclose(scores[..., is_open, :], all_scores[..., is_open, :], atol=2e-5)
+    assert np.all(scores[..., ~is_open, :] == -np.inf) and np.any(all_scores[..., ~is_open, :] > -np.inf)
+    memory = of_some.init_context(ROWS, LENGTH)["layer_01"].memory
+    assert memory.keys.shape == (ROWS, len(heads), 4 * LENGTH, MODEL.head_dim)
+
+
 def test_what_is_seen_anyway_is_not_retrieved():
     """Neither the cache nor the sinks, nor anything of the segment or of another document."""
     _, retrieved = compiled(MODEL)
@@ -193,6 +230,14 @@ def test_what_is_seen_anyway_is_not_retrieved():
         (
             lambda: Experiment(RepeatedPassages(), MODEL, BatchConfig(8, LENGTH), mesh=MeshConfig(2, 4)).make_mesh(),
             "num_kv_heads",
+        ),
+        (lambda: with_memory(MODEL, heads=(0, 2)), r"heads = \(0, 2\): different key heads from 0 to 1"),
+        (lambda: with_memory(MODEL, heads=(1, 1)), r"heads = \(1, 1\)"),
+        (
+            lambda: Experiment(
+                RepeatedPassages(), with_memory(MODEL, heads=(1,)), BatchConfig(8, LENGTH), mesh=MeshConfig(2, 2)
+            ).make_mesh(jax.devices()[:4]),
+            "key heads that have a memory = 1",
         ),
     ],
 )

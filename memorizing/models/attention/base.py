@@ -190,6 +190,10 @@ class Attention:
         """What a reset writes: see `context.reset_rows`."""
         return ()
 
+    def memory_dims(self, dims: LayerDims) -> LayerDims:
+        """Sizes of the heads that have an external memory: of all, unless the mechanism says otherwise."""
+        return dims
+
     def prepare_state(self, state: Tree, clock: Clock) -> Tree:
         """Brings the state up to date before a segment reads it; nothing here is recomputed for the gradient.
 

@@ -119,10 +119,12 @@ class MemoryAttention(Attention):
         self.local.check_parts(dims)
 
     def init_state(self, dims: LayerDims, batch_size: int, segment_length: int) -> MemoryState:
-        def empty(num_slots: int) -> Memory:
-            return external_memory.empty(batch_size, dims.kv_heads, num_slots, dims.head_dim, dims.dtype)
+        num_heads = self.memory_dims(dims).kv_heads
 
-        no_key = LastKey.empty(batch_size, dims.kv_heads, dims.head_dim, dims.dtype)
+        def empty(num_slots: int) -> Memory:
+            return external_memory.empty(batch_size, num_heads, num_slots, dims.head_dim, dims.dtype)
+
+        no_key = LastKey.empty(batch_size, num_heads, dims.head_dim, dims.dtype)
         return MemoryState(
             local=self.local.init_state(dims, batch_size, segment_length),
             memory=empty(self.memory_size),
@@ -158,8 +160,9 @@ class MemoryAttention(Attention):
         Choosing the nearest is no arithmetic.
         """
         local = self.local.flops(dims, layout)
-        search = matmul_flops(layout.size, dims.width, self.memory_size)
-        attend = attend_flops(dims, layout.size, self.num_neighbors)
+        heads = self.memory_dims(dims)
+        search = matmul_flops(layout.size, heads.width, self.memory_size)
+        attend = attend_flops(heads, layout.size, self.num_neighbors)
         return local + search + attend
 
     def with_memory_size(self, memory_size: int) -> MemoryAttention:

@@ -12,11 +12,12 @@ from typing import ClassVar, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from memorizing.array_typing import HeadScale, Keys, Queries, Values
 from memorizing.context import Report, Segment
-from memorizing.errors import Count, UserError
+from memorizing.errors import Count, CountOrNone, UserError
 from memorizing.models.attention.base import Example, LayerDims
 from memorizing.models.attention.external import MemoryAttention, MemoryState
 from memorizing.models.attention.local import Attended, in_groups, turned_queries
@@ -25,7 +26,7 @@ from memorizing.models.memory import external_memory, recall, retrieval
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.placement import Placement
 from memorizing.models.memory.recall import LookUps
-from memorizing.models.memory.retrieval import Neighbours, Reading, Retrieved
+from memorizing.models.memory.retrieval import NO_NEIGHBOUR, Neighbours, Reading, Retrieved
 from memorizing.models.positions import Rotary
 
 
@@ -41,6 +42,9 @@ class JointMemoryAttention(MemoryAttention):
     Each query head searches the keys of its key head. The memory does not show what the local attention sees itself:
     its cache, and its sinks.
 
+    Not all heads look far back: with `heads` some have a memory, and the others their local attention alone. (Heads that
+    retrieve: Wu et al. 2024, arXiv 2404.15574; caches for these alone: Xiao et al. 2024, arXiv 2410.10819.)
+
     Where positions are rotary, a key stands at its true place in the document as long as no distance to it is above
     the trained length, which is decided for each slot and segment; all others stand where the furthest of those do. So
     a document within the trained length is read as full attention to the k nearest would read it.
@@ -51,6 +55,7 @@ class JointMemoryAttention(MemoryAttention):
         trained is read with 'full'.
       distances: of rotary positions: 'true', as above; or 'constant': all that is remembered is at the trained length.
       trained_length: positions of the documents that the model was trained on.
+      heads: key heads that have a memory, from 0, with the query heads that read them; () for all.
     """
 
     takes_all_parts: ClassVar[bool] = True
@@ -60,6 +65,7 @@ class JointMemoryAttention(MemoryAttention):
     mixing: Literal["learned", "full"] = "learned"
     distances: Literal["true", "constant"] = "true"
     trained_length: Count = 8192
+    heads: tuple[CountOrNone, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +96,17 @@ class JointMemoryAttention(MemoryAttention):
                 f"LMConfig.num_kv_heads = {dims.num_kv_heads} with LMConfig.qk_norm = 'l2': heads that share their keys "
                 "cannot learn a scale each in @JointMemoryAttention(); leave out one of the two"
             )
+        if len(set(self.heads)) < len(self.heads) or not all(0 <= head < dims.kv_heads for head in self.heads):
+            raise UserError(
+                f"JointMemoryAttention.heads = {self.heads}: different key heads from 0 to {dims.kv_heads - 1}, or () for all"
+            )
+
+    def memory_dims(self, dims: LayerDims) -> LayerDims:
+        if not self.heads:
+            return dims
+        num_kv_heads = len(self.heads)
+        num_heads = num_kv_heads * (dims.num_heads // dims.kv_heads)
+        return dataclasses.replace(dims, num_heads=num_heads, num_kv_heads=num_kv_heads)
 
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return JointMemoryCore(self, dims, name=name)
@@ -129,7 +146,8 @@ class JointMemoryCore(nn.Module):
         local, local_state, report = self.local.attend(queries, keys, values, scale, segment, state.local)
         with jax.named_scope("external_memory"):
             memory = self._not_seen_locally(state, segment)
-            reading = self._read(queries, scale, memory, segment)
+            own_reading = self._read(self._with_memory(queries), self._scale_with_memory(scale), memory, segment)
+            reading = self._of_all_heads(own_reading)
             share = self._memory_share(local, reading)
             y = _joined(local.values, reading.values, share)
 
@@ -137,17 +155,60 @@ class JointMemoryCore(nn.Module):
         if segment.decoding is not None:
             return y, None, report
         own = segment.layout.own
-        look_ups = LookUps(own(queries), own(keys), scale, own(reading.neighbours.slots), own(reading.logits))
+        stored_keys = own(self._with_memory(keys))
+        look_ups = LookUps(
+            own(self._with_memory(queries)),
+            stored_keys,
+            self._scale_with_memory(scale),
+            own(own_reading.neighbours.slots),
+            own(own_reading.logits),
+        )
         report = recall.add_to(report, look_ups, memory, segment, loss_factor=0.0, loss_rows=1, stores_next=False)
         assert segment.tokens is not None, "a layer with a memory is told the tokens"
         last_segment = external_memory.of_segment(
-            own(keys),
-            own(values),
+            stored_keys,
+            own(self._with_memory(values)),
             segment.tokens,
             own(segment.is_real),
             self.attention.differentiable_memory,
         )
         return y, MemoryState(local_state, state.memory, last_segment), report
+
+    def _with_memory(self, x: Float[Array, "B T N *rest"]) -> Float[Array, "B T heads *rest"]:
+        """Of query heads or key heads those that have a memory."""
+        heads = self.attention.heads
+        if not heads:
+            return x
+        # [B, T, K, N / K, ...]
+        grouped = in_groups(x, self.dims.kv_heads)
+        return grouped[:, :, np.array(heads)].reshape(*x.shape[:2], -1, *x.shape[3:])
+
+    def _scale_with_memory(self, scale: HeadScale) -> HeadScale:
+        return self._with_memory(scale[None, None])[0, 0]
+
+    def _of_all_heads(self, reading: Reading) -> Reading:
+        """The same for all query heads: those without a memory have found nothing."""
+        heads = self.attention.heads
+        if not heads:
+            return reading
+        # The place of each key head in the memory; behind its last what stands for those that it does not have.
+        place = np.full(self.dims.kv_heads, len(heads))
+        place[list(heads)] = np.arange(len(heads))
+
+        def spread(x: Shaped[Array, "B T heads *rest"], nothing: float) -> Shaped[Array, "B T N *rest"]:
+            grouped = in_groups(x, len(heads))
+            absent = jnp.full_like(grouped[:, :, :1], nothing)
+            # [B, T, K, N / K, ...]
+            everywhere = jnp.concatenate([grouped, absent], axis=2)[:, :, place]
+            return everywhere.reshape(*x.shape[:2], self.dims.num_heads, *x.shape[3:])
+
+        slots, scores = reading.neighbours.slots, reading.neighbours.scores
+        return reading._replace(
+            values=spread(reading.values, 0),
+            neighbours=Neighbours(spread(slots, 0), spread(scores, -jnp.inf)),
+            logits=spread(reading.logits, NO_NEIGHBOUR),
+            log_normalizer=spread(reading.log_normalizer, NO_NEIGHBOUR),
+        )
 
     def _not_seen_locally(self, state: MemoryState, segment: Segment) -> Memory:
         """The memory without what the local attention sees itself."""
@@ -161,14 +222,14 @@ class JointMemoryCore(nn.Module):
         return external_memory.positions_back(slots, segment.clock, num_slots, segment.layout.length)
 
     def _read(self, queries: Queries, scale: HeadScale, memory: Memory, segment: Segment) -> Reading:
-        """What each query head finds among the keys of its key head.
+        """What each query head that has a memory finds among the keys of its key head.
 
         The query heads of a group are as many queries of one head of the memory: so neither search nor attention has to
         know of groups.
         """
         config = self.attention
-        num_heads = self.dims.num_heads
-        num_kv_heads = self.dims.kv_heads
+        dims = config.memory_dims(self.dims)
+        num_heads, num_kv_heads = dims.num_heads, dims.kv_heads
         placed_queries, placement = self._at_positions(queries, segment)
         reading = retrieval.read(
             _fold(placed_queries, num_kv_heads),

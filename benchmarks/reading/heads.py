@@ -1,0 +1,165 @@
+"""What the memory of each key head of a run is worth on documents, and settings that give one to the best alone.
+
+Every layer's memory is opened halfway. The gradient of the loss with respect to each head's opening says by how much
+more of it the loss would fall: the nats a token of opening it from 0 to 1, were the loss linear in it. One pass over
+the documents tells this of all heads, where leaving out one after the other would take as many passes as heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memorizing.array_typing import Tree
+from memorizing.batch import Batch, with_documents
+from memorizing.commands import experiment_flags
+from memorizing.config.runs import open_run
+from memorizing.context import Rngs
+from memorizing.errors import MOST, Range, UserError
+from memorizing.evaluation.finished_run import FinishedRun
+from memorizing.models.attention.joint_memory import JointMemoryAttention
+from memorizing.models.lm_config import LMConfig
+from memorizing.models.stack.arrays import layer_name
+from memorizing.runtime import tables
+from memorizing.training.step import Carried, batch_loss
+
+# Openings are tanh(alpha). Where a memory is closed the others cannot build on it; where all are open, nor replace it.
+HALF = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the benchmark's flags."""
+    experiment_flags.add_run(parser)
+    parser.add_argument("--documents", metavar="FOLDER", help="what to read (default: the run's held-out documents)")
+    parser.add_argument(
+        "--rows", type=Range(1, MOST).of(int), default=4, metavar="N", help="side by side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--best",
+        type=Range(1, MOST).of(int),
+        default=12,
+        metavar="N",
+        help="key heads that the settings give a memory (default: %(default)s)",
+    )
+
+
+def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
+    """Measures, prints a table and settings, and returns what each key head is worth in nats a token."""
+    finished = open_run(options.workdir or experiment_flags.DEFAULT_WORKDIR, options.step, bindings)
+    if options.documents:
+        data = with_documents(finished.experiment.data, options.documents, lambda line: print(line, flush=True))
+        if data is None:
+            raise UserError(f"--documents={options.documents}: the data of {finished.workdir} is no text")
+        finished = dataclasses.replace(finished, experiment=dataclasses.replace(finished.experiment, data=data))
+    finished.check_data()
+    worth = worth_of_heads(finished, options.rows)
+
+    num_kv_heads = finished.experiment.model.dims.kv_heads
+    rows = [["layer", *(f"key head {head}" for head in range(num_kv_heads)), "all"]]
+    for layer, nats in worth.items():
+        rows.append([str(layer), *(f"{each:+.4f}" for each in nats), f"{nats.sum():+.4f}"])
+    print(tables.align(rows))
+    chosen = best_heads(worth, options.best)
+    print(f"\nSettings with a memory for {sum(map(len, chosen.values()))} of {num_kv_heads * len(worth)} key heads:\n")
+    print(settings(finished.experiment.model, chosen))
+    return {str(layer): nats.tolist() for layer, nats in worth.items()}
+
+
+def worth_of_heads(finished: FinishedRun, num_rows: int) -> dict[int, np.ndarray]:
+    """By layer the nats a token that the memory of each key head is worth, float64 [K].
+
+    Args:
+      finished: a run, of which `JointMemoryAttention` is in at least one layer.
+      num_rows: documents side by side, at most.
+
+    Raises:
+      UserError: no layer has such a memory, or documents hold nothing to predict.
+    """
+    model, batch = finished.experiment.model, finished.experiment.batch
+    num_rows = min(num_rows, finished.experiment.data.num_eval_documents)
+    opened = _with_openings(model)
+    layers = [
+        index for index, mechanism in enumerate(opened.stack.mechanisms) if isinstance(mechanism, JointMemoryAttention)
+    ]
+    if not layers:
+        raise UserError(
+            f"the model of {finished.workdir} has no @JointMemoryAttention() whose heads could be told apart"
+        )
+    rngs = Rngs(jax.random.key(0), jnp.arange(num_rows))
+    params, buffers = jax.device_put((finished.params, finished.buffers))
+
+    def nats(alphas: dict[int, jax.Array], params: Tree, batch: Batch, carried: Carried) -> tuple[jax.Array, Carried]:
+        loss, (carried, _) = batch_loss(opened, _opened(params, alphas), batch, carried, rngs, jnp.float32(1))
+        return loss, carried
+
+    gradient = jax.jit(jax.grad(nats, has_aux=True))
+    alphas = {layer: jnp.full(model.num_heads, np.arctanh(HALF), jnp.float32) for layer in layers}
+    totals = {layer: np.zeros(model.num_heads) for layer in layers}
+    carried = Carried(opened.init_context(num_rows, batch.segment_length), buffers)
+    num_tokens = 0.0
+    for segment, _, _ in finished.experiment.data.evaluation_batches(num_rows, batch.segment_length):
+        changes, carried = gradient(alphas, params, segment, carried)
+        num_tokens += float(segment.loss_weights.sum())
+        for layer, change in jax.device_get(changes).items():
+            totals[layer] += change
+    if not num_tokens:
+        raise UserError("the documents hold nothing to predict")
+    # Of the opening, not of alpha; and what the loss falls by.
+    factor = -1 / (1 - HALF**2) / num_tokens
+    return {layer: (factor * total).reshape(model.dims.kv_heads, -1).sum(axis=1) for layer, total in totals.items()}
+
+
+def best_heads(worth: dict[int, np.ndarray], number: int) -> dict[int, tuple[int, ...]]:
+    """The key heads that are worth most, by layer; only those that are worth anything."""
+    ranked = sorted(((nats, layer, head) for layer, all_nats in worth.items() for head, nats in enumerate(all_nats)))
+    chosen = defaultdict(list)
+    for nats, layer, head in ranked[-number:]:
+        if nats > 0:
+            chosen[layer].append(head)
+    return {layer: tuple(sorted(chosen[layer])) for layer in sorted(chosen)}
+
+
+def settings(model: LMConfig, chosen: dict[int, tuple[int, ...]]) -> str:
+    """Gin text that gives a memory to these key heads of a run alone, and to all other layers its local attention.
+
+    Args:
+      model: of the run.
+      chosen: key heads by layer.
+    """
+    local = next(each.local for each in model.stack.mechanisms if isinstance(each, JointMemoryAttention))
+    scopes = {heads: "heads_" + "_".join(map(str, heads)) for heads in sorted(set(chosen.values()))}
+    pairs = [f"    ({layer}, @{scopes[heads]}/JointMemoryAttention())," for layer, heads in chosen.items()]
+    lines = [
+        f"LMConfig.attention = @{type(local).__name__}()",
+        "LMConfig.attention_at = (",
+        *pairs,
+        ")",
+        *(f"{scope}/JointMemoryAttention.heads = {heads}" for heads, scope in scopes.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _with_openings(model: LMConfig) -> LMConfig:
+    """The model, each of whose memories has openings to be differentiated by."""
+    mechanisms = [
+        dataclasses.replace(mechanism, mixing="learned") if isinstance(mechanism, JointMemoryAttention) else mechanism
+        for mechanism in model.stack.mechanisms
+    ]
+    return dataclasses.replace(model, attention_at=tuple(enumerate(mechanisms)))
+
+
+def _opened(params: Tree, alphas: dict[int, jax.Array]) -> Tree:
+    """Parameters with these openings."""
+    changed = dict(params)
+    for layer, alpha in alphas.items():
+        name = layer_name(layer)
+        attention = changed[name]["attention"]
+        core = {"beta": jnp.zeros_like(alpha), **attention.get("core", {}), "alpha": alpha}
+        changed[name] = {**changed[name], "attention": {**attention, "core": core}}
+    return changed
