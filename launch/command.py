@@ -234,7 +234,9 @@ def _pod_job(options: argparse.Namespace, bindings: Sequence[str]) -> Job:
         spot=options.spot,
         secrets=tuple(Secret(*_pair(text, "--secret")) for text in options.secret),
     )
-    if options.program is None:
+    # Other commands than `train` may have none.
+    is_training = job.program[-1] == PROGRAM[-1]
+    if options.program is None and (is_training or job.workdir is not None):
         _check_workdir(job)
     for file in job.gin_files:
         if os.path.exists(file):

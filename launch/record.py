@@ -38,6 +38,11 @@ class Record:
         self.name = check_name(name)
         self.folder = jobs_folder() / name
 
+    @property
+    def is_known(self) -> bool:
+        """Whether such a job was launched from here."""
+        return (self.folder / "job.json").exists()
+
     def save(self, backend: str, place: Any, job: Job) -> None:
         """Writes what was launched and where; `place` is a dataclass."""
         self.folder.mkdir(parents=True, exist_ok=True)

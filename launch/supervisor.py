@@ -23,6 +23,7 @@ from .tpu_vm import STATE_MARK, Zone
 
 # Hosts of an ACTIVE request that cannot be reached so often in a row are taken to be broken.
 _PATIENCE = 20
+_DELETIONS = 3
 _GONE = ("SUSPENDED", "FAILED")
 _STATE_LINE = re.compile(rf"^{STATE_MARK} (\w+) (\d+)\s*$", re.MULTILINE)
 
@@ -55,15 +56,22 @@ def run(job: Job, zone: Zone, pace: Pace, keep: bool) -> int:
 
     Args:
       keep: leave the machines when the job has ended, for whatever reason.
+
+    Raises:
+      LaunchError: a job of this name runs with other flags.
     """
     record = Record(job.name)
     # `memorizing launch stop` asks by SIGTERM: what a script starts in the background ignores Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with record.held():
-        record.save("tpu-vm", zone, job)
-        supervisor = Supervisor(job, zone, pace, record)
         try:
+            _check_takes_over(job, pace, record)
+            record.save("tpu-vm", zone, job)
+            supervisor = Supervisor(job, zone, pace, record)
             code = run_with_restarts(supervisor.attempt, job.restarts, record.report, pace.poll_s)
+            if not keep:
+                supervisor.delete()
+            return code
         except CannotGoOn as error:
             # What cannot be seen may well be running.
             record.report(
@@ -73,9 +81,24 @@ def run(job: Job, zone: Zone, pace: Pace, keep: bool) -> int:
         except KeyboardInterrupt:
             record.report("supervisor stopped", note="the job runs on; the same command takes it over")
             return START_AGAIN
-        if not keep:
-            supervisor.delete()
-        return code
+
+
+def _check_takes_over(job: Job, pace: Pace, record: Record) -> None:
+    """Raises LaunchError where a job of this name runs that is another one, or has machines of another kind.
+
+    It would go on as it was started, and what is given now would come into force when its machines are taken away.
+    """
+    if not record.is_known:
+        return
+    backend, place, before = record.load()
+    if backend != "tpu-vm" or dataclasses.replace(before, restarts=job.restarts) == job:
+        return
+    kind = (job.slice, job.slices)
+    if Supervisor(before, Zone(**place), pace, record).is_in_the_way((before.slice, before.slices) != kind):
+        raise LaunchError(
+            f"--name={job.name}: it runs with other flags; the same command takes it over, and `memorizing launch stop "
+            f"{job.name}` ends it"
+        )
 
 
 class Supervisor:
@@ -99,9 +122,22 @@ class Supervisor:
         ended = self._watch()
         return ended if ended is not Outcome.FAILED else self._unless_lost(ended)
 
+    def is_in_the_way(self, of_other_machines: bool) -> bool:
+        """Whether another job cannot begin on its machines: they are of another kind, or its program may still run."""
+        state = self._state()
+        if state is None or state in _GONE:
+            return False
+        programs = self._programs() if state == "ACTIVE" else []
+        return of_other_machines or programs is None or ("running", 0) in programs
+
     def delete(self) -> None:
-        """Gives the machines back."""
-        self._run(tpu_vm.delete_command(self._job, self._zone))
+        """Gives the machines back. Raises CannotGoOn if that is refused again and again: they would be paid for."""
+        for _ in range(_DELETIONS):
+            deleted = self._run(tpu_vm.delete_command(self._job, self._zone))
+            if not deleted.returncode or "NOT_FOUND" in deleted.stderr:
+                return
+            time.sleep(self._pace.poll_s)
+        raise CannotGoOn(f"the machines cannot be given back: {_last_line(deleted.stderr)}")
 
     def _machines(self) -> bool:
         """Waits until the request is ACTIVE, making or renewing it. False if it failed."""

@@ -49,8 +49,10 @@ def test_the_image_gets_everything_that_the_package_needs(tmp_path: pathlib.Path
     """Builds the package from what the Dockerfile copies, and from nothing else."""
     source, built = tmp_path / "source", tmp_path / "built"
     source.mkdir()
+    sent = set(re.findall(r"^!(.+)$", (LAUNCH / "Dockerfile.dockerignore").read_text(), re.MULTILINE))
     for line in re.findall(r"^COPY (.+)$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE):
         *names, target = line.split()
+        assert set(names) <= sent, "the ignore file keeps it from the builder"
         for name in names:
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, source / target, ignore=shutil.ignore_patterns("__pycache__"))
@@ -77,7 +79,11 @@ def test_skypilot_keeps_the_contract():
     assert resources["accelerator_args"]["runtime_version"] == entry.runtime_version
     assert resources["job_recovery"]["recover_on_exit_codes"] == [START_AGAIN]
     # Without `exec` a shell stands between the program and SIGTERM.
-    assert document["run"].startswith("exec ")
+    command = document["run"]
+    assert command.startswith("exec ")
+    # `-m` would import what lies in the folder that is copied along, without data/ and launch/ in it.
+    assert "/bin/memorizing train " in command and " -m " not in command
+    assert set(re.findall(r"\$(\w+)", command)) <= set(document["envs"])
 
 
 def test_skypilot_accepts_its_file():

@@ -5,6 +5,8 @@ The program ends as if nothing had happened.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -12,6 +14,7 @@ import re
 import shlex
 import signal
 import subprocess
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +24,7 @@ from launching import FAKE_HOSTS, NASTY_BINDINGS, Workplace, has, until
 from memorizing.launch import gke, supervisor, tpu_vm
 from memorizing.launch.errors import LaunchError
 from memorizing.launch.job import Job, Secret
+from memorizing.launch.record import Record
 from memorizing.launch.restarts import Outcome, outcome, run_with_restarts
 from memorizing.launch.slices import SLICES
 from memorizing.launch.tpu_vm import Zone
@@ -213,6 +217,8 @@ DONE = ", ".join(["exited 0"] * 4)
         # What cannot be asked for, and what cannot be started.
         ([None], [""], ("create",), 1, "create"),
         (["ACTIVE"], [""], ("pull",), 1, "pull pull delete"),
+        # Machines that cannot be given back are tried again, and not forgotten.
+        (["ACTIVE"], [RUNNING, DONE], ("delete",), 1, "logs delete delete delete"),
         # A host that does not answer for long is broken: its machines are replaced.
         (["ACTIVE"], [RUNNING, *["running 0, running 0, running 0"] * 21, DONE], (), 0, "delete pull run logs delete"),
         # The program is killed because the machines go.
@@ -313,6 +319,38 @@ def test_a_supervisor_can_go_and_come_back(google: Workplace):
     assert "taken over" in ended.stdout
     google.assert_undisturbed(2, 300)
     assert google.attempts() == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "program", "is_refused"),
+    [
+        ({"bindings": ("A.b=2",)}, RUNNING, True),
+        ({"bindings": ("A.b=2",)}, DONE, False),
+        ({"restarts": 3}, RUNNING, False),
+        ({"slice": "v4-16"}, DONE, True),
+    ],
+)
+def test_a_job_that_runs_with_other_flags_is_not_taken_over(
+    change: dict[str, Any],
+    program: str,
+    is_refused: bool,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("MEMORIZING_JOBS", str(tmp_path))
+    launched = job(restarts=1)
+    Record(launched.name).save("tpu-vm", ZONE, launched)
+    script = Script(["ACTIVE"], [program, program, DONE])
+    monkeypatch.setattr(supervisor, "_call", script)
+    begin = functools.partial(
+        supervisor.run, dataclasses.replace(launched, **change), ZONE, supervisor.Pace(1e-4, 0.0), keep=True
+    )
+    if is_refused:
+        with pytest.raises(LaunchError, match=r"runs with other flags.*launch stop"):
+            begin()
+        assert script.done == [] and Record(launched.name).load()[2] == launched
+    else:
+        assert begin() == 0
 
 
 def test_stopping_a_job_lets_it_save_and_gives_the_machines_back(google: Workplace):
