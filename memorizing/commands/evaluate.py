@@ -107,9 +107,12 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
             "--suite asks one run as it was trained, and in its own controls: leave out --compare, --memory_sizes and "
             "--windows"
         )
+    if not options.suite and (needless := suites.flags_given(options)):
+        raise UserError(f"{needless[0]} goes with --suite: add one, or leave it out")
     experiment_flags.use_devices(os.cpu_count() or 1)
     if options.suite:
-        print(suites.run(options, bindings, FOLDER))
+        finished = _opened(options.workdir or experiment_flags.DEFAULT_WORKDIR, options, bindings)
+        print(suites.run(finished, options, _origin(finished, bindings), _folder(finished, options.documents)))
         return 0
     print(_compare(options, bindings) if options.compare else _evaluate(options, bindings))
     return 0
@@ -122,7 +125,7 @@ def _evaluate(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     # Before anything is computed, since a damaged index refuses them.
     keys = _document_keys(finished)
     evaluations = _run_all(finished, settings, options.rows)
-    summary = _origin(finished)
+    summary = _origin(finished, bindings)
     summary |= report.summarize(evaluations, reference, keys, options.seed)
     pictures = {"loss_by_position.png": plots.loss_by_position(evaluations, reference, options.seed)}
     sizes = {setting.name: setting.memory_size for setting in settings if setting.memory_size is not None}
@@ -156,7 +159,7 @@ def _compare(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     comparison = {
         "bootstrap": summary_a["bootstrap"],
         "documents": summary_a["documents"],
-        "runs": {"A": _origin(run_a) | figures_a, "B": _origin(run_b) | figures_b},
+        "runs": {"A": _origin(run_a, bindings) | figures_a, "B": _origin(run_b, bindings) | figures_b},
         "difference": report.difference(evaluation_a, evaluation_b, options.seed),
     }
     tokens = summary_a["documents"]["tokens"]
@@ -323,10 +326,13 @@ def _run_all(finished: FinishedRun, settings: Sequence[Setting], rows: int | Non
     return evaluations
 
 
-def _origin(finished: FinishedRun) -> dict[str, Any]:
+def _origin(finished: FinishedRun, bindings: Sequence[str]) -> dict[str, Any]:
+    """What results came from; `bindings` are those beyond the run's own configuration."""
     return {
         "workdir": str(finished.workdir),
         "step": finished.step,
+        "weights": finished.weights,
+        "bindings": list(bindings),
         "data": finished.experiment.data.identity,
         "segment_length": finished.experiment.batch.segment_length,
     }

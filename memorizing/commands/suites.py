@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from memorizing.commands import experiment_flags
 from memorizing.commands.results import write_files
-from memorizing.config.runs import open_run
 from memorizing.errors import Range, UserError
 from memorizing.evaluation.evaluator import Evaluator
 from memorizing.evaluation.finished_run import FinishedRun
@@ -27,6 +27,8 @@ LONGEST = 2**20
 # The memory of another document takes another one.
 SAMPLES = Range(2, 2**20)
 LONG_PPL = "long_ppl"
+DEFAULT_SAMPLES = 32
+DEFAULT_LONGEST_WINDOW = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         type=SAMPLES.of(int),
-        default=32,
         metavar="N",
         help="with --suite: of each task at each length (default: 32)",
     )
@@ -56,24 +57,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--longest_window",
         type=experiment_flags.SIDE_BY_SIDE.of(int),
-        default=2048,
         metavar="N",
         help="with --suite: samples of up to so many tokens are also read in one window (default: 2048)",
     )
 
 
-def run(options: argparse.Namespace, bindings: Sequence[str], folder_name: str) -> str:
+def flags_given(options: argparse.Namespace) -> list[str]:
+    """The flags of suites that were given, `--suite` apart."""
+    names = ("lengths", "samples", "generate", "key_tokens", "longest_window")
+    return [f"--{name}" for name in names if getattr(options, name)]
+
+
+def run(finished: FinishedRun, options: argparse.Namespace, origin: dict[str, Any], folder: epath.Path) -> str:
     """Runs suites and returns what to print.
+
+    Args:
+      finished: who is asked.
+      options: of the command.
+      origin: what results say that they came from.
+      folder: where they go.
 
     Raises:
       UserError: a suite that is none, or none for this run.
     """
-    finished = open_run(options.workdir or experiment_flags.DEFAULT_WORKDIR, options.step, bindings)
     names = [name.strip() for name in options.suite.split(",")]
     experiment = finished.experiment
     finished.check_data()
     if names == [LONG_PPL]:
-        return _long_ppl(finished, options, folder_name)
+        needless = [flag for flag in flags_given(options) if flag != "--key_tokens"]
+        if needless:
+            raise UserError(f"{needless[0]} is not for --suite={LONG_PPL}, which reads whole documents: leave it out")
+        return _long_ppl(finished, options, origin, folder)
     if LONG_PPL in names:
         raise UserError(f"--suite={options.suite}: {LONG_PPL} reads the run's own documents and stands alone")
     if options.key_tokens:
@@ -81,23 +95,30 @@ def run(options: argparse.Namespace, bindings: Sequence[str], folder_name: str) 
     if options.generate and jax.process_count() > 1:
         raise UserError("--generate continues prompts in one process: leave it out, or start a single one")
     reader = catalogue.Reader(experiment.data, experiment.model.vocab_size, experiment.batch.segment_length)
-    exercises = catalogue.exercises(names, reader, _lengths(options.lengths), options.samples)
-    lines = _run_all(finished, exercises, options)
-    folder = finished.workdir / folder_name
+    samples = options.samples or DEFAULT_SAMPLES
+    exercises = catalogue.exercises(names, reader, _lengths(options.lengths), samples)
+    lines = _run_all(finished, exercises, options, origin)
     stem = f"suite_{'_'.join(names)}"
     return f"\n{summary.table(lines)}\n\nwritten to {folder}: {_write(folder, stem, lines)}"
 
 
-def _run_all(finished: FinishedRun, exercises: Sequence[catalogue.Exercise], options: argparse.Namespace) -> list[Line]:
+def _run_all(
+    finished: FinishedRun,
+    exercises: Sequence[catalogue.Exercise],
+    options: argparse.Namespace,
+    origin: dict[str, Any],
+) -> list[Line]:
     experiment = finished.experiment
     mesh = experiment.mesh.make_mesh()
     sharding.check_divides("LMConfig.num_heads", experiment.model.num_heads, mesh, "model")
     num_rows = num_rows_side_by_side(exercises[0].source, options.rows or experiment.batch.num_rows, mesh)
-    length = experiment.batch.segment_length
-    evaluators = controls.Evaluators(num_rows, length, mesh, options.longest_window)
     settings = controls.settings_of(experiment)
-    origin = {"workdir": str(finished.workdir), "step": finished.step, "weights": finished.weights}
-    origin |= {"segment_length": length, "seed": options.seed}
+    if any(setting.name == controls.SHUFFLED for setting in settings):
+        # A row takes over what its neighbour carries: alone it would be its own neighbour.
+        num_rows = max(num_rows, 2 * mesh.shape["data"])
+    length = experiment.batch.segment_length
+    evaluators = controls.Evaluators(num_rows, length, mesh, options.longest_window or DEFAULT_LONGEST_WINDOW)
+    origin = origin | {"seed": options.seed}
     lines: list[Line] = []
     with jax.set_mesh(mesh):
         params, buffers = finished.variables_on(mesh)
@@ -113,13 +134,17 @@ def _run_all(finished: FinishedRun, exercises: Sequence[catalogue.Exercise], opt
     return lines
 
 
-def _long_ppl(finished: FinishedRun, options: argparse.Namespace, folder_name: str) -> str:
+def _long_ppl(finished: FinishedRun, options: argparse.Namespace, origin: dict[str, Any], folder: epath.Path) -> str:
     """Self-LongPPL on the run's held-out documents."""
     experiment = finished.experiment
     data = experiment.data
-    settings = [setting for setting in controls.settings_of(experiment) if not setting.is_one_window]
-    if data.num_eval_documents < 2:
-        settings = [setting for setting in settings if setting.name not in (controls.ANOTHERS, controls.SHUFFLED)]
+    # Where every segment is scored, states that go from row to row at each come home.
+    left_out = {controls.SHUFFLED} | ({controls.ANOTHERS} if data.num_eval_documents < 2 else set())
+    settings = [
+        setting
+        for setting in controls.settings_of(experiment)
+        if not setting.is_one_window and setting.name not in left_out
+    ]
     chosen = long_ppl.read_key_tokens(options.key_tokens, data.identity) if options.key_tokens else None
     mesh = experiment.mesh.make_mesh()
     num_rows = num_rows_side_by_side(data, options.rows or experiment.batch.num_rows, mesh)
@@ -131,15 +156,13 @@ def _long_ppl(finished: FinishedRun, options: argparse.Namespace, folder_name: s
             read = evaluator.read(params, buffers, data, setting.ablation)
             losses[setting.name] = long_ppl.losses_of(read)
             print(f"{setting.name}: read", flush=True)
-    own = {"workdir": str(finished.workdir), "step": finished.step, "weights": finished.weights}
     as_trained, without, *_ = losses.values()
-    key_tokens = chosen or long_ppl.choose(without, as_trained, data.identity, own)
+    key_tokens = chosen or long_ppl.choose(without, as_trained, data.identity, origin)
     found = {name: long_ppl.figures(each, key_tokens, options.seed) for name, each in losses.items()}
-    content = own | {"data": data.identity, "chosen_by": key_tokens.chosen_by, "settings": found}
+    content = origin | {"chosen_by": key_tokens.chosen_by, "settings": found}
     files = {"long_ppl.json": (json.dumps(content, indent=2) + "\n").encode()}
     if not chosen:
         files["key_tokens.json"] = key_tokens.to_json().encode()
-    folder = finished.workdir / folder_name
     by = "this run" if not chosen else str(key_tokens.chosen_by.get("workdir"))
     share = next(iter(found.values()))["share"]
     head = f"perplexity of {key_tokens.number:,} key tokens ({share:.2%} of all), chosen by {by}:"
@@ -156,7 +179,7 @@ def _lengths(text: str | None) -> list[int]:
     return sorted({int(length) for length in lengths})
 
 
-def _write(folder: Any, stem: str, lines: Sequence[Line]) -> str:
+def _write(folder: epath.Path, stem: str, lines: Sequence[Line]) -> str:
     contents = {
         f"{stem}.jsonl": "".join(json.dumps(line) + "\n" for line in lines).encode(),
         f"{stem}.png": summary.depth_by_length(lines),

@@ -66,7 +66,9 @@ class ControlsHook(Hook):
             controls["memory permuted"] = (evaluator, "memory_permuted")
             controls["memory cleared"] = (evaluator, "memory_cleared")
         controls["state reset"] = (evaluator, "state_reset")
-        controls["state shuffled"] = (evaluator, "state_shuffled")
+        # A single row would be its own neighbour.
+        if evaluator.num_rows > 1:
+            controls["state shuffled"] = (evaluator, "state_shuffled")
         return controls
 
 

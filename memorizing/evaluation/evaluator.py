@@ -173,7 +173,11 @@ class ReadSegment(NamedTuple):
 
 
 class Evaluator:
-    """Evaluates parameters on held-out documents; compiles once an ablation."""
+    """Evaluates parameters on held-out documents; compiles once an ablation.
+
+    Attributes:
+      num_rows: documents read side by side.
+    """
 
     def __init__(
         self,
@@ -186,7 +190,7 @@ class Evaluator:
         """
         Args:
           config: the model.
-          num_rows: documents read side by side.
+          num_rows: see above.
           segment_length: T.
           mesh: where the parameters lie.
           on_step: called before every few segments, in all processes.
@@ -195,7 +199,7 @@ class Evaluator:
         def init_context() -> Context:
             return config.init_context(num_rows, segment_length)
 
-        self._num_rows = num_rows
+        self.num_rows = num_rows
         self._segment_length = segment_length
         self._mesh = mesh
         self._on_step = on_step
@@ -221,7 +225,7 @@ class Evaluator:
 
     def with_model(self, config: LMConfig) -> Evaluator:
         """The same for another model."""
-        return Evaluator(config, self._num_rows, self._segment_length, self._mesh, self._on_step)
+        return Evaluator(config, self.num_rows, self._segment_length, self._mesh, self._on_step)
 
     def run(self, params: Tree, buffers: Tree, source: DataSource, ablation: Ablation = "none") -> Evaluation:
         """Reads all held-out documents of a source.
@@ -245,7 +249,7 @@ class Evaluator:
         self, params: Tree, buffers: Tree, source: DataSource, ablation: Ablation = "none"
     ) -> Iterator[ReadSegment]:
         """The same, segment by segment: what `run` adds up."""
-        size = (self._num_rows, self._segment_length)
+        size = (self.num_rows, self._segment_length)
         others = OtherDocuments(source, *size) if ablation == "memory_of_another_document" else None
         # Of several processes, each reads its own rows' documents.
         is_shared = jax.process_count() > 1

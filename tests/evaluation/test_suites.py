@@ -223,6 +223,9 @@ def test_perplexity_of_key_tokens(run, tmp_path: pathlib.Path, capsys: pytest.Ca
         (["--suite=mqar", "--memory_sizes=0"], r"leave out --compare, --memory_sizes and --windows"),
         (["--suite=mqar,long_ppl"], r"long_ppl reads the run's own documents and stands alone"),
         (["--suite=mqar", "--key_tokens=x"], r"is for --suite=long_ppl"),
+        (["--suite=long_ppl", "--samples=4"], r"--samples is not for --suite=long_ppl"),
+        (["--suite=long_ppl", "--documents=nowhere"], r"nowhere"),
+        (["--lengths=2"], r"--lengths goes with --suite"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(run, capsys: pytest.CaptureFixture, arguments: list[str], pattern: str) -> None:
