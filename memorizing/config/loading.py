@@ -69,12 +69,12 @@ def _quote_bare_word(binding: str) -> str:
     name, equals, value = binding.partition("=")
     if not equals or not name.strip():
         raise UserError(f"--gin.{binding}: expected --gin.NAME=VALUE")
-    if "@" in value or "%" in value:
-        return binding
     try:
         ast.literal_eval(value.strip())
     except (ValueError, SyntaxError):
-        return f"{name} = {value!r}"
+        # What begins like this is meant as gin, also where it is wrong.
+        is_gin = value.strip().startswith(("@", "%", "(", "[", "{"))
+        return binding if is_gin and ("@" in value or "%" in value) else f"{name} = {value!r}"
     return binding
 
 

@@ -97,6 +97,17 @@ def test_an_imported_run_reads_and_writes_at_once(run: pathlib.Path):
     assert model.vocabulary.name == "hf400"
 
 
+def test_a_run_that_was_moved_has_its_tokenizer(run: pathlib.Path, tmp_path: pathlib.Path):
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    away = run.rename(run.with_name("away"))
+    try:
+        model = memorizing.load(str(moved))
+        assert model.vocabulary.name == "hf400" and np.isfinite(model.score(TEXT).loss)
+    finally:
+        away.rename(run)
+
+
 def test_the_settings_are_the_model_and_a_memory_beside_a_window_with_sinks(run: pathlib.Path):
     config = open_run(str(run)).experiment.model
     assert (config.num_kv_heads, config.norm, config.head, config.norm_epsilon) == (2, "rms_llama", "tied", 1e-5)
@@ -127,7 +138,7 @@ def test_a_training_starts_from_it_and_is_exported(
     with jax.set_mesh(mesh):
         program = Program(experiment, mesh)
         # The optimizer, which an imported model does not have, is a fresh one.
-        state = transfer.start_from(str(run), program.init(), experiment.model)
+        state = transfer.start_from(str(run), program.init(), experiment.model, experiment.batch.segment_length)
         trained = state.replace(params=jax.tree.map(lambda leaf: leaf + 1, state.params))
     checkpointer = Checkpointer(workdir, stacked_layers=experiment.model.stack.stacked_layers)
     checkpointer.save(trained, rows={})

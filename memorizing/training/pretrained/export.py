@@ -82,9 +82,11 @@ def export(
                 tensor = joined[output.name]
                 yield tensor.join([params[path] for path in tensor.paths])
 
-    # Under another name until it is complete.
+    # Under another name until it is complete; what was killed meanwhile left parts of another model perhaps.
     partial = folder.parent / f"{folder.name}.partial"
-    partial.mkdir(parents=True, exist_ok=True)
+    if partial.exists():
+        partial.rmtree()
+    partial.mkdir(parents=True)
     parts = _in_files(outputs, max_file_bytes)
     for name, members in parts.items():
         safetensors_file.write(partial / name, members, arrays(members))
