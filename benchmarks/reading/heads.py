@@ -20,14 +20,14 @@ from memorizing.array_typing import Tree
 from memorizing.batch import Batch, with_documents
 from memorizing.commands import experiment_flags
 from memorizing.config.runs import open_run
-from memorizing.context import Rngs
+from memorizing.context import Context, Inputs
 from memorizing.errors import MOST, Range, UserError
 from memorizing.evaluation.finished_run import FinishedRun
+from memorizing.models import language_model
 from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.lm_config import LMConfig
 from memorizing.models.stack.arrays import layer_name
 from memorizing.runtime import tables
-from memorizing.training.step import Carried, batch_loss
 
 # Openings are tanh(alpha). Where a memory is closed the others cannot build on it; where all are open, nor replace it.
 HALF = 0.5
@@ -67,7 +67,10 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     print(tables.align(rows))
     chosen = best_heads(worth, options.best)
     print(f"\nSettings with a memory for {sum(map(len, chosen.values()))} of {num_kv_heads * len(worth)} key heads:\n")
-    print(settings(finished.experiment.model, chosen))
+    try:
+        print(settings(finished.experiment.model, chosen))
+    except UserError as error:
+        print(f"none: {error}")
     return {str(layer): nats.tolist() for layer, nats in worth.items()}
 
 
@@ -83,28 +86,29 @@ def worth_of_heads(finished: FinishedRun, num_rows: int) -> dict[int, np.ndarray
     """
     model, batch = finished.experiment.model, finished.experiment.batch
     num_rows = min(num_rows, finished.experiment.data.num_eval_documents)
-    opened = _with_openings(model)
-    layers = [
-        index for index, mechanism in enumerate(opened.stack.mechanisms) if isinstance(mechanism, JointMemoryAttention)
-    ]
+    layers = [index for index, each in enumerate(model.stack.mechanisms) if isinstance(each, JointMemoryAttention)]
     if not layers:
         raise UserError(
             f"the model of {finished.workdir} has no @JointMemoryAttention() whose heads could be told apart"
         )
-    rngs = Rngs(jax.random.key(0), jnp.arange(num_rows))
+    opened = _with_openings(model)
     params, buffers = jax.device_put((finished.params, finished.buffers))
 
-    def nats(alphas: dict[int, jax.Array], params: Tree, batch: Batch, carried: Carried) -> tuple[jax.Array, Carried]:
-        loss, (carried, _) = batch_loss(opened, _opened(params, alphas), batch, carried, rngs, jnp.float32(1))
-        return loss, carried
+    def nats(alphas: dict[int, jax.Array], params: Tree, batch: Batch, context: Context) -> tuple[jax.Array, Context]:
+        tokens, targets, weights, is_real, start = [leaf[:, 0] for leaf in batch]
+        params = _opened(params, alphas)
+        output = language_model.apply(opened, params, buffers, Inputs(tokens, is_real, start), context)
+        token_nats = language_model.token_nats(opened, params, output, targets)
+        assert output.context is not None, "a whole segment has a context for the next one"
+        return jnp.sum(token_nats * weights), output.context
 
     gradient = jax.jit(jax.grad(nats, has_aux=True))
     alphas = {layer: jnp.full(model.num_heads, np.arctanh(HALF), jnp.float32) for layer in layers}
     totals = {layer: np.zeros(model.num_heads) for layer in layers}
-    carried = Carried(opened.init_context(num_rows, batch.segment_length), buffers)
+    context = opened.init_context(num_rows, batch.segment_length)
     num_tokens = 0.0
     for segment, _, _ in finished.experiment.data.evaluation_batches(num_rows, batch.segment_length):
-        changes, carried = gradient(alphas, params, segment, carried)
+        changes, context = gradient(alphas, params, segment, context)
         num_tokens += float(segment.loss_weights.sum())
         for layer, change in jax.device_get(changes).items():
             totals[layer] += change
@@ -131,18 +135,40 @@ def settings(model: LMConfig, chosen: dict[int, tuple[int, ...]]) -> str:
     Args:
       model: of the run.
       chosen: key heads by layer.
+
+    Raises:
+      UserError: layers differ in more than whether they have a memory, and for which heads.
     """
-    local = next(each.local for each in model.stack.mechanisms if isinstance(each, JointMemoryAttention))
+    mechanisms = model.stack.mechanisms
+    memories = {dataclasses.replace(each, heads=()) for each in mechanisms if isinstance(each, JointMemoryAttention)}
+    if len(memories) > 1 or len({each.without_memory() for each in mechanisms}) > 1:
+        raise UserError(
+            "the layers of this run differ, and settings for all of them alike would make them another model"
+        )
+    (memory,) = memories
     scopes = {heads: "heads_" + "_".join(map(str, heads)) for heads in sorted(set(chosen.values()))}
     pairs = [f"    ({layer}, @{scopes[heads]}/JointMemoryAttention())," for layer, heads in chosen.items()]
     lines = [
-        f"LMConfig.attention = @{type(local).__name__}()",
+        f"LMConfig.attention = @{type(memory.local).__name__}()",
         "LMConfig.attention_at = (",
         *pairs,
         ")",
         *(f"{scope}/JointMemoryAttention.heads = {heads}" for heads, scope in scopes.items()),
+        *_bindings(memory),
     ]
     return "\n".join(lines)
+
+
+def _bindings(part: Any) -> list[str]:
+    """Gin text of what a mechanism has beyond its defaults, and of its parts."""
+    lines = []
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += [f"{type(part).__name__}.{field.name} = @{type(value).__name__}()", *_bindings(value)]
+        elif value != field.default:
+            lines.append(f"{type(part).__name__}.{field.name} = {value!r}")
+    return lines
 
 
 def _with_openings(model: LMConfig) -> LMConfig:

@@ -57,7 +57,8 @@ def run_of(model: LMConfig, params: Any, folder: pathlib.Path) -> FinishedRun:
 
 
 def test_it_is_the_change_of_the_loss(params: Any, tmp_path: pathlib.Path):
-    worth = heads.worth_of_heads(run_of(MODEL, params, tmp_path), ROWS)
+    """... as in evaluation: without dropout."""
+    worth = heads.worth_of_heads(run_of(dataclasses.replace(MODEL, dropout=0.5), params, tmp_path), ROWS)
     assert list(worth) == [1] and worth[1].shape == (2,)
     learned = dataclasses.replace(MODEL, attention_at=((1, dataclasses.replace(JOINT, mixing="learned")),))
 
@@ -86,6 +87,20 @@ def test_it_is_the_change_of_the_loss(params: Any, tmp_path: pathlib.Path):
     np.testing.assert_allclose(worth[1], expected, rtol=0.02, atol=2e-5)
 
 
+def test_settings_are_those_of_the_run(tmp_path: pathlib.Path):
+    """Whatever it has beyond the defaults; layers that differ otherwise are refused."""
+    text = heads.settings(MODEL, {1: (0,)})
+    experiment, _ = load_experiment(["smoke"], [*_bindings(text), *PARTS])
+    assert experiment.model.stack.mechanisms[1] == dataclasses.replace(JOINT, heads=(0,))
+    again = heads.settings(
+        dataclasses.replace(MODEL, attention_at=((1, dataclasses.replace(JOINT, heads=(0,))),)), {1: (0,)}
+    )
+    assert again == text
+    other = dataclasses.replace(MODEL, attention=XLAttention(window=3))
+    with pytest.raises(UserError, match="layers of this run differ"):
+        heads.settings(other, {1: (0,)})
+
+
 def test_settings_give_the_best_heads_a_memory_and_nobody_else():
     worth = {3: np.array([0.1, -0.2, 0.3]), 7: np.array([0.05, 0.2, 0.0]), 9: np.array([-0.1, 0.0, -0.3])}
     chosen = heads.best_heads(worth, 3)
@@ -103,8 +118,6 @@ PARTS = [
     "LMConfig.num_heads=6",
     "LMConfig.num_kv_heads=3",
     "LMConfig.qk_norm='none'",
-    "JointMemoryAttention.local=@XLAttention()",
-    "JointMemoryAttention.memory_size=1024",
 ]
 
 
