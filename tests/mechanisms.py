@@ -145,7 +145,12 @@ MECHANISMS = (
     ),
     Mechanism("transformer-xl", attention=TransformerXLAttention(window=LENGTH), two_segments_equal_one=True),
     Mechanism("compressive", attention=CompressiveAttention(window=LENGTH, compressed_size=4, rate=4)),
-    Mechanism("rmt", recurrent_tokens=RecurrentTokens(num_tokens=2), gradient_reaches_context=True),
+    Mechanism(
+        "rmt with learned positions, the MLP in chunks",
+        recurrent_tokens=RecurrentTokens(num_tokens=2),
+        gradient_reaches_context=True,
+        parts={"learned_positions": (2 * LENGTH,), "mlp_chunks": 4},
+    ),
     Mechanism(
         "rmt over xl", attention=XL, recurrent_tokens=RecurrentTokens(num_tokens=2), gradient_reaches_context=True
     ),

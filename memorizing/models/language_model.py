@@ -128,7 +128,7 @@ def apply(
     embedder = _embedder(config)
     x = _apply_module(embedder, params["embedder"], inputs.tokens, method="encode")
     if config.learned_positions:
-        first = 0 if decoding is None else decoding.position - layout.num_read
+        first = decoding.position - layout.num_read if is_decode_step else 0
         x = x + _apply_module(_position_table(config), params[POSITIONS], first, x.shape[1])
     x = dropout(x, config.dropout, rngs, "embedding_dropout")
     if config.recurrent_tokens and not is_decode_step:

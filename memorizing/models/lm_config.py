@@ -296,7 +296,7 @@ class LMConfig:
 
     @property
     def memory_heads(self) -> int:
-        """The key heads that have an external memory; of layers that differ, the greatest number that divides all."""
+        """The key heads that have an external memory; the greatest divisor of all where layers differ, 0 for none."""
         layers = [mechanism for mechanism in self.stack.mechanisms if mechanism.memory_size]
         return math.gcd(*(mechanism.memory_dims(self.dims).kv_heads for mechanism in layers))
 

@@ -64,7 +64,8 @@ def t5_buckets(
         by_length = t5_buckets(np.abs(distances), half, max_distance)
         return first_bucket.astype(np.int32) + by_length
 
-    num_exact = num_buckets // 2
+    # A single bucket, half of two, takes all.
+    num_exact = max(num_buckets // 2, 1)
     num_logarithmic = num_buckets - num_exact
     last_bucket = num_buckets - 1
     distances = np.maximum(distances, 0)

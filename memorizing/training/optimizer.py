@@ -18,6 +18,8 @@ from memorizing.array_typing import Tree
 from memorizing.errors import Count, CountOrNone, Factor, FactorAboveZero, Range, UserError
 from memorizing.models.stack.arrays import layer_name
 
+# Of embeddings, heads and learned positions, as the entries of a model have them.
+_TABLE = re.compile(r"(output_)?table(_\d+)?")
 # Of running means: 1 would never forget.
 Decay = Annotated[float, Range(0, 0.999_999_9)]
 
@@ -158,7 +160,7 @@ class Adafactor(LayerwiseOptimizer):
 class AdamW(LayerwiseOptimizer):
     """AdamW (Loshchilov and Hutter 2019).
 
-    Decayed are the kernels of linear maps and the embedding. Scales, biases (the tables of T5's too), gates,
+    Decayed are the kernels of linear maps, the embedding, and learned positions. Scales, biases (the tables of T5's too), gates,
     Transformer-XL's u and v, and the initial memory tokens are not: to be small is nothing that they should strive for.
 
     Attributes:
@@ -308,6 +310,6 @@ def _is_decayed(params: Tree) -> Tree:
 
     def decays(path: tuple[Any, ...], _: jax.Array) -> bool:
         names = [key.key for key in path]
-        return names[-1] == "kernel" or names in (["table"], ["output_table"])
+        return names[-1] == "kernel" or (len(names) == 1 and _TABLE.fullmatch(names[0]) is not None)
 
     return jax.tree_util.tree_map_with_path(decays, params)

@@ -102,6 +102,7 @@ def _init(experiment: Experiment, program: Program, events: EventLog) -> TrainSt
     with events.measure("init"), bar("compiling and making the initial state"):
         state = program.init()
         if loop.start_from:
-            state = transfer.start_from(loop.start_from, state, experiment.model, loop.start_optimizer)
+            length = experiment.batch.segment_length
+            state = transfer.start_from(loop.start_from, state, experiment.model, length, loop.start_optimizer)
             distributed.say(f"starting from {loop.start_from}, step {int(state.step)}")
     return state

@@ -30,7 +30,9 @@ from memorizing.training.checkpoint import FOLDER, paths, read_arrays
 from memorizing.training.state import TrainState
 
 
-def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer: bool = True) -> TrainState:
+def start_from(
+    workdir: str, state: TrainState, config: LMConfig, segment_length: int, with_optimizer: bool = True
+) -> TrainState:
     """A fresh state with the parameters and buffers of the newest checkpoint of another run; contexts start empty.
 
     A memory, recurrent tokens or a continuous cache that this model does not have stay behind, which is said.
@@ -39,6 +41,7 @@ def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer
       workdir: the other run's folder.
       state: a fresh state on its devices.
       config: its model.
+      segment_length: of its training.
       with_optimizer: also takes over the optimizer state and the step, if there is one, so that the learning rate goes
         on where it was; else they start at 0.
 
@@ -55,38 +58,44 @@ def start_from(workdir: str, state: TrainState, config: LMConfig, with_optimizer
     with_optimizer = with_optimizer and any(path.startswith("opt_state/") for path in saved)
     names = ("params", "buffers", "opt_state", "step") if with_optimizer else ("params", "buffers")
     fresh = {name: getattr(state, name) for name in names}
-    left_behind = _left_behind(saved, config)
+    own = memory_parameters(config, segment_length)
+    left_behind = _left_behind(saved, config, own)
     if left_behind:
         distributed.say(f"going on without its memory: {', '.join(sorted(left_behind))} stay behind")
     taken = {path: array for path, array in saved.items() if path not in left_behind}
-    filled = fit(fresh, taken, config.stack.stacked_layers, given, memory_parameters(config))
+    filled = fit(fresh, taken, config.stack.stacked_layers, given, own)
     return dataclasses.replace(state, **jax.tree.map(_place, filled, fresh))
 
 
-def _left_behind(saved: Collection[str], config: LMConfig) -> set[str]:
-    """Saved parameters of what this model carries no context with: memories, recurrent tokens, a continuous cache."""
+def _left_behind(saved: Collection[str], config: LMConfig, memory: Collection[str]) -> set[str]:
+    """Saved parameters of what this model carries no context with: memories, recurrent tokens, a continuous cache.
+
+    Args:
+      saved: paths.
+      config: the model.
+      memory: parameters of its own memory.
+    """
     parts = {RECURRENT: config.recurrent_tokens, CONTINUOUS_CACHE: config.continuous_cache}
     absent = tuple(f"params/{name}/" for name, part in parts.items() if part is None)
     memories = [mechanism for mechanism in MECHANISMS if issubclass(mechanism, MemoryAttention)]
     names = {f"/attention/core/{name}" for memory in memories for name in memory.own_parameters}
-    own = {f"params/{parameter}" for parameter in memory_parameters(config)}
+    own = {f"params/{parameter}" for parameter in memory}
     of_layers = {path for path in saved if path.startswith("params/") and path.endswith(tuple(names))} - own
     return of_layers | {path for path in saved if path.startswith(absent)}
 
 
-def memory_parameters(config: LMConfig) -> set[str]:
+def memory_parameters(config: LMConfig, segment_length: int) -> set[str]:
     """What a model with a memory, or with low-rank changes, has beyond the same model without.
 
     `layer_08/attention/core/gate`, for example.
     """
 
-    # Rows and segments that mesh and memories admit: parameters depend on neither.
+    # Rows that the mesh admits: parameters do not depend on them.
     mesh = jax.sharding.get_abstract_mesh()
     num_rows = 1 if mesh.empty else mesh.shape["data"]
-    length = min(config.memory_sizes.values(), default=1)
 
     def names(config: LMConfig) -> set[str]:
-        variables = nn.unbox(language_model.abstract_variables(config, num_rows, length))
+        variables = nn.unbox(language_model.abstract_variables(config, num_rows, segment_length))
         return set(unstack_paths(paths(variables["params"]), config.stack.stacked_layers))
 
     bare = dataclasses.replace(config.without_memory(), lora=None)

@@ -34,6 +34,7 @@ from memorizing.models.attention.transformer_xl import TransformerXLAttention
 from memorizing.models.attention.xl import XLAttention
 from memorizing.models.layers import Embedder
 from memorizing.models.lm_config import RECURRENT, LMConfig
+from memorizing.models.positions import t5_buckets
 from memorizing.models.recurrent_tokens import MemoryTokens, RecurrentTokens, RecurrentTokensState
 from memorizing.training.step import Carried, batch_loss
 
@@ -367,3 +368,10 @@ def test_initial_tokens_learn_where_a_document_begins():
 def test_impossible_settings_are_told(fields: dict):
     with pytest.raises(UserError, match=next(iter(fields))):
         RecurrentTokens(**fields)
+
+
+@pytest.mark.parametrize("num_buckets", [2, 3, 4])
+def test_few_buckets_tell_before_from_after(num_buckets: int):
+    """As the encoder's segments need them."""
+    buckets = t5_buckets(np.arange(-3, 4), num_buckets, 128, bidirectional=True)
+    assert set(buckets[:3]).isdisjoint(buckets[3:]) and buckets.max() < num_buckets

@@ -104,7 +104,7 @@ def test_low_rank_changes_begin_as_none_and_are_merged():
 
 
 def test_a_finished_model_may_lack_what_is_trained_lightly():
-    added = memory_parameters(MODEL)
+    added = memory_parameters(MODEL, LENGTH)
     assert {name.split("/")[-1] for name in added} == {"alpha", "beta", "lora_a", "lora_b"}
 
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from mechanisms import LENGTH as SEGMENT
+from mechanisms import Mechanism
 
 from memorizing.errors import UserError
 from memorizing.models.attention import MECHANISMS
@@ -29,6 +31,7 @@ from memorizing.training.checkpoint import Checkpointer, paths
 from memorizing.training.optimizer import Adafactor
 from memorizing.training.state import TrainState, init_train_state
 
+LENGTH = 4
 MEMORY = KNNAttention(memory_size=8, num_neighbors=2)
 PLAIN = LMConfig(vocab_size=16, num_layers=4, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=12)
 # Layers 0 and 1 are stacked, 2 and 3 stand alone; without the memory all four are one stack.
@@ -38,7 +41,7 @@ WITH_MEMORY = dataclasses.replace(PLAIN, attention_at=((2, MEMORY),))
 @functools.cache
 def state(config: LMConfig, seed: int) -> TrainState:
     optimizer = Adafactor().build(config.stack.stacked_layers)
-    return jax.jit(lambda: init_train_state(config, optimizer, 2, 4, seed))()
+    return jax.jit(lambda: init_train_state(config, optimizer, 2, LENGTH, seed))()
 
 
 def saved(config: LMConfig, workdir: pathlib.Path) -> tuple[str, TrainState]:
@@ -61,7 +64,7 @@ def by_layer(config: LMConfig, tree: Any) -> dict[str, np.ndarray]:
 def test_into_a_larger_memory(tmp_path: pathlib.Path):
     workdir, there = saved(WITH_MEMORY, tmp_path)
     larger = dataclasses.replace(WITH_MEMORY, attention_at=((2, dataclasses.replace(MEMORY, memory_size=32)),))
-    started = transfer.start_from(workdir, state(larger, 1), larger)
+    started = transfer.start_from(workdir, state(larger, 1), larger, LENGTH)
     for name in ("params", "opt_state", "step"):
         for path, leaf in paths({name: getattr(there, name)}).items():
             np.testing.assert_array_equal(paths({name: getattr(started, name)})[path], leaf, err_msg=path)
@@ -72,7 +75,7 @@ def test_into_a_larger_memory(tmp_path: pathlib.Path):
 def test_from_a_model_without_memory_layer_by_layer(tmp_path: pathlib.Path):
     """The layers are stacked otherwise; the gate, and it alone, is new."""
     workdir, there = saved(PLAIN, tmp_path)
-    started = transfer.start_from(workdir, state(WITH_MEMORY, 1), WITH_MEMORY)
+    started = transfer.start_from(workdir, state(WITH_MEMORY, 1), WITH_MEMORY, LENGTH)
     ours, theirs = (
         by_layer(config, {"params": tree.params, "opt_state": tree.opt_state})
         for config, tree in ((WITH_MEMORY, started), (PLAIN, there))
@@ -104,7 +107,7 @@ def test_a_model_goes_on_without_what_carried_its_context(
     """Layer by layer the same, also where the layers are stacked otherwise; what stays behind is told."""
     config = dataclasses.replace(PLAIN, **change)
     workdir, there = saved(config, tmp_path)
-    started = transfer.start_from(workdir, state(PLAIN, 1), PLAIN, with_optimizer)
+    started = transfer.start_from(workdir, state(PLAIN, 1), PLAIN, LENGTH, with_optimizer)
     assert f"going on without its memory: params/{own}" in capsys.readouterr().out
     ours = by_layer(PLAIN, {"params": started.params})
     theirs = by_layer(config, {"params": there.params})
@@ -121,13 +124,20 @@ def test_every_memory_names_what_it_adds():
             continue
         config = dataclasses.replace(PLAIN, attention_at=((2, mechanism(memory_size=512)),))
         names = {f"layer_02/attention/core/{name}" for name in mechanism.own_parameters}
-        assert transfer.memory_parameters(config) == names != set()
+        assert transfer.memory_parameters(config, 8) == names != set()
+
+
+def test_a_start_from_another_run_knows_segments_of_any_mechanism(mechanism: Mechanism):
+    """Some need segments of some length, with an external memory or without."""
+    config = mechanism.config
+    names = transfer.memory_parameters(config, SEGMENT)
+    assert bool(names) >= any(each.memory_size for each in config.stack.mechanisms)
 
 
 def test_the_optimizer_may_start_anew(tmp_path: pathlib.Path):
     workdir, there = saved(PLAIN, tmp_path)
     fresh = state(PLAIN, 1)
-    started = transfer.start_from(workdir, fresh, PLAIN, with_optimizer=False)
+    started = transfer.start_from(workdir, fresh, PLAIN, LENGTH, with_optimizer=False)
     assert started.step == 0
     assert started.opt_state is fresh.opt_state
     np.testing.assert_array_equal(started.params["embedder"]["table"], there.params["embedder"]["table"])
@@ -145,7 +155,7 @@ def test_a_mismatch_names_the_parameter(tmp_path: pathlib.Path, change: dict, pa
     workdir, _ = saved(PLAIN, tmp_path)
     with pytest.raises(UserError, match=rf"LoopConfig.start_from.*({parameter})"):
         changed = dataclasses.replace(PLAIN, **change)
-        transfer.start_from(workdir, state(changed, 1), changed)
+        transfer.start_from(workdir, state(changed, 1), changed, LENGTH)
 
 
 def test_a_model_with_fewer_layers_does_not_take_a_part_of_another(tmp_path: pathlib.Path):
@@ -153,11 +163,11 @@ def test_a_model_with_fewer_layers_does_not_take_a_part_of_another(tmp_path: pat
     workdir, _ = saved(PLAIN, tmp_path)
     with pytest.raises(UserError, match=r"params/layer_03/"):
         fewer = dataclasses.replace(PLAIN, num_layers=3)
-        transfer.start_from(workdir, state(fewer, 1), fewer)
+        transfer.start_from(workdir, state(fewer, 1), fewer, LENGTH)
 
 
 @pytest.mark.parametrize("folder", ["", "checkpoints"])
 def test_a_folder_without_checkpoint_is_told(tmp_path: pathlib.Path, folder: str):
     (tmp_path / "run" / folder).mkdir(parents=True)
     with pytest.raises(UserError, match=r"checkpoint"):
-        transfer.start_from(str(tmp_path / "run"), state(PLAIN, 1), PLAIN)
+        transfer.start_from(str(tmp_path / "run"), state(PLAIN, 1), PLAIN, LENGTH)

@@ -1,7 +1,4 @@
-"""Compressive Transformer (Rae et al.
-
-2020): what leaves the memory of Transformer-XL is compressed, and stays longer.
-"""
+"""Compressive Transformer (Rae et al. 2020): what leaves the memory of Transformer-XL is compressed, and stays longer."""
 
 from __future__ import annotations
 

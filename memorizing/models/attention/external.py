@@ -94,6 +94,11 @@ class MemoryAttention(Attention):
         return self.local.can_decode
 
     @property
+    def takes_memory_tokens(self) -> bool:
+        """Whether its local attention does."""
+        return self.local.takes_memory_tokens
+
+    @property
     def caches_segment_only(self) -> bool:
         """Whether its local attention does: the memory is read anew for every position."""
         return self.local.caches_segment_only

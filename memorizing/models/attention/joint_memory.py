@@ -86,7 +86,8 @@ class JointMemoryAttention(MemoryAttention):
         if self.trained_length <= segment_length + window:
             raise UserError(
                 f"JointMemoryAttention.trained_length = {self.trained_length}: no more than a segment and its cache, "
-                f"{segment_length + window} positions; choose shorter segments"
+                f"{segment_length + window} positions; choose shorter segments, a narrower window, or the length that "
+                "the model was trained on"
             )
 
     def check_parts(self, dims: LayerDims) -> None:
@@ -146,8 +147,7 @@ class JointMemoryCore(nn.Module):
         local, local_state, report = self.local.attend(queries, keys, values, scale, segment, state.local)
         with jax.named_scope("external_memory"):
             memory = self._not_seen_locally(state, segment)
-            own_reading = self._read(self._with_memory(queries), self._scale_with_memory(scale), memory, segment)
-            reading = self._of_all_heads(own_reading)
+            reading = self._of_all_heads(self._read(queries, scale, memory, segment))
             share = self._memory_share(local, reading)
             y = _joined(local.values, reading.values, share)
 
@@ -155,18 +155,11 @@ class JointMemoryCore(nn.Module):
         if segment.decoding is not None:
             return y, None, report
         own = segment.layout.own
-        stored_keys = own(self._with_memory(keys))
-        look_ups = LookUps(
-            own(self._with_memory(queries)),
-            stored_keys,
-            self._scale_with_memory(scale),
-            own(own_reading.neighbours.slots),
-            own(own_reading.logits),
-        )
+        look_ups = LookUps(own(queries), own(keys), scale, own(reading.neighbours.slots), own(reading.logits))
         report = recall.add_to(report, look_ups, memory, segment, loss_factor=0.0, loss_rows=1, stores_next=False)
         assert segment.tokens is not None, "a layer with a memory is told the tokens"
         last_segment = external_memory.of_segment(
-            stored_keys,
+            own(self._with_memory(keys)),
             own(self._with_memory(values)),
             segment.tokens,
             own(segment.is_real),
@@ -182,9 +175,6 @@ class JointMemoryCore(nn.Module):
         # [B, T, K, N / K, ...]
         grouped = in_groups(x, self.dims.kv_heads)
         return grouped[:, :, np.array(heads)].reshape(*x.shape[:2], -1, *x.shape[3:])
-
-    def _scale_with_memory(self, scale: HeadScale) -> HeadScale:
-        return self._with_memory(scale[None, None])[0, 0]
 
     def _of_all_heads(self, reading: Reading) -> Reading:
         """The same for all query heads: those without a memory have found nothing."""
@@ -230,11 +220,13 @@ class JointMemoryCore(nn.Module):
         config = self.attention
         dims = config.memory_dims(self.dims)
         num_heads, num_kv_heads = dims.num_heads, dims.kv_heads
-        placed_queries, placement = self._at_positions(queries, segment)
+        placed_queries, placement = self._at_positions(self._with_memory(queries), segment)
+        # [heads]
+        own_scale = self._with_memory(scale[None, None])[0, 0]
         reading = retrieval.read(
             _fold(placed_queries, num_kv_heads),
             # Without a learned scale that of all heads is the same.
-            scale if num_kv_heads == num_heads else scale[:num_kv_heads],
+            own_scale if num_kv_heads == num_heads else own_scale[:num_kv_heads],
             memory,
             config.num_neighbors,
             config.search,

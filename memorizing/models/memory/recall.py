@@ -86,7 +86,7 @@ class LookUps(NamedTuple):
     """What the own positions of a segment looked up.
 
     Attributes:
-      queries, keys: [B, T, N, H], both of length 1.
+      queries, keys: [B, T, N, H]; where there is an auxiliary loss both are of length 1.
       scale: float32 [N], factor of their products.
       slots: int32 [B, T, N, K], of the neighbours that were found.
       logits: float32 [B, T, N, K], before the softmax over K; NO_NEIGHBOUR where there is none.

@@ -81,8 +81,8 @@ class Block(nn.Module):
         """The MLP, whose hidden layer [B, T, F] is computed, and computed again, for a few positions at a time."""
         num_rows, length, width = x.shape
         num_chunks = self.dims.mlp_chunks
-        # A decode step is one position; parameters are made as ever.
-        if num_chunks == 1 or length == 1 or self.is_initializing():
+        # While a segment is generated fewer positions pass, and need no chunks; parameters are made as ever.
+        if num_chunks == 1 or length % num_chunks or self.is_initializing():
             return self.mlp(x)
 
         def pass_chunk(mlp: nn.Module, carry: None, chunk: Activations) -> tuple[None, Activations]:
