@@ -24,12 +24,11 @@ from memorizing.context import Context, Inputs
 from memorizing.errors import MOST, Range, UserError
 from memorizing.evaluation.finished_run import FinishedRun
 from memorizing.models import language_model
-from memorizing.models.attention.joint_memory import JointMemoryAttention
 from memorizing.models.lm_config import LMConfig
 from memorizing.models.stack.arrays import layer_name
 from memorizing.runtime import tables
 
-# Openings are tanh(alpha). Where a memory is closed the others cannot build on it; where all are open, nor replace it.
+# Where a memory is closed the others cannot build on it; where all are open, nor replace it.
 HALF = 0.5
 
 
@@ -78,7 +77,7 @@ def worth_of_heads(finished: FinishedRun, num_rows: int) -> dict[int, np.ndarray
     """By layer the nats a token that the memory of each key head is worth, float64 [K].
 
     Args:
-      finished: a run, of which `JointMemoryAttention` is in at least one layer.
+      finished: a run, in at least one layer of which key heads can have a memory one by one.
       num_rows: documents side by side, at most.
 
     Raises:
@@ -86,37 +85,36 @@ def worth_of_heads(finished: FinishedRun, num_rows: int) -> dict[int, np.ndarray
     """
     model, batch = finished.experiment.model, finished.experiment.batch
     num_rows = min(num_rows, finished.experiment.data.num_eval_documents)
-    layers = [index for index, each in enumerate(model.stack.mechanisms) if isinstance(each, JointMemoryAttention)]
-    if not layers:
-        raise UserError(
-            f"the model of {finished.workdir} has no @JointMemoryAttention() whose heads could be told apart"
-        )
-    opened = _with_openings(model)
+    opened = dataclasses.replace(
+        model, attention_at=tuple((index, each.with_openings()) for index, each in enumerate(model.stack.mechanisms))
+    )
+    half = jnp.full(model.num_heads, HALF, jnp.float32)
+    shares = {index: half for index, each in enumerate(opened.stack.mechanisms) if each.openings(half)}
+    if not shares:
+        raise UserError(f"the model of {finished.workdir} has no layer whose heads could have a memory one by one")
     params, buffers = jax.device_put((finished.params, finished.buffers))
 
-    def nats(alphas: dict[int, jax.Array], params: Tree, batch: Batch, context: Context) -> tuple[jax.Array, Context]:
+    def nats(shares: dict[int, jax.Array], params: Tree, batch: Batch, context: Context) -> tuple[jax.Array, Context]:
         tokens, targets, weights, is_real, start = [leaf[:, 0] for leaf in batch]
-        params = _opened(params, alphas)
+        params = _opened(opened, params, shares)
         output = language_model.apply(opened, params, buffers, Inputs(tokens, is_real, start), context)
         token_nats = language_model.token_nats(opened, params, output, targets)
         assert output.context is not None, "a whole segment has a context for the next one"
         return jnp.sum(token_nats * weights), output.context
 
     gradient = jax.jit(jax.grad(nats, has_aux=True))
-    alphas = {layer: jnp.full(model.num_heads, np.arctanh(HALF), jnp.float32) for layer in layers}
-    totals = {layer: np.zeros(model.num_heads) for layer in layers}
+    totals = {layer: np.zeros(model.num_heads) for layer in shares}
     context = opened.init_context(num_rows, batch.segment_length)
     num_tokens = 0.0
     for segment, _, _ in finished.experiment.data.evaluation_batches(num_rows, batch.segment_length):
-        changes, context = gradient(alphas, params, segment, context)
+        changes, context = gradient(shares, params, segment, context)
         num_tokens += float(segment.loss_weights.sum())
         for layer, change in jax.device_get(changes).items():
             totals[layer] += change
     if not num_tokens:
         raise UserError("the documents hold nothing to predict")
-    # Of the opening, not of alpha; and what the loss falls by.
-    factor = -1 / (1 - HALF**2) / num_tokens
-    return {layer: (factor * total).reshape(model.dims.kv_heads, -1).sum(axis=1) for layer, total in totals.items()}
+    # What the loss falls by: of a key head the sum over its query heads.
+    return {layer: -total.reshape(model.dims.kv_heads, -1).sum(axis=1) / num_tokens for layer, total in totals.items()}
 
 
 def best_heads(worth: dict[int, np.ndarray], number: int) -> dict[int, tuple[int, ...]]:
@@ -140,20 +138,21 @@ def settings(model: LMConfig, chosen: dict[int, tuple[int, ...]]) -> str:
       UserError: layers differ in more than whether they have a memory, and for which heads.
     """
     mechanisms = model.stack.mechanisms
-    memories = {dataclasses.replace(each, heads=()) for each in mechanisms if isinstance(each, JointMemoryAttention)}
+    memories = {dataclasses.replace(each, heads=()) for each in mechanisms if each.memory_size}
     if len(memories) > 1 or len({each.without_memory() for each in mechanisms}) > 1:
         raise UserError(
             "the layers of this run differ, and settings for all of them alike would make them another model"
         )
     (memory,) = memories
+    name, local = type(memory).__name__, type(memory.without_memory()).__name__
     scopes = {heads: "heads_" + "_".join(map(str, heads)) for heads in sorted(set(chosen.values()))}
-    pairs = [f"    ({layer}, @{scopes[heads]}/JointMemoryAttention())," for layer, heads in chosen.items()]
+    pairs = [f"    ({layer}, @{scopes[heads]}/{name}())," for layer, heads in chosen.items()]
     lines = [
-        f"LMConfig.attention = @{type(memory.local).__name__}()",
+        f"LMConfig.attention = @{local}()",
         "LMConfig.attention_at = (",
         *pairs,
         ")",
-        *(f"{scope}/JointMemoryAttention.heads = {heads}" for heads, scope in scopes.items()),
+        *(f"{scope}/{name}.heads = {heads}" for heads, scope in scopes.items()),
         *_bindings(memory),
     ]
     return "\n".join(lines)
@@ -171,21 +170,12 @@ def _bindings(part: Any) -> list[str]:
     return lines
 
 
-def _with_openings(model: LMConfig) -> LMConfig:
-    """The model, each of whose memories has openings to be differentiated by."""
-    mechanisms = [
-        dataclasses.replace(mechanism, mixing="learned") if isinstance(mechanism, JointMemoryAttention) else mechanism
-        for mechanism in model.stack.mechanisms
-    ]
-    return dataclasses.replace(model, attention_at=tuple(enumerate(mechanisms)))
-
-
-def _opened(params: Tree, alphas: dict[int, jax.Array]) -> Tree:
-    """Parameters with these openings."""
+def _opened(model: LMConfig, params: Tree, shares: dict[int, jax.Array]) -> Tree:
+    """Parameters with which the memory of each query head is open by its share."""
     changed = dict(params)
-    for layer, alpha in alphas.items():
+    for layer, of_heads in shares.items():
         name = layer_name(layer)
         attention = changed[name]["attention"]
-        core = {"beta": jnp.zeros_like(alpha), **attention.get("core", {}), "alpha": alpha}
+        core = {**attention.get("core", {}), **model.stack.mechanisms[layer].openings(of_heads)}
         changed[name] = {**changed[name], "attention": {**attention, "core": core}}
     return changed

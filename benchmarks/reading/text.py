@@ -1,7 +1,8 @@
 """Tokens a second that a model reads and writes: a text of one document, and samples that go on from it.
 
-The model is not trained, which takes as long. What is read is scored, segment by segment, as `evaluate` and `score` do;
-what is written is drawn token by token, as `generate` does. Reading and writing take turns. The first time compiles.
+The model is not trained, which takes as long. What is read is scored, segment by segment, as `evaluate` and `score` do,
+each time from an empty memory; what is written is drawn token by token, as `generate` does. Reading and writing take
+turns. The first time compiles.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import argparse
 import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from memorizing.benchmarks import measure
+from memorizing.benchmarks.step import with_memory
 from memorizing.commands import experiment_flags
 from memorizing.config.loading import load_experiment
 from memorizing.errors import MOST, Range
@@ -36,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--read", type=Range(1, MOST).of(int), default=4096, metavar="N", help="tokens to read (default: %(default)s)"
     )
     parser.add_argument(
-        "--written", type=Range(1, MOST).of(int), default=512, metavar="N", help="to write (default: %(default)s)"
+        "--written", type=Range(0, MOST).of(int), default=512, metavar="N", help="to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--memory_sizes", metavar="M,...", help="in turn with external memories of these sizes, 0 for none"
     )
     parser.add_argument(
         "--num_samples",
@@ -53,18 +59,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Measures, prints a table, and returns the figures."""
     experiment, _ = load_experiment(options.gin_file or [DEFAULT_RUN], bindings)
-    text = text_of(experiment)
-    model, rng = experiment.model, np.random.default_rng(0)
-    tokens = rng.integers(0, model.vocab_size, (1, options.read), np.int32)
-    anything = np.ones(model.vocab_size, bool)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, experiment.model.vocab_size, (1, options.read), np.int32)
+    anything = np.ones(experiment.model.vocab_size, bool)
 
-    def write() -> None:
+    def write(text: TextDecoder) -> None:
         # A copy: what is written is forgotten.
         for _ in text.fork(options.num_samples).generate(options.written, Sampling(), 0, anything):
             pass
 
-    works = {"read": lambda: text.read(tokens), "written": write}
-    sizes = {"read": options.read, "written": options.written * options.num_samples}
+    def read(start: Callable[[], TextDecoder]) -> None:
+        start().read(tokens)
+
+    works: dict[str, Callable[[], None]] = {}
+    sizes: dict[str, int] = {}
+    for name, variant in _variants(experiment, options.memory_sizes).items():
+        start_text = _texts_of(variant)
+        works[f"read{name}"] = functools.partial(read, start_text)
+        sizes[f"read{name}"] = options.read
+        if options.written:
+            works[f"written{name}"] = functools.partial(write, start_text())
+            sizes[f"written{name}"] = options.written * options.num_samples
     cpu_seconds: dict[str, list[float]] = {name: [] for name in works}
     first_seconds = {}
     for name, work in works.items():
@@ -79,15 +94,18 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
 
     seconds = measure.interleaved({name: functools.partial(timed, name) for name in works}, options.rounds)
     results = {}
-    rows = [["", "tokens/s", "quartiles", "per CPU second", "first time"]]
+    rows = [["", "tokens/s", "quartiles", "per CPU second", "first time", "ratio"]]
     for name, num_tokens in sizes.items():
         rates = [num_tokens / each for each in seconds[name]]
         first, third = measure.quartiles(rates)
+        # Against what does the same without a memory, or with the first of them.
+        base = next(other for other in works if other.split(",")[0] == name.split(",")[0])
         results[name] = {
             "tokens_per_second": statistics.median(rates),
             "quartiles": (first, third),
             "tokens_per_cpu_second": statistics.median(num_tokens / each for each in cpu_seconds[name]),
             "first_seconds": first_seconds[name],
+            "ratio": 1 / measure.ratio(seconds[name], seconds[base]),
         }
         rows.append(
             [
@@ -95,16 +113,26 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
                 f"{results[name]['tokens_per_second']:,.0f}",
                 f"{first:,.0f}-{third:,.0f}",
                 f"{results[name]['tokens_per_cpu_second']:,.0f}",
-                f"{first_seconds[name]:.1f} s",
+                f"{results[name]['first_seconds']:.1f} s",
+                f"{results[name]['ratio']:.2f}",
             ]
         )
     print(tables.align(rows))
     return results
 
 
-def text_of(experiment: Experiment) -> TextDecoder:
-    """A text of which nothing has been read, for a model that is not trained."""
+def _variants(experiment: Experiment, memory_sizes: str | None) -> dict[str, Experiment]:
+    """What is measured, by the end of its name."""
+    if memory_sizes is None:
+        return {"": experiment}
+    sizes = measure.sizes("--memory_sizes", memory_sizes)
+    return {f", memory {size}" if size else ", no memory": with_memory(experiment, size) for size in sizes}
+
+
+def _texts_of(experiment: Experiment) -> Callable[[], TextDecoder]:
+    """What begins texts, of which nothing has been read, for a model that is not trained."""
     model, length = experiment.model, experiment.batch.segment_length
     variables = jax.jit(lambda: init_variables(model, 1, length, jax.random.key(0)))()
     decoder = Decoder(model, length)
-    return TextDecoder(decoder, Weights(variables["params"], variables["buffers"]), decoder.start(0))
+    weights = Weights(variables["params"], variables["buffers"])
+    return lambda: TextDecoder(decoder, weights, decoder.start(0))

@@ -37,7 +37,8 @@ def default_cache_path(task: str, source: str, vocabulary_file: str | None = Non
     if source == STANDARD_LIBRARY:
         name = f"{STANDARD_LIBRARY}-{platform.python_version()}"
     else:
-        absolute = os.path.abspath(source)
+        # What lies in a store is the same from every folder.
+        absolute = source if is_remote(source) else os.path.abspath(source)
         name = re.sub(r"[^\w.-]+", "-", os.path.basename(absolute))
         given.insert(0, absolute)
     digest = f"-{hashlib.sha256(os.pathsep.join(given).encode()).hexdigest()[:8]}" if given else ""

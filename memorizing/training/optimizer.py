@@ -160,8 +160,9 @@ class Adafactor(LayerwiseOptimizer):
 class AdamW(LayerwiseOptimizer):
     """AdamW (Loshchilov and Hutter 2019).
 
-    Decayed are the kernels of linear maps, the embedding, and learned positions. Scales, biases (the tables of T5's too), gates,
-    Transformer-XL's u and v, and the initial memory tokens are not: to be small is nothing that they should strive for.
+    Decayed are the kernels of linear maps, the embedding, and learned positions. Scales, biases (T5's tables too),
+    gates, Transformer-XL's u and v, and the initial memory tokens are not: to be small is nothing that they should
+    strive for.
 
     Attributes:
       learning_rate: schedule.

@@ -72,6 +72,10 @@ def test_reading_and_writing_are_measured(tmp_path: pathlib.Path, capsys: pytest
     assert "tokens/s" in capsys.readouterr().out
     results = json.loads(output.read_text())["results"]
     assert results["read"]["tokens_per_second"] > 0 and results["written"]["tokens_per_second"] > 0
+    compared = [flag for flag in flags if not flag.startswith("--written")]
+    assert main._run(["bench", "text", *compared, "--written=0", "--memory_sizes=0,64"]) == 0
+    results = json.loads(output.read_text())["results"]
+    assert list(results) == ["read, no memory", "read, memory 64"] and results["read, no memory"]["ratio"] == 1
 
 
 def test_an_accelerator_is_measured_in_one_go(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, monkeypatch):

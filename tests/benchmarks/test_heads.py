@@ -128,5 +128,5 @@ def _bindings(text: str) -> list[str]:
 
 def test_a_model_without_such_a_memory_is_refused(params: Any, tmp_path: pathlib.Path):
     local = MODEL.without_memory()
-    with pytest.raises(UserError, match="no @JointMemoryAttention"):
+    with pytest.raises(UserError, match="no layer whose heads could have a memory"):
         heads.worth_of_heads(run_of(local, params, tmp_path), ROWS)

@@ -265,6 +265,17 @@ class Attention:
 
     # Its external memory, if it has one.
 
+    def with_openings(self) -> Attention:
+        """The mechanism whose heads can have an external memory one by one, each opened by a share.
+
+        Itself where they cannot; then it has no `openings`.
+        """
+        return self
+
+    def openings(self, shares: Float[Array, "N"]) -> dict[str, Array]:
+        """Parameters of the core of `with_openings` with which the memory of each query head is open by so much."""
+        return {}
+
     def with_memory_size(self, memory_size: int) -> Attention:
         """The same mechanism, with the same parameters, and a memory of another size."""
         return self

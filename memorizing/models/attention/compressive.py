@@ -1,4 +1,4 @@
-"""Compressive Transformer (Rae et al. 2020): what leaves the memory of Transformer-XL is compressed, and stays longer."""
+"""The Compressive Transformer of Rae et al. (2020): what leaves Transformer-XL's memory is compressed, and stays."""
 
 from __future__ import annotations
 

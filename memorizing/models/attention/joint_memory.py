@@ -42,8 +42,8 @@ class JointMemoryAttention(MemoryAttention):
     Each query head searches the keys of its key head. The memory does not show what the local attention sees itself:
     its cache, and its sinks.
 
-    Not all heads look far back: with `heads` some have a memory, and the others their local attention alone. (Heads that
-    retrieve: Wu et al. 2024, arXiv 2404.15574; caches for these alone: Xiao et al. 2024, arXiv 2410.10819.)
+    Not all heads look far back: with `heads` some have a memory, and the others their local attention alone. (Heads
+    that retrieve: Wu et al. 2024, arXiv 2404.15574; caches for these alone: Xiao et al. 2024, arXiv 2410.10819.)
 
     Where positions are rotary, a key stands at its true place in the document as long as no distance to it is above
     the trained length, which is decided for each slot and segment; all others stand where the furthest of those do. So
@@ -108,6 +108,12 @@ class JointMemoryAttention(MemoryAttention):
         num_kv_heads = len(self.heads)
         num_heads = num_kv_heads * (dims.num_heads // dims.kv_heads)
         return dataclasses.replace(dims, num_heads=num_heads, num_kv_heads=num_kv_heads)
+
+    def with_openings(self) -> JointMemoryAttention:
+        return dataclasses.replace(self, mixing="learned")
+
+    def openings(self, shares: Float[Array, "N"]) -> dict[str, Array]:
+        return {"alpha": jnp.arctanh(shares), "beta": jnp.zeros_like(shares)}
 
     def core(self, dims: LayerDims, name: str | None = None) -> nn.Module:
         return JointMemoryCore(self, dims, name=name)

@@ -188,6 +188,9 @@ def test_caches_have_places_of_their_own(tmp_path, monkeypatch):
     found = {paths.default_cache_path(task, source) for task, source in named}
     assert len(found) == 4
     assert all(path.startswith(str(tmp_path / "memorizing")) for path in found)
+    of_bucket = paths.default_cache_path("github_bytes", "gs://bucket/code")
+    monkeypatch.chdir(tmp_path)
+    assert paths.default_cache_path("github_bytes", "gs://bucket/code") == of_bucket
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert paths.default_cache_path("github_bytes", "stdlib").startswith(
