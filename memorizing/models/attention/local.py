@@ -195,7 +195,7 @@ def _averages(weights: Float[Array, "B N T S"], values: Values) -> Queries:
     return averages.reshape(num_rows, num_queries, num_heads, -1)
 
 
-def in_groups(queries: Float[Array, "B T N *rest"], num_kv_heads: int) -> Float[Array, "B T K G *rest"]:
+def in_groups(queries: Shaped[Array, "B T N *rest"], num_kv_heads: int) -> Shaped[Array, "B T K G *rest"]:
     """Query heads by the key head that they read, G = N / K for each."""
     num_rows, num_queries, _, *rest = queries.shape
     return queries.reshape(num_rows, num_queries, num_kv_heads, -1, *rest)
