@@ -31,7 +31,7 @@ class Partial(NamedTuple):
 
 def attend(
     logits: Float[Array, "*rows T S"],
-    visible: Bool[Array, "*#rows T S"] | Bool[np.ndarray, "*#rows T S"],
+    visible: Bool[Array, "*#rows #T #S"] | Bool[np.ndarray, "*#rows #T #S"],
     values: Float[Array, "*#rows S H"],
 ) -> Partial:
     """softmax(logits) values over the visible keys of one part.
