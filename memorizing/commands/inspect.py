@@ -255,12 +255,10 @@ def _recall(finished: FinishedRun, inspection: Inspection, lookups: Lookups) -> 
     """A line that says how often a memory led to the right token."""
     segment_length = finished.experiment.batch.segment_length
     recall = recall_of(lookups, inspection.tokens, inspection.memory_sizes[1], segment_length)
-    # Not all heads have a memory.
-    looks_up = (lookups.distances > 0).any(axis=(0, 2))
-    hit_share, hit_weight = [share[looks_up].mean() if looks_up.any() else 0 for share in recall[:2]]
+    hit_share, hit_weight = recall.hit_share[lookups.heads], recall.hit_weight[lookups.heads]
     return (
-        f"{lookups.layer}: {hit_share:.1%} of the neighbours were followed by the token to be predicted "
-        f"(of all in the memory {recall.hit_chance:.1%}), with {hit_weight:.1%} of the attention"
+        f"{lookups.layer}: {hit_share.mean():.1%} of the neighbours were followed by the token to be predicted "
+        f"(of all in the memory {recall.hit_chance:.1%}), with {hit_weight.mean():.1%} of the attention"
     )
 
 

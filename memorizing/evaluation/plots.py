@@ -213,16 +213,19 @@ def distances(inspection: Inspection) -> bytes:
 def mass_by_age(inspection: Inspection) -> bytes:
     """Share of attention that goes to memories of an age, one line a head; of many heads, by layer."""
     edges = _age_bins(inspection)
-    masses = {each.layer: _mass(each, edges) for each in inspection.lookups}
+    masses = {}
+    for each in inspection.lookups:
+        mass = _mass(each, edges)
+        masses[each.layer] = {head: _share(mass[head]) for head in each.heads}
     label, title = "share of the attention", "Attention to the memory by age"
     if sum(map(len, masses.values())) > MOST_LINES:
-        by_layer = {layer: np.mean([_share(of_head) for of_head in mass], axis=0) for layer, mass in masses.items()}
+        by_layer = {layer: np.mean(list(of_heads.values()), axis=0) for layer, of_heads in masses.items()}
         return _heat_map(by_layer, edges, f"{label}, mean over heads", title)
     figure, (axes,) = _figure()
     middles = np.sqrt(edges[1:] * edges[:-1])
-    heads = [(f"{layer}, head {head}", mass[head]) for layer, mass in masses.items() for head in range(len(mass))]
-    for index, (name, of_head) in enumerate(heads):
-        axes.plot(middles, _share(of_head), label=name, **style(index))
+    heads = [(f"{layer}, head {head}", share) for layer, of_heads in masses.items() for head, share in of_heads.items()]
+    for index, (name, share) in enumerate(heads):
+        axes.plot(middles, share, label=name, **style(index))
     _ages(axes, label, columns=1 + len(heads) // 7)
     axes.set_title(title)
     return png(figure)

@@ -519,3 +519,14 @@ console.log(JSON.stringify(seen));
     assert [focused for focused, _ in moves] == [1, 2, 2, 0, 0, 0]
     for focused, stops in moves:
         assert [index for index, stop in enumerate(stops) if stop == 0] == [focused]
+
+
+def test_heads_without_a_memory_count_nowhere():
+    found = lookups(100)
+    assert found.heads.tolist() == [0, 1]
+    distances, scores = found.distances.copy(), found.scores.copy()
+    distances[:, 0], scores[:, 0] = 0, -np.inf
+    half = dataclasses.replace(found, distances=distances, scores=scores)
+    assert half.heads.tolist() == [1]
+    nothing = dataclasses.replace(found, distances=np.zeros_like(distances))
+    assert nothing.heads.tolist() == [0, 1]

@@ -47,6 +47,12 @@ class Lookups:
     scores: np.ndarray
     logit_cap: float = 0.0
 
+    @property
+    def heads(self) -> np.ndarray:
+        """The heads that found anything, or all where none did: of some layers not all have a memory."""
+        has_found = (self.distances > 0).any(axis=(0, 2))
+        return np.flatnonzero(has_found | ~has_found.any())
+
     def weights(self, positions: slice | np.ndarray = slice(None)) -> np.ndarray:
         """Attention to each neighbour, float32 [tokens, N, K]: the softmax over those of a head.
 
