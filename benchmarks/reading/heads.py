@@ -138,11 +138,7 @@ def settings(model: LMConfig, chosen: dict[int, tuple[int, ...]]) -> str:
       UserError: layers differ in more than whether they have a memory, and for which heads.
     """
     mechanisms = model.stack.mechanisms
-    memories = {
-        dataclasses.replace(each, heads=()) if hasattr(each, "heads") else each
-        for each in mechanisms
-        if each.memory_size
-    }
+    memories = {each.with_heads(()) for each in mechanisms if each.memory_size}
     if len(memories) > 1 or len({each.without_memory() for each in mechanisms}) > 1:
         raise UserError(
             "the layers of this run differ, and settings for all of them alike would make them another model"

@@ -265,6 +265,10 @@ class Attention:
 
     # Its external memory, if it has one.
 
+    def with_heads(self, heads: tuple[int, ...]) -> Attention:
+        """The mechanism whose external memory these key heads have, () for all; itself where all have to."""
+        return self
+
     def with_openings(self) -> Attention:
         """The mechanism whose heads can have an external memory one by one, each opened by a share.
 

@@ -109,6 +109,9 @@ class JointMemoryAttention(MemoryAttention):
         num_heads = num_kv_heads * (dims.num_heads // dims.kv_heads)
         return dataclasses.replace(dims, num_heads=num_heads, num_kv_heads=num_kv_heads)
 
+    def with_heads(self, heads: tuple[int, ...]) -> JointMemoryAttention:
+        return dataclasses.replace(self, heads=heads)
+
     def with_openings(self) -> JointMemoryAttention:
         return dataclasses.replace(self, mixing="learned")
 
