@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from memorizing import main
 from memorizing.batch import Batch
+from memorizing.config import loading
 from memorizing.config.files import GIN_FOLDER, shipped_files
 from memorizing.config.loading import load_experiment
 from memorizing.errors import UserError
@@ -410,3 +411,17 @@ def test_published_models_go_with_their_segments(name: str):
     one_row = [f"BatchConfig.segment_length={length}", f"BatchConfig.tokens_per_step={length}"]
     experiment, _ = load_experiment(files, one_row)
     experiment.model.check(length)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("SOURCE=/data/me@host/docs", "SOURCE = '/data/me@host/docs'"),
+        ("SOURCE=50%", "SOURCE = '50%'"),
+        ("A.b=@C()", "A.b=@C()"),
+        ("A.b=(1, %STEPS)", "A.b=(1, %STEPS)"),
+        ("A.b=3", "A.b=3"),
+    ],
+)
+def test_words_are_quoted_and_gin_is_not(given: str, read: str):
+    assert loading._quote_bare_word(given) == read
