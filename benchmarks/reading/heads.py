@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from memorizing.array_typing import Tree
-from memorizing.batch import Batch, with_documents
+from memorizing.batch import Batch
 from memorizing.commands import experiment_flags
-from memorizing.config.runs import open_run
+from memorizing.commands.documents import open_on_documents
 from memorizing.context import Context, Inputs
 from memorizing.errors import MOST, Range, UserError
 from memorizing.evaluation.finished_run import FinishedRun
@@ -50,12 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
     """Measures, prints a table and settings, and returns what each key head is worth in nats a token."""
-    finished = open_run(options.workdir or experiment_flags.DEFAULT_WORKDIR, options.step, bindings)
-    if options.documents:
-        data = with_documents(finished.experiment.data, options.documents, lambda line: print(line, flush=True))
-        if data is None:
-            raise UserError(f"--documents={options.documents}: the data of {finished.workdir} is no text")
-        finished = dataclasses.replace(finished, experiment=dataclasses.replace(finished.experiment, data=data))
+    finished = open_on_documents(options.workdir, options.step, options.documents, bindings)
     finished.check_data()
     worth = worth_of_heads(finished, options.rows)
 

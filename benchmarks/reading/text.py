@@ -94,31 +94,36 @@ def run(options: argparse.Namespace, bindings: list[str]) -> dict[str, Any]:
 
     seconds = measure.interleaved({name: functools.partial(timed, name) for name in works}, options.rounds)
     results = {}
-    rows = [["", "tokens/s", "quartiles", "per CPU second", "first time", "ratio"]]
     for name, num_tokens in sizes.items():
         rates = [num_tokens / each for each in seconds[name]]
-        first, third = measure.quartiles(rates)
         # Against what does the same without a memory, or with the first of them.
         base = next(other for other in works if other.split(",")[0] == name.split(",")[0])
         results[name] = {
             "tokens_per_second": statistics.median(rates),
-            "quartiles": (first, third),
+            "quartiles": measure.quartiles(rates),
             "tokens_per_cpu_second": statistics.median(num_tokens / each for each in cpu_seconds[name]),
             "first_seconds": first_seconds[name],
             "ratio": 1 / measure.ratio(seconds[name], seconds[base]),
         }
+    print(_table(results))
+    return results
+
+
+def _table(results: dict[str, Any]) -> str:
+    rows = [["", "tokens/s", "quartiles", "per CPU second", "first time", "ratio"]]
+    for name, figures in results.items():
+        first, third = figures["quartiles"]
         rows.append(
             [
                 name,
-                f"{results[name]['tokens_per_second']:,.0f}",
+                f"{figures['tokens_per_second']:,.0f}",
                 f"{first:,.0f}-{third:,.0f}",
-                f"{results[name]['tokens_per_cpu_second']:,.0f}",
-                f"{results[name]['first_seconds']:.1f} s",
-                f"{results[name]['ratio']:.2f}",
+                f"{figures['tokens_per_cpu_second']:,.0f}",
+                f"{figures['first_seconds']:.1f} s",
+                f"{figures['ratio']:.2f}",
             ]
         )
-    print(tables.align(rows))
-    return results
+    return tables.align(rows)
 
 
 def _variants(experiment: Experiment, memory_sizes: str | None) -> dict[str, Experiment]:

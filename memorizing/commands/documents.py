@@ -1,12 +1,42 @@
-"""What a command reads: a file of text, or the longest held-out document."""
+"""What a command reads: a file of text, documents in place of a run's own, or the longest of these."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
-from memorizing.batch import DataSource
+from memorizing.batch import DataSource, with_documents
+from memorizing.commands import experiment_flags
+from memorizing.config.runs import open_run
 from memorizing.errors import UserError
+from memorizing.evaluation.finished_run import FinishedRun
+
+
+def open_on_documents(
+    workdir: str | None, step: int | None, documents: str | None, bindings: Sequence[str]
+) -> FinishedRun:
+    """A finished run, on the documents that the user names or else the held-out ones of its data.
+
+    Args:
+      workdir: its folder; None for that of the demo.
+      step: of the checkpoint; None for the newest.
+      documents: where the user's lie; None for the run's own.
+      bindings: over the run's own configuration.
+
+    Raises:
+      UserError: the run cannot be opened, or reads no text, or the documents cannot be read.
+    """
+    finished = open_run(workdir or experiment_flags.DEFAULT_WORKDIR, step, bindings)
+    if documents is None:
+        return finished
+    finished.check_data()
+    data = with_documents(finished.experiment.data, documents, lambda line: print(line, flush=True))
+    if data is None:
+        raise UserError(f"--documents={documents}: the data of {finished.workdir} is no text")
+    return dataclasses.replace(finished, experiment=dataclasses.replace(finished.experiment, data=data))
 
 
 def read_text(path: epath.Path, named: str, not_utf8: str, not_text: str) -> str:

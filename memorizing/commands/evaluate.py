@@ -6,7 +6,6 @@ Or two runs, document by document.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
@@ -18,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from memorizing.batch import text_of, with_documents
+from memorizing.batch import text_of
 from memorizing.commands import experiment_flags, suites
+from memorizing.commands.documents import open_on_documents
 from memorizing.commands.results import write_files
-from memorizing.config.runs import open_run
 from memorizing.errors import MOST, UserError
 from memorizing.evaluation import baselines, plots, report
 from memorizing.evaluation.evaluator import Ablation, Evaluation, Evaluator
@@ -111,7 +110,7 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
         raise UserError(f"{needless[0]} goes with --suite: add one, or leave it out")
     experiment_flags.use_devices(os.cpu_count() or 1)
     if options.suite:
-        finished = _opened(options.workdir or experiment_flags.DEFAULT_WORKDIR, options, bindings)
+        finished = open_on_documents(options.workdir, options.step, options.documents, bindings)
         print(suites.run(finished, options, _origin(finished, bindings), _folder(finished, options.documents)))
         return 0
     print(_compare(options, bindings) if options.compare else _evaluate(options, bindings))
@@ -119,7 +118,7 @@ def run(options: argparse.Namespace, bindings: Sequence[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, bindings: Sequence[str]) -> str:
-    finished = _opened(options.workdir or experiment_flags.DEFAULT_WORKDIR, options, bindings)
+    finished = open_on_documents(options.workdir, options.step, options.documents, bindings)
     reference, settings = _settings(finished, options.memory_sizes)
     settings += _with_windows(finished, options.windows, options.memory_sizes)
     # Before anything is computed, since a damaged index refuses them.
@@ -140,8 +139,8 @@ def _evaluate(options: argparse.Namespace, bindings: Sequence[str]) -> str:
 
 def _compare(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     path_a, path_b = options.compare
-    run_a = _opened(path_a, options, bindings)
-    run_b = _opened(path_b, options, bindings)
+    run_a = open_on_documents(path_a, options.step, options.documents, bindings)
+    run_b = open_on_documents(path_b, options.step, options.documents, bindings)
     data_a = run_a.experiment.data.identity
     data_b = run_b.experiment.data.identity
     if data_a != data_b:
@@ -169,18 +168,6 @@ def _compare(options: argparse.Namespace, bindings: Sequence[str]) -> str:
     names = _write(folder, f"{name}.json", comparison, {f"{name}.png": picture})
     table = report.comparison_table((path_a, path_b), comparison)
     return f"\n{table}\n\nwritten to {folder}: {names}"
-
-
-def _opened(workdir: str, options: argparse.Namespace, bindings: Sequence[str]) -> FinishedRun:
-    """A finished run, on the documents that the user names or else the held-out ones of its data."""
-    finished = open_run(workdir, options.step, bindings)
-    if options.documents is None:
-        return finished
-    finished.check_data()
-    data = with_documents(finished.experiment.data, options.documents, lambda line: print(line, flush=True))
-    if data is None:
-        raise UserError(f"--documents={options.documents}: the data of {finished.workdir} is no text")
-    return dataclasses.replace(finished, experiment=dataclasses.replace(finished.experiment, data=data))
 
 
 def _folder(finished: FinishedRun, documents: str | None) -> epath.Path:
