@@ -15,9 +15,12 @@ from memorizing.config.runs import open_run
 from memorizing.evaluation.evaluator import Evaluator, ReadSegment
 from memorizing.evaluation.suites import long_ppl, summary
 from memorizing.evaluation.suites.answers import answers_of, spans_of
+from memorizing.evaluation.suites.controls import Evaluators, Setting
 from memorizing.evaluation.suites.greedy import Greedy
 from memorizing.evaluation.suites.one_window import OneWindow
 from memorizing.evaluation.suites.run import digests, figures
+from memorizing.models.attention import Attention, FullAttention, SinkhornAttention
+from memorizing.models.lm_config import LMConfig
 from memorizing.synthetic import DetectAndMemorize, DictionaryLookup
 from memorizing.synthetic.recall import BABILong, Passkey, Ruler, SegmentedMQAR, catalogue
 
@@ -161,6 +164,17 @@ def test_what_is_generated_is_the_most_likely_continuation(run) -> None:
             np.testing.assert_array_equal(rest, generated[1:])
         cleared = greedy.generate(params, buffers, prompts, numbers, 0, "memory_cleared")
         assert any((one != other).any() for one, other in zip(together, cleared, strict=True))
+
+
+@pytest.mark.parametrize("attention", [FullAttention(), SinkhornAttention(block_size=LENGTH // 2)])
+def test_one_window_is_read_where_its_length_changes_no_parameters(run, attention: Attention) -> None:
+    model = LMConfig(8, 16, 1, 2, 8, 16, attention=attention, attention_at=(), continuous_cache=None)
+    setting = Setting("window long enough", model, "state_reset", is_one_window=True)
+    mesh = run.experiment.mesh.make_mesh()
+    with jax.set_mesh(mesh):
+        prepared = Evaluators(mesh.size, LENGTH, mesh, 1_000).prepare(setting, MQAR)
+    # Sinkhorn's network has a score for each place in a segment.
+    assert (prepared is None) == isinstance(attention, SinkhornAttention)
 
 
 def test_the_command_asks_in_every_setting(run, capsys: pytest.CaptureFixture) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
+from memorizing.array_typing import Tree
 from memorizing.errors import UserError
 from memorizing.evaluation import baselines
 from memorizing.evaluation.evaluator import Ablation, Evaluator
@@ -15,6 +18,7 @@ from memorizing.evaluation.suites.greedy import Greedy
 from memorizing.evaluation.suites.one_window import OneWindow
 from memorizing.models.lm_config import LMConfig
 from memorizing.training.experiment import Experiment
+from memorizing.training.state import init_variables
 
 AS_TRAINED = "as trained"
 CLEARED = "memory cleared"
@@ -101,6 +105,8 @@ class Evaluators:
             model.check(window.length)
         except UserError:
             return None
+        if _variables(model, window.length) != _variables(model, self._segment_length):
+            return None
         return Prepared(self._evaluator(model, window.length), window)
 
     def greedy(self, setting: Setting) -> Greedy:
@@ -114,3 +120,8 @@ class Evaluators:
         if key not in self._made:
             self._made[key] = Evaluator(model, self._num_rows, length, self._mesh)
         return self._made[key]
+
+
+def _variables(model: LMConfig, segment_length: int) -> Tree:
+    """Shapes of parameters and buffers, which for some models are those of one segment length."""
+    return jax.eval_shape(functools.partial(init_variables, model, 1, segment_length), jax.random.key(0))
