@@ -28,7 +28,10 @@ from memorizing.runtime import tables
 
 
 class Shape(NamedTuple):
-    """Of the arrays: rows, heads, queries and keys of a row, width of a head."""
+    """Of the arrays: rows, heads, queries and keys of a row, width of a head.
+
+    Keys beyond the queries' own are carried in front of them, and get no gradient.
+    """
 
     rows: int = 8
     heads: int = 8
@@ -38,8 +41,17 @@ class Shape(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Two products of queries and keys forward; five backward, where the weights are computed again."""
-        return 7 * 2 * self.rows * self.heads * self.queries * self.keys * self.width
+        """Products of queries and keys: two forward, five backward, where the weights are computed again.
+
+        Two of these, the gradients of keys and values, leave out what is carried.
+        """
+        num_keys = 5 * self.keys + 2 * (self.keys - self.carried)
+        return 2 * self.rows * self.heads * self.queries * num_keys * self.width
+
+    @property
+    def carried(self) -> int:
+        """Keys of the cache."""
+        return self.keys - self.queries
 
     @property
     def places(self) -> int:
@@ -91,10 +103,10 @@ def estimate(topology: str, shape: Shape, folder: pathlib.Path) -> dict[str, Any
     chip = chip_of(topology, device.device_kind)
     mesh = jax.sharding.Mesh(np.array([device]).reshape(1, 1, 1), ("data", "model", "memory"))
     with jax.set_mesh(mesh):
-        plain = _compile(functools.partial(local_attention, kernel="none"), shape, device)
+        plain = _compile(functools.partial(local_attention, num_carried=shape.carried), shape, device)
         before = set(folder.iterdir())
         # Also where they would not be used since they do not pay.
-        with_kernels = functools.partial(flash.attention, "tpu")
+        with_kernels = functools.partial(flash.attention, "tpu", num_carried=shape.carried)
         kernels = _compile(with_kernels, shape, device) if flash.has_kernels(mesh.abstract_mesh) else plain
     bundles = sum(map(_bundles, sorted(set(folder.iterdir()) - before)))
     kernel_seconds = bundles * shape.places / device.num_cores / chip.clock

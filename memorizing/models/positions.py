@@ -7,7 +7,7 @@ rotary positions (Su et al. 2021).
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -116,22 +116,42 @@ def same_by_key(
       by_distance: in the order of `distances`, R = S + T - 1.
       num_queries, num_keys: T, S.
     """
-    # The values of a query are those of the query `tile` rows before it, moved `tile` places to the right. So one tile
-    # of queries is built, wide enough that the others are slices of it.
-    tile = _TPU_LANES if num_queries % _TPU_LANES == 0 else num_queries
-    last_tile = num_queries - tile
+    tile = tile_length(num_queries)
+    wide = wide_tile(by_distance, num_queries, num_keys)
+    tiles = []
+    for first_query in range(0, num_queries, tile):
+        first = first_of_tile(first_query, num_queries)
+        tiles.append(wide[..., first : first + num_keys])
+    return jnp.concatenate(tiles, axis=-2)
 
+
+def wide_tile(
+    by_distance: Float[Array, "*rows R"],
+    num_queries: int,
+    num_keys: int,
+) -> Float[Array, "*rows tile wide"]:
+    """Values of a few queries, wide enough that those of all others are slices of it: see `first_of_tile`.
+
+    The values of a query are those of the query `tile` rows before it, moved `tile` places to the right.
+
+    Args:
+      by_distance, num_queries, num_keys: see `same_by_key`.
+    """
+    tile = tile_length(num_queries)
     *rows, num_distances = by_distance.shape
     # [*rows, tile, R]
     of_tile = jnp.broadcast_to(by_distance[..., None, :], (*rows, tile, num_distances))
-    # [*rows, tile, S + T - tile]
-    wide = by_key(of_tile, last_tile + num_keys)
+    return by_key(of_tile, num_keys + num_queries - tile)
 
-    tiles = []
-    for first_query in range(0, num_queries, tile):
-        first = last_tile - first_query
-        tiles.append(wide[..., first : first + num_keys])
-    return jnp.concatenate(tiles, axis=-2)
+
+def tile_length(num_queries: int) -> int:
+    """Queries of a tile."""
+    return _TPU_LANES if num_queries % _TPU_LANES == 0 else num_queries
+
+
+def first_of_tile(first_query: Any, num_queries: int) -> Any:
+    """Where in a wide tile the keys of the tile begin whose first query is this one, a number or int32."""
+    return num_queries - tile_length(num_queries) - first_query
 
 
 def sinusoids(positions: Int[np.ndarray, "R"], width: int) -> Float[Array, "R D"]:

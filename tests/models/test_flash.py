@@ -41,14 +41,15 @@ def inputs(request: pytest.FixtureRequest) -> dict[str, Any]:
     }
 
 
-@functools.partial(jax.jit, static_argnames="kernel")
-def attended_and_gradients(inputs: dict[str, Any], kernel: flash.KernelKind) -> tuple[Any, Any]:
+@functools.partial(jax.jit, static_argnames=("kernel", "num_carried"))
+def attended_and_gradients(inputs: dict[str, Any], kernel: flash.KernelKind, num_carried: int = 0) -> tuple[Any, Any]:
     inputs = dict(inputs)
     mask = inputs.pop("mask")
     names = list(inputs)
 
     def attend(*arrays: jax.Array) -> Any:
-        return local_attention(**dict(zip(names, arrays, strict=True)), mask=mask, kernel=kernel)
+        given = dict(zip(names, arrays, strict=True))
+        return local_attention(**given, mask=mask, kernel=kernel, num_carried=num_carried)
 
     attended, pull_back = jax.vjp(attend, *inputs.values())
     weights = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype), attended)
@@ -62,13 +63,27 @@ def expect_equal(found: Any, expected: Any, share: float) -> None:
         np.testing.assert_allclose(one, other, atol=share * np.abs(other).max())
 
 
+@pytest.mark.parametrize("num_carried", [0, S - T])
 @pytest.mark.parametrize("block_logits", [1 << 20, 1 << 16, 1], ids=["one block", "two blocks", "blocks of 128"])
 def test_values_normalisers_and_gradients_are_those_of_the_plain_form(
-    inputs: dict[str, Any], block_logits: int, monkeypatch: pytest.MonkeyPatch
+    inputs: dict[str, Any], block_logits: int, num_carried: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(flash, "BLOCK_LOGITS", block_logits)
     attended_and_gradients.clear_cache()
-    expect_equal(attended_and_gradients(inputs, "interpreted"), attended_and_gradients(inputs, "none"), 1e-5)
+    found = attended_and_gradients(inputs, "interpreted", num_carried)
+    expect_equal(found, attended_and_gradients(inputs, "none", num_carried), 1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["interpreted", "none"])
+def test_what_is_carried_gets_no_gradient_and_all_else_the_same(inputs: dict[str, Any], kernel: flash.KernelKind):
+    num_carried = S - T
+    attended, gradients = attended_and_gradients(inputs, kernel, num_carried)
+    whole, of_whole = attended_and_gradients(inputs, "none")
+    expect_equal(attended, whole, 1e-5)
+    for name in ("keys", "values"):
+        assert not gradients[name][:, :num_carried].any()
+        of_whole[name] = of_whole[name].at[:, :num_carried].set(0)
+    expect_equal(gradients, of_whole, 1e-5)
 
 
 def test_bfloat16_is_rounded_where_the_plain_form_rounds(inputs: dict[str, Any]):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -92,6 +93,7 @@ class LocalCore(nn.Module):
             scale,
             bias,
             mask,
+            num_carried=0 if segment.decoding is not None else num_keys - keys.shape[1],
             logit_cap=self.dims.attention_logit_cap,
             soft_mask=soft_mask,
             kernel=self.dims.attention_kernel,
@@ -130,6 +132,7 @@ def local_attention(
     by_distance: Float[Array, "N R"] | None,
     mask: Bool[Array, "B T S"],
     *,
+    num_carried: int = 0,
     logit_cap: float = 0.0,
     soft_mask: Float[Array, "N T S"] | None = None,
     kernel: KernelKind = "none",
@@ -141,14 +144,15 @@ def local_attention(
       scale: of the logits.
       by_distance: the bias, R = S + T - 1 numbers a head in the order of `positions.distances`; None for none.
       mask: which keys each query sees, at least one.
+      num_carried: keys and values in front that get no gradient, so that none is computed for them.
       logit_cap: see `layers.soft_cap`.
       soft_mask: logarithm of factors of the exponentials; None for none.
       kernel: see `flash.serves`; with a cap or a soft mask the plain form is used.
     """
     if not logit_cap and soft_mask is None and flash.serves(kernel, queries, keys):
-        return Attended(*flash.attention(kernel, queries, keys, values, scale, by_distance, mask))
+        return Attended(*flash.attention(kernel, queries, keys, values, scale, by_distance, mask, num_carried))
     with jax.named_scope("local_attention"):
-        logits = _products(queries, keys)
+        logits = _products(queries, keys, num_carried)
         if by_distance is not None:
             logits = logits + positions.same_by_key(by_distance, *logits.shape[2:])[None]
         logits = logits * scale[None, :, None, None]
@@ -160,39 +164,60 @@ def local_attention(
         weights = weights.astype(values.dtype)
         # [B, N, T]
         log_normalizer = jax.nn.logsumexp(_visible_logits(logits, mask), axis=-1)
-        return Attended(_averages(weights, values), log_normalizer.swapaxes(1, 2))
+        return Attended(_averages(weights, values, num_carried), log_normalizer.swapaxes(1, 2))
 
 
-def _products(queries: Queries, keys: Keys) -> Float[Array, "B N T S"]:
+def _products(queries: Queries, keys: Keys, num_carried: int) -> Float[Array, "B N T S"]:
     """query . key, float32."""
     if queries.shape[2] == keys.shape[2]:
-        return jnp.einsum(
-            "BTNH,BSNH->BNTS",
-            queries,
-            keys,
-            preferred_element_type=jnp.float32,
-        )
+        return _einsum("BTNH,BSNH->BNTS", queries, keys, num_carried, jnp.float32)
     num_rows, num_queries, num_heads, _ = queries.shape
     # [B, K, N / K, T, S]
-    products = jnp.einsum(
-        "BTKGH,BSKH->BKGTS",
-        in_groups(queries, keys.shape[2]),
-        keys,
-        preferred_element_type=jnp.float32,
-    )
+    products = _einsum("BTKGH,BSKH->BKGTS", in_groups(queries, keys.shape[2]), keys, num_carried, jnp.float32)
     return products.reshape(num_rows, num_heads, num_queries, -1)
 
 
-def _averages(weights: Float[Array, "B N T S"], values: Values) -> Queries:
+def _averages(weights: Float[Array, "B N T S"], values: Values, num_carried: int) -> Queries:
     """The values of each query's keys by their weights."""
     num_rows, num_heads, num_queries, num_keys = weights.shape
     num_kv_heads = values.shape[2]
     if num_heads == num_kv_heads:
-        return jnp.einsum("BNTS,BSNH->BTNH", weights, values)
+        return _einsum("BNTS,BSNH->BTNH", weights, values, num_carried)
     grouped = weights.reshape(num_rows, num_kv_heads, -1, num_queries, num_keys)
     # [B, T, K, N / K, H]
-    averages = jnp.einsum("BKGTS,BSKH->BTKGH", grouped, values)
+    averages = _einsum("BKGTS,BSKH->BTKGH", grouped, values, num_carried)
     return averages.reshape(num_rows, num_queries, num_heads, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def _einsum(axes: str, left: Array, right: Array, num_fixed: int, dtype: Any = None) -> Array:
+    """`jnp.einsum`, whose gradient leaves out the first places of `right` along S: it is 0 there."""
+    return jnp.einsum(axes, left, right, preferred_element_type=dtype)
+
+
+def _einsum_forward(axes: str, left: Array, right: Array, num_fixed: int, dtype: Any) -> tuple[Array, Any]:
+    return _einsum(axes, left, right, num_fixed, dtype), (left, right)
+
+
+def _einsum_backward(axes: str, num_fixed: int, dtype: Any, inputs: Any, gradient: Array) -> tuple[Array, Array]:
+    left, right = inputs
+    of_left, of_right, of_output = axes.replace("->", ",").split(",")
+
+    def rest(axes: str, array: Array) -> Array:
+        return jax.lax.slice_in_dim(array, num_fixed, None, axis=axes.index("S")) if "S" in axes else array
+
+    _, pull_left = jax.vjp(lambda left: jnp.einsum(axes, left, right, preferred_element_type=dtype), left)
+    others = rest(of_left, left)
+    _, pull_right = jax.vjp(
+        lambda right: jnp.einsum(axes, others, right, preferred_element_type=dtype), rest(of_right, right)
+    )
+    (for_left,) = pull_left(gradient)
+    (for_rest,) = pull_right(rest(of_output, gradient))
+    padding = [(num_fixed if axis == "S" else 0, 0) for axis in of_right]
+    return for_left, jnp.pad(for_rest, padding)
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def in_groups(queries: Shaped[Array, "B T N *rest"], num_kv_heads: int) -> Shaped[Array, "B T K G *rest"]:
