@@ -180,11 +180,13 @@ def test_what_is_computed_again_is_the_same(remat: tuple[str, int]):
         np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("residuals", ["plain", "reversible"])
-def test_repetitions_that_are_unrolled_are_the_same(residuals: str):
-    """Also where as many as are unrolled do not divide them."""
+@pytest.mark.parametrize(
+    "residuals,unroll,remat", [("plain", 2, "none"), ("plain", 3, "dots"), ("reversible", 2, "none")]
+)
+def test_repetitions_that_are_unrolled_are_the_same(residuals: str, unroll: int, remat: str):
+    """Three of them: also where as many as are unrolled do not divide them, and where no scan is left."""
     plain = dataclasses.replace(MODEL, residuals=residuals, num_layers=6, attention=(XL, REFORMER))
-    found = gradient(dataclasses.replace(plain, unroll=2))
+    found = gradient(dataclasses.replace(plain, unroll=unroll, remat=remat))
     for (path, leaf), (_, other) in zip(
         *map(jax.tree_util.tree_leaves_with_path, (found, plainly_differentiated(plain))), strict=True
     ):
