@@ -78,6 +78,17 @@ def parameter(
     return value  # pyright: ignore[reportReturnType]
 
 
+def gathered(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A kernel as a layer computes with it: where its rows are shared by devices, each gets all of them.
+
+    Left to itself, the compiler for TPUs cuts the product into as many parts as there are devices.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel
+    spec = PartitionSpec(*(None if axis == "embed" else PartitionSpec.UNCONSTRAINED for axis in axes))
+    return jax.lax.with_sharding_constraint(kernel, spec)
+
+
 class Einsum(nn.Module):
     """A linear map, written as the einsum that it is.
 
@@ -115,7 +126,7 @@ class Einsum(nn.Module):
         kernel = parameter(self, "kernel", initializer, self.shape, self.axes)
         if frozen:
             kernel = jax.lax.stop_gradient(kernel)
-        kernel = kernel.astype(self.dtype)
+        kernel = gathered(kernel.astype(self.dtype), self.axes)
         y = jnp.einsum(self.equation, x, kernel)
         if self.lora is not None and self.name in self.lora.projections:
             y = y + self._low_rank(x, self.lora)
@@ -344,7 +355,7 @@ class Embedder(nn.Module):
     def decode(self, x: Activations) -> Logits:
         """Logits in float32."""
         table = self.output_table if self.head == "untied" else self.table
-        table = table.astype(self.dtype)
+        table = gathered(table.astype(self.dtype), ("vocab", "embed"))
         logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
         if self.head == "tied_scaled":
             logits = logits * self.embed_dim**-0.5
