@@ -21,11 +21,13 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CONSTANT = re.compile(r"\b[su]32\[\][^=]* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 _NAME = re.compile(r"[\w.\-]+")
 _DIGITS = re.compile(r"\d+")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+_START = 'custom_call_target="AsyncCollectiveStart"'
 _MOVES = ("gather", "scatter", "scatter-add", "sort")
 # What the compiler notes where it cannot tell.
 _UNKNOWN_CYCLES = 2**63 - 1
@@ -61,7 +63,10 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All instructions of one kind: how often they run, and the bytes of their results on one device."""
+    """All instructions of one kind: how often they run, and the bytes of their results on one device.
+
+    Those of a reduce-scatter are the bytes of what is summed.
+    """
 
     count: int
     num_bytes: int
@@ -159,6 +164,10 @@ def _run(
             yield from _run(_group(_BODY, line), count * trips, computations, rare, is_rare)
             continue
         op_name = _group(_OP_NAME, line, default="")
+        if opcode == "fusion":
+            called = _group(_CALLS, line, default="")
+            for kind, num_bytes in _collectives_in(called, computations.get(called, [])):
+                yield Instruction(kind, op_name, 0, num_bytes, count, is_rare)
         if opcode in ("call", "conditional", "async-start"):
             for group, single in _CALLED.findall(line):
                 for called in _NAME.findall(group or single):
@@ -174,6 +183,21 @@ def _run(
             is_rare=is_rare,
             kernel_flops=int(_group(_FLOPS, line, default="0")),
         )
+
+
+def _collectives_in(name: str, lines: list[str]) -> Iterator[tuple[str, int]]:
+    """Kind and bytes of the collectives that a fusion begins.
+
+    Those that run beside products are in several fusions, of which one starts them; a sum of which each device keeps its
+    part is one fusion, and has the bytes of what is summed.
+    """
+    is_scattered = name.startswith("all-reduce-scatter")
+    if is_scattered or any(_START in line for line in lines):
+        for line in lines:
+            found = _INSTRUCTION.match(line)
+            if found and found["opcode"] in _COLLECTIVES:
+                kind = "reduce-scatter" if is_scattered else found["opcode"]
+                yield kind, _num_bytes(found["type"], found["opcode"])
 
 
 def _group(pattern: re.Pattern[str], line: str, default: str | None = None) -> str:

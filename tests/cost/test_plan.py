@@ -79,6 +79,41 @@ def test_loops_count_as_often_as_they_run():
     assert compiled_cost.collectives(program) == {"all-reduce": compiled_cost.Traffic(3, 3 * (4 * 8 * 2 + 2 * 4))}
 
 
+OVERLAPPED = """
+%start (p: bf16[2,8]) -> (bf16[2,8], bf16[8,8]) {
+  %p = bf16[2,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[8,8]{1,0} all-gather(%p), channel_id=4, dimensions={0}
+  ROOT %custom-call.1 = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (p.1: (bf16[2,8], bf16[8,8])) -> f32[8] {
+  %p.1 = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) parameter(0)
+  %all-gather.2 = bf16[8,8]{1,0} all-gather(%p.1), channel_id=4, dimensions={0}
+  ROOT %dot.1 = f32[8]{0} dot(%all-gather.2, %all-gather.2)
+}
+
+%all-reduce-scatter.1 (input: f32[8,8]) -> f32[2,8] {
+  %input = f32[8,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[8,8]{1,0} all-reduce(%input), channel_id=5, to_apply=%add
+  ROOT %slice.1 = f32[2,8]{1,0} dynamic-slice(%all-reduce.1)
+}
+
+ENTRY %main.2 (x: bf16[2,8]) -> f32[2,8] {
+  %x = bf16[2,8]{1,0} parameter(0)
+  %begun = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) fusion(%x), kind=kCustom, calls=%start
+  %product = f32[8]{0} fusion(%begun), kind=kOutput, calls=%async_collective_fusion.1, backend_config={"estimated_cycles":"9"}
+  ROOT %sum = f32[2,8]{1,0} fusion(%product), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_collectives_beside_products_count_once():
+    program = compiled_cost.instructions(OVERLAPPED)
+    assert compiled_cost.cycles(program) == 9
+    expected = {"all-gather": compiled_cost.Traffic(1, 128), "reduce-scatter": compiled_cost.Traffic(1, 256)}
+    assert compiled_cost.collectives(program) == expected
+
+
 def test_an_unsigned_counter_is_a_counter_too():
     """The compiler of TPUs writes reshapes that do not suit its tiles as such loops."""
     unsigned = PROGRAM.replace("%bound = s32[]", "%bound = u32[]")

@@ -3,9 +3,9 @@
 The plain form writes a number for each head, query and key to the device's memory and reads it several times; here a
 block of queries meets all its keys in the core's own memory (after Dao et al. 2022, arXiv:2205.14135). Since a block
 sees all keys, no softmax is computed in parts. The backward pass computes the weights again: nothing is kept for it but
-what went in. T5's bias is a tile of queries, of which all others are slices; it and its gradient stay in place while the
-rows of a batch pass by, so that the gradient is summed there. What is carried in front of a segment is read where it
-lies, and gets no gradient.
+what went in. T5's bias is that of a tile of queries, of which all others are slices; it and its gradient stay in place
+while the rows of a batch pass by, so that the gradient is summed there. What is carried in front of a segment is read
+where it lies, and gets no gradient.
 """
 
 from __future__ import annotations
