@@ -1,7 +1,7 @@
 """What memories are worth on corpora of your own, against the same model trained without one and against controls.
 
 python benchmarks/results.py --cache stdlib=FOLDER --cache isabelle=FOLDER
-  [--steps=400] [--seeds=0,1,2] [--runs=none,recall] [--output=runs/results]
+  [--steps=400] [--seeds=0,1,2] [--runs=none,recall] [--output=runs/results] [--gin_file=FILE] [--minutes=N]
 
 A FOLDER is a token cache as `memorizing prepare` makes it; the caches may have different vocabularies. Every row is
 trained and evaluated on whole held-out documents by `memorizing train`, one process after the other, the first seed of
@@ -10,6 +10,9 @@ differ in nothing else but one gate per head, how fast it learns, and two number
 is read with four times its memory too. Finished runs are not run again, killed ones go on. OUTPUT/runs has the folders
 of the runs; results.md, results.json and results.png are made from the finished ones, with --report_only without
 running anything.
+
+A gin file changes all rows alike: benchmarks/results_40m.gin makes them 40 times as large, for an accelerator. After N
+minutes no other run is begun, and the one that is under way stops at a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -97,8 +101,8 @@ CONTRASTS = (
 )
 
 
-def flags(row: Row, cache: str, steps: int, seed: int) -> list[str]:
-    """The command line of `memorizing train` for a row."""
+def flags(row: Row, cache: str, steps: int, seed: int, gin_files: Sequence[str] = ()) -> list[str]:
+    """The command line of `memorizing train` for a row; gin files that change all rows come before its bindings."""
     metadata = token_cache.read_metadata(cache)
     corpus = task_name.parse(metadata["task"]).corpus
     bindings = [
@@ -112,6 +116,7 @@ def flags(row: Row, cache: str, steps: int, seed: int) -> list[str]:
     return [
         f"--gin_file={GIN_FILE}",
         f"--gin_file=tasks/{corpus}.gin",
+        *(f"--gin_file={os.path.abspath(file)}" for file in gin_files),
         *(f"--gin.{binding}" for binding in bindings),
     ]
 
@@ -323,7 +328,13 @@ def _losses(figures: Mapping[str, Any]) -> list[float]:
     return [place["loss"] for place in figures["by_position"]]
 
 
-def report(output: pathlib.Path, caches: Mapping[str, str], seeds: Sequence[int], steps: int) -> None:
+def report(
+    output: pathlib.Path,
+    caches: Mapping[str, str],
+    seeds: Sequence[int],
+    steps: int,
+    gin_files: Sequence[str] = (),
+) -> None:
     """Prints and writes the results of the finished rows."""
     results = read_results(output, caches, seeds, steps)
     summaries = {corpus: summarize(rows) for corpus, rows in results.items()}
@@ -340,7 +351,7 @@ def report(output: pathlib.Path, caches: Mapping[str, str], seeds: Sequence[int]
         "machine": measure.machine(),
         "steps": steps,
         "seeds": list(seeds),
-        "common": GIN_FILE.read_text(),
+        "common": "".join(pathlib.Path(file).read_text() for file in (GIN_FILE, *gin_files)),
         "rows": [row._asdict() for row in ROWS],
         "caches": {corpus: token_cache.read_metadata(cache) for corpus, cache in caches.items()},
         "times": [json.loads(line) for line in time_lines],
@@ -361,6 +372,8 @@ def main() -> None:
     names = ",".join(dict.fromkeys(row.run for row in ROWS))
     parser.add_argument("--runs", default=names, metavar="NAME,...", help="which runs to make (default: %(default)s)")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/results"))
+    parser.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="for all rows; repeatable")
+    parser.add_argument("--minutes", type=Range(0, MOST).of(float), metavar="N", help="for all of it")
     parser.add_argument("--report_only", action="store_true")
     options = parser.parse_args()
     caches = {}
@@ -375,18 +388,23 @@ def main() -> None:
         read_larger = {row.run for row in ROWS if row.setting == LARGER}
         # The rows of one kind are the same program: it is compiled once.
         environment = {"JAX_COMPILATION_CACHE_DIR": str(output / "compiled")}
+        end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
         for seed in seeds:
             for corpus, cache in caches.items():
                 for row in trained.values():
                     folder = folder_of(output, corpus, row.run, seed, options.steps)
-                    row_flags = flags(row, cache, options.steps, seed)
+                    row_flags = flags(row, cache, options.steps, seed, options.gin_file)
                     try:
-                        trainings.train(row_flags, folder, options.steps, environment, output / "times.jsonl")
+                        trainings.train(row_flags, folder, options.steps, environment, output / "times.jsonl", end=end)
                         if row.run in read_larger and LARGER not in finished_evaluation(folder, options.steps):
-                            trainings.evaluate(folder, [f"--memory_sizes={LARGER_SIZE}"], environment)
+                            larger = [f"--memory_sizes={LARGER_SIZE}"]
+                            trainings.evaluate(folder, larger, environment, end=end)
+                    except trainings.NoTimeLeft:
+                        # What has ended is told all the same.
+                        continue
                     except trainings.Failed as error:
                         sys.exit(str(error))
-    report(output, caches, seeds, options.steps)
+    report(output, caches, seeds, options.steps, options.gin_file)
 
 
 if __name__ == "__main__":

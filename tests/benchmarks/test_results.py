@@ -7,12 +7,14 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import time
 
 import jax
 import numpy as np
 import pytest
 from mechanisms import init_params
 
+from memorizing.benchmarks.trained import trainings
 from memorizing.config.loading import load_experiment
 from memorizing.evaluation import bootstrap
 from memorizing.models.attention.full import FullAttention
@@ -84,6 +86,30 @@ def test_the_rows_are_those_of_the_demo(results):
     )
     assert (both.model, both.batch, both.optimizer) == (demo.model, demo.batch, demo.optimizer)
     assert none.model == demo.model.without_memory()
+
+
+def test_a_gin_file_changes_all_rows(results):
+    """Also those for an accelerator."""
+    larger = [str(results.GIN_FILE.with_name("results_40m.gin"))]
+    for row in results.ROWS:
+        experiment, _ = load_experiment(
+            [str(results.GIN_FILE), "tasks/stdlib.gin", *larger],
+            ["VOCAB_SIZE=2048", "STEPS=100", "SEED=3", *row.bindings],
+        )
+        assert experiment.model.dtype == "bfloat16"
+        params = jax.eval_shape(
+            lambda model=experiment.model: init_params(model, 1, experiment.batch.segment_length, jax.random.key(0))  # noqa: B023
+        )
+        assert 30e6 < sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)) < 100e6
+
+
+def test_no_command_begins_after_the_end(tmp_path: pathlib.Path):
+    with pytest.raises(trainings.NoTimeLeft):
+        trainings.train(["--gin_file=none"], tmp_path, 3, {}, tmp_path / "times.jsonl", end=time.monotonic())
+    # One that has begun is stopped.
+    with pytest.raises(trainings.NoTimeLeft):
+        trainings.command(["launch", "--help"], {}, end=time.monotonic() + 0.01)
+    assert not (tmp_path / "times.jsonl").exists()
 
 
 def _figures(losses: list[float], perplexity: float) -> dict:
