@@ -361,7 +361,8 @@ def report(
     (output / "results.md").write_text(text)
     (output / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     picture(results, output / "results.png")
-    print(f"\n{text}\nwritten to {output}: results.md, results.json, results.png", flush=True)
+    files = [name for name in ("results.md", "results.json", "results.png") if (output / name).exists()]
+    print(f"\n{text}\nwritten to {output}: {', '.join(files)}", flush=True)
 
 
 def main() -> None:

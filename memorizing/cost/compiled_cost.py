@@ -188,8 +188,8 @@ def _run(
 def _collectives_in(name: str, lines: list[str]) -> Iterator[tuple[str, int]]:
     """Kind and bytes of the collectives that a fusion begins.
 
-    Those that run beside products are in several fusions, of which one starts them; a sum of which each device keeps its
-    part is one fusion, and has the bytes of what is summed.
+    Those that run beside products are in several fusions, of which one starts them. A sum of which each device keeps
+    its part is one fusion, and has the bytes of what is summed.
     """
     is_scattered = name.startswith("all-reduce-scatter")
     if is_scattered or any(_START in line for line in lines):
