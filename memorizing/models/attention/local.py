@@ -108,7 +108,7 @@ class LocalCore(nn.Module):
         return state
 
     def carried(self, state: Tree) -> Carried:
-        """What is carried in front of the segment."""
+        """What is carried in front of the segment. It gets no gradient."""
         return Carried()
 
     def visible(self, segment: Segment, num_queries: int, num_keys: int, state: Tree) -> Bool[Array, "B T S"]:
