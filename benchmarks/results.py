@@ -32,7 +32,7 @@ from memorizing.benchmarks import measure
 from memorizing.benchmarks.trained import trainings
 from memorizing.data.tasks import task_name
 from memorizing.data.tokens import token_cache
-from memorizing.errors import MOST, Range
+from memorizing.errors import MOST, Range, UserError
 from memorizing.evaluation import baselines, bootstrap, plots
 from memorizing.evaluation.plots import COLORS, MARKERS
 
@@ -380,7 +380,13 @@ def main() -> None:
     caches = {}
     for given in options.cache:
         name, _, folder = given.partition("=")
+        if not folder:
+            parser.error(f"--cache={given}: expected NAME=FOLDER, a token cache of `memorizing prepare`")
         caches[name] = os.path.abspath(folder)
+        try:
+            token_cache.read_metadata(caches[name])
+        except UserError as error:
+            parser.error(f"--cache={given}: {error}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
     output = options.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
