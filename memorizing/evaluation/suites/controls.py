@@ -105,7 +105,7 @@ class Evaluators:
             model.check(window.length)
         except UserError:
             return None
-        if _variables(model, window.length) != _variables(model, self._segment_length):
+        if self._variables(model, window.length) != self._variables(model, self._segment_length):
             return None
         return Prepared(self._evaluator(model, window.length), window)
 
@@ -121,7 +121,6 @@ class Evaluators:
             self._made[key] = Evaluator(model, self._num_rows, length, self._mesh)
         return self._made[key]
 
-
-def _variables(model: LMConfig, segment_length: int) -> Tree:
-    """Shapes of parameters and buffers, which for some models are those of one segment length."""
-    return jax.eval_shape(functools.partial(init_variables, model, 1, segment_length), jax.random.key(0))
+    def _variables(self, model: LMConfig, length: int) -> Tree:
+        """Shapes of parameters and buffers, which for some models are those of one segment length."""
+        return jax.eval_shape(functools.partial(init_variables, model, self._num_rows, length), jax.random.key(0))
