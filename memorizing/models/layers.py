@@ -79,9 +79,13 @@ def parameter(
 
 
 def gathered(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """A kernel as a layer computes with it: where its rows are shared by devices, each gets all of them.
+    """A kernel as a layer computes with it: where devices share it along 'embed' (FSDP), each gets all of it.
 
     Left to itself, the compiler for TPUs cuts the product into as many parts as there are devices.
+
+    Args:
+      kernel: in the dtype of the computation, so that no more is sent than is used.
+      axes: logical axis name of each dimension.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return kernel

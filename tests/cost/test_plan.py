@@ -21,7 +21,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from memorizing.commands import plan as command
-from memorizing.cost import compiled_cost, plan, pricing
+from memorizing.cost import compiled_cost, plan, plan_report, pricing
 from memorizing.cost.accelerators import ACCELERATORS, Accelerator
 from memorizing.errors import UserError
 from memorizing.models.attention.knn import KNNAttention
@@ -332,3 +332,15 @@ def test_a_step_that_does_not_fit_is_told_with_what_helps(memory_size: int):
     assert refused.stdout == "" and "Traceback" not in refused.stderr
     assert "does not fit v3:2x2: Ran out of memory" in refused.stderr
     assert f"KNNAttention.memory_size={memory_size // 2}" in refused.stderr
+
+
+def test_a_plan_says_whether_it_fits():
+    """Also where the compiler gives a program that is larger than the device, and what would help."""
+    figures: dict = {field.name: 1 for field in dataclasses.fields(plan.Plan)}
+    figures |= {"topology": "v3:4x4", "device_kind": "TPU v3", "hbm_limit": 16, "advice": ["half the slots"]}
+    figures |= {"hbm": {}, "collectives": {}, "moves": {}}
+    for total, fits in ((16, True), (17, False)):
+        planned = plan.Plan(**figures | {"hbm_total": total})
+        assert planned.fits == plan_report.as_json(planned)["fits"] == fits
+        assert ("DOES NOT FIT" in plan_report.as_text(planned)) != fits
+        assert "half the slots" in plan_report.as_text(planned)
