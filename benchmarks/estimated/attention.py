@@ -2,7 +2,7 @@
 
 By default a device's share of the paper's step: 8 rows of 8 heads of width 128, segments of 512 and a cache of 512, in
 bfloat16, forward and backward. The compiler names no cycles for kernels, but writes down the instructions that it makes
-of them: a bundle of them takes a cycle, and a core runs all of them at each place of the grid. Waiting is not in it.
+of them: a bundle of them takes a cycle. Waiting is not in it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from jax.sharding import SingleDeviceSharding
 
 from memorizing.cost import pricing
 from memorizing.cost.plan import chip_of, slice_devices
+from memorizing.models import kernels, positions
 from memorizing.models.attention import flash
 from memorizing.models.attention.local import local_attention
+from memorizing.models.masks import Visible
 from memorizing.runtime import tables
 
 
@@ -40,24 +42,15 @@ class Shape(NamedTuple):
     width: int = 128
 
     @property
-    def flops(self) -> int:
-        """Products of queries and keys: two forward, five backward, where the weights are computed again.
-
-        Two of these, the gradients of keys and values, leave out what is carried.
-        """
-        num_keys = 5 * self.keys + 2 * (self.keys - self.carried)
-        return 2 * self.rows * self.heads * self.queries * num_keys * self.width
-
-    @property
     def carried(self) -> int:
         """Keys of the cache."""
         return self.keys - self.queries
 
     @property
-    def places(self) -> int:
-        """Of a kernel's grid."""
-        blocks = max(self.queries * self.keys // flash.BLOCK_LOGITS, 1)
-        return self.rows * self.heads * blocks
+    def runs(self) -> int:
+        """How often a core runs all that a kernel has; at a place of its grid only what is for the keys seen there."""
+        blocks = kernels.count_blocks(self.queries, self.keys)
+        return self.rows * self.heads * blocks // min(blocks, kernels.MOST_STRETCHES)
 
 
 _BUNDLES = re.compile(r"total scheduled bundles:\s*(\d+)")
@@ -73,14 +66,14 @@ def run(slices: list[str], shape: Shape) -> dict[str, Any]:
         _add_arguments(f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false")
         for topology in slices:
             found = results[topology] = estimate(topology, shape, pathlib.Path(folder))
-            plain, kernels = found["plain"], found["kernels"]
+            plain, by_kernels = found["plain"], found["kernels"]
             row = [topology, f"{1e3 * plain['seconds']:.2f} ms"]
             if found["kernel_share"]:
-                row += [f"{1e3 * kernels['seconds']:.2f} ms", f"{1e3 * found['kernel_seconds']:.2f} ms"]
+                row += [f"{1e3 * by_kernels['seconds']:.2f} ms", f"{1e3 * found['kernel_seconds']:.2f} ms"]
                 row += [f"{found['kernel_share']:.2f}"]
             else:
                 row += ["no kernels", "", ""]
-            row += [f"{plain['temporaries'] >> 20} and {kernels['temporaries'] >> 20} MiB"]
+            row += [f"{plain['temporaries'] >> 20} and {by_kernels['temporaries'] >> 20} MiB"]
             rows.append(row)
             print("  ".join(row), flush=True)
     print(f"\n{tables.align(rows, left=1)}")
@@ -107,19 +100,21 @@ def estimate(topology: str, shape: Shape, folder: pathlib.Path) -> dict[str, Any
         before = set(folder.iterdir())
         # Also where they would not be used since they do not pay.
         with_kernels = functools.partial(flash.attention, "tpu", num_carried=shape.carried)
-        kernels = _compile(with_kernels, shape, device) if flash.has_kernels(mesh.abstract_mesh) else plain
+        by_kernels = _compile(with_kernels, shape, device) if flash.has_kernels(mesh.abstract_mesh) else plain
     bundles = sum(map(_bundles, sorted(set(folder.iterdir()) - before)))
-    kernel_seconds = bundles * shape.places / device.num_cores / chip.clock
-    around = [instruction for instruction in pricing.read(kernels).usual if not instruction.kernel_flops]
+    kernel_seconds = bundles * shape.runs / device.num_cores / chip.clock
+    instructions = pricing.read(by_kernels).usual
+    around = [instruction for instruction in instructions if not instruction.kernel_flops]
+    kernel_flops = sum(instruction.kernel_flops * instruction.count for instruction in instructions)
 
     def told(seconds: float, compiled: jax.stages.Compiled) -> dict[str, Any]:
         return {"seconds": seconds, "temporaries": compiled.memory_analysis().temp_size_in_bytes}
 
     return {
         "plain": told(pricing.seconds(pricing.read(plain).usual, chip), plain),
-        "kernels": told(pricing.seconds(around, chip) + kernel_seconds, kernels),
+        "kernels": told(pricing.seconds(around, chip) + kernel_seconds, by_kernels),
         "kernel_seconds": kernel_seconds,
-        "kernel_share": shape.flops / (kernel_seconds * chip.peak_flops) if kernel_seconds else 0.0,
+        "kernel_share": kernel_flops / (kernel_seconds * chip.peak_flops) if kernel_seconds else 0.0,
     }
 
 
@@ -130,13 +125,15 @@ def _compile(attend: Callable[..., Any], shape: Shape, device: Any) -> jax.stage
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def both(mask: jax.Array, gradient: jax.Array, *arrays: jax.Array) -> Any:
+    def both(holds_key: jax.Array, gradient: jax.Array, *arrays: jax.Array) -> Any:
+        causal = np.tri(queries, keys, shape.carried, dtype=bool)
+        visible = Visible(causal & holds_key[:, None], positions.distances(queries, keys) >= 0, holds_key)
         # The values alone.
-        out, pull_back = jax.vjp(lambda *arrays: attend(*arrays, mask)[0], *arrays)
+        out, pull_back = jax.vjp(lambda *arrays: attend(*arrays, visible)[0], *arrays)
         return out, pull_back(gradient)
 
     lowered = jax.jit(both).lower(
-        array(rows, queries, keys, dtype=jnp.bool_),
+        array(rows, keys, dtype=jnp.bool_),
         array(rows, queries, heads, width),
         array(rows, queries, heads, width),
         array(rows, keys, heads, width),

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from memorizing.context import Layout
+
+
+class Visible(NamedTuple):
+    """Which keys each query of a segment sees.
+
+    Attributes:
+      mask: whether it does; every query sees at least one.
+      distances: where distance and key alone decide, but for positions that hold nothing: the distances that are seen,
+        R = S + T - 1, in the order of `positions.distances`. None elsewhere.
+      keys: those that are seen at these distances, or None.
+    """
+
+    mask: Bool[Array, "B T S"]
+    distances: Bool[np.ndarray, "R"] | None = None
+    keys: Bool[Array, "B S"] | None = None
 
 
 def visible(layout: Layout, num_cached: int = 0) -> Bool[Array, "T S"]:

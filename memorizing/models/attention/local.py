@@ -12,12 +12,13 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from memorizing.array_typing import HeadScale, Keys, Queries, Tree, Values
 from memorizing.context import Report, Segment
-from memorizing.models import masks, positions
+from memorizing.models import kernels, masks, positions
 from memorizing.models.attention import flash
 from memorizing.models.attention.base import LayerDims
 from memorizing.models.attention.flash import KernelKind
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.layers import soft_cap
+from memorizing.models.masks import Visible
 from memorizing.models.positions import Rotary
 
 
@@ -84,7 +85,7 @@ class LocalCore(nn.Module):
         num_queries = queries.shape[1]
         num_keys = all_keys.shape[1]
 
-        mask = self.visible(segment, num_queries, num_keys, state)
+        visible = self.visible(segment, num_queries, num_keys, state)
         bias = self.attention.position_bias(self.dims, segment, num_queries, num_keys)
         placed = self.placed(segment, queries, all_keys, state)
         attended = local_attention(
@@ -92,7 +93,7 @@ class LocalCore(nn.Module):
             all_values,
             scale,
             bias,
-            mask,
+            visible,
             num_carried=0 if segment.decoding is not None else num_keys - keys.shape[1],
             logit_cap=self.dims.attention_logit_cap,
             soft_mask=soft_mask,
@@ -111,9 +112,9 @@ class LocalCore(nn.Module):
         """What is carried in front of the segment. It gets no gradient."""
         return Carried()
 
-    def visible(self, segment: Segment, num_queries: int, num_keys: int, state: Tree) -> Bool[Array, "B T S"]:
+    def visible(self, segment: Segment, num_queries: int, num_keys: int, state: Tree) -> Visible:
         """Which of the keys [carried; segment] each query sees."""
-        return visible_keys(segment, num_queries)
+        return visible_by_distance(segment, num_queries)
 
     def placed(self, segment: Segment, queries: Queries, keys: Keys, state: Tree) -> tuple[Queries, Keys]:
         """Queries and keys [carried; segment] as the logits need them: see `at_positions`."""
@@ -130,7 +131,7 @@ def local_attention(
     values: Values,
     scale: HeadScale,
     by_distance: Float[Array, "N R"] | None,
-    mask: Bool[Array, "B T S"],
+    visible: Visible,
     *,
     num_carried: int = 0,
     logit_cap: float = 0.0,
@@ -143,14 +144,14 @@ def local_attention(
       queries, keys, values: N heads of queries, K of the others.
       scale: of the logits.
       by_distance: the bias, R = S + T - 1 numbers a head in the order of `positions.distances`; None for none.
-      mask: which keys each query sees, at least one.
+      visible: which keys each query sees.
       num_carried: keys and values in front that get no gradient, so that none is computed for them.
       logit_cap: see `layers.soft_cap`.
       soft_mask: logarithm of factors of the exponentials; None for none.
       kernel: see `flash.serves`; with a cap or a soft mask the plain form is used.
     """
-    if not logit_cap and soft_mask is None and flash.serves(kernel, queries, keys):
-        return Attended(*flash.attention(kernel, queries, keys, values, scale, by_distance, mask, num_carried))
+    if not logit_cap and soft_mask is None and flash.serves(kernel, queries, keys, num_carried):
+        return Attended(*flash.attention(kernel, queries, keys, values, scale, by_distance, visible, num_carried))
     with jax.named_scope("local_attention"):
         logits = _products(queries, keys, num_carried)
         if by_distance is not None:
@@ -160,10 +161,10 @@ def local_attention(
         if soft_mask is not None:
             logits = logits + soft_mask[None]
 
-        weights = attention_weights(logits, mask)
+        weights = attention_weights(logits, visible.mask)
         weights = weights.astype(values.dtype)
         # [B, N, T]
-        log_normalizer = jax.nn.logsumexp(_visible_logits(logits, mask), axis=-1)
+        log_normalizer = jax.nn.logsumexp(_visible_logits(logits, visible.mask), axis=-1)
         return Attended(_averages(weights, values, num_carried), log_normalizer.swapaxes(1, 2))
 
 
@@ -313,6 +314,34 @@ def visible_keys(
     return seen | itself[None]
 
 
+def visible_by_distance(
+    segment: Segment,
+    num_queries: int,
+    valid: Bool[Array, "B W"] | None = None,
+    window: int | None = None,
+) -> Visible:
+    """`visible_keys`, and for a whole segment without memory tokens how distance and key decide it.
+
+    Args:
+      segment, num_queries, valid: see `visible_keys`.
+      window: each query sees so many keys up to its own; None for all.
+    """
+    mask = visible_keys(segment, num_queries, valid)
+    layout = segment.layout
+    num_keys = mask.shape[2]
+    if window is not None:
+        near = masks.within(window, layout.size, num_keys)
+        mask &= segment.select(near, num_queries)[None]
+    if segment.decoding is not None or layout.num_read or layout.num_write:
+        return Visible(mask)
+    distances = positions.distances(layout.size, num_keys)
+    seen = (distances >= 0) | layout.bidirectional
+    if window is not None:
+        seen &= distances < window
+    holds_key = segment.is_real if valid is None else segment.with_cached(valid)
+    return Visible(mask, seen, holds_key)
+
+
 def attention_weights(
     logits: Float[Array, "B N T S"],
     mask: Bool[Array, "B T S"],
@@ -330,4 +359,4 @@ def _visible_logits(
     logits: Float[Array, "B N T S"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B N T S"]:
-    return jnp.where(mask[:, None], logits, flash.HIDDEN)
+    return jnp.where(mask[:, None], logits, kernels.HIDDEN)

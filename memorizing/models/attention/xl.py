@@ -20,8 +20,17 @@ from memorizing.context import Layout, Segment
 from memorizing.errors import Count, Range, UserError
 from memorizing.models import masks
 from memorizing.models.attention.base import Example, LayerDims, attend_flops, projection_flops
-from memorizing.models.attention.local import Carried, LocalCore, hide, push, turned_queries, visible_keys
+from memorizing.models.attention.local import (
+    Carried,
+    LocalCore,
+    hide,
+    push,
+    turned_queries,
+    visible_by_distance,
+    visible_keys,
+)
 from memorizing.models.attention.relative_bias import BiasedAttention
+from memorizing.models.masks import Visible
 from memorizing.models.positions import LayerPositions, Rotary
 
 
@@ -175,31 +184,28 @@ class XLCore(LocalCore):
             sinks=_with_segment(state.sinks, own(keys), own(values), own(segment.is_real)),
         )
 
-    def visible(self, segment: Segment, num_queries: int, num_keys: int, state: XLState) -> Bool[Array, "B T S"]:
+    def visible(self, segment: Segment, num_queries: int, num_keys: int, state: XLState) -> Visible:
         config = self.attention
-        layout = segment.layout
-        if not isinstance(state.sinks, Sinks):
-            mask = visible_keys(segment, num_queries, state.valid)
-            if config.same_length:
-                near = masks.within(config.window, layout.size, num_keys)
-                mask &= segment.select(near, num_queries)[None]
-            return mask
+        sinks = state.sinks
+        window = config.window if config.same_length else None
+        if not isinstance(sinks, Sinks):
+            return visible_by_distance(segment, num_queries, state.valid, window)
 
-        mask = visible_keys(segment, num_queries, jnp.concatenate([state.sinks.valid, state.valid], axis=1))
         # Where keys are, counted from the segment's first position: [B, sinks] and [W + T].
-        of_sinks = jnp.arange(config.num_sinks)[None, :] - state.sinks.num_before[:, None]
-        of_others = jnp.arange(-config.window, layout.size)
+        of_sinks = jnp.arange(config.num_sinks)[None, :] - sinks.num_before[:, None]
+        of_others = jnp.arange(-config.window, segment.layout.size)
         # A sink that has not left the cache is seen there.
-        is_behind = (of_sinks < -config.window)[:, None, :]
-        is_seen = jnp.ones((1, num_queries, len(of_others)), bool)
-        if config.same_length:
-            near = masks.within(config.window, layout.size, len(of_others))
-            is_seen = segment.select(near, num_queries)[None]
+        is_behind = of_sinks < -config.window
+        valid = jnp.concatenate([sinks.valid & is_behind, state.valid], axis=1)
+        if window is None:
+            return visible_by_distance(segment, num_queries, valid)
+
+        near = masks.within(window, segment.layout.size, len(of_others))
         # [B, W + T]
-        is_sink = of_others[None, :] + state.sinks.num_before[:, None] < config.num_sinks
-        is_seen = is_seen | is_sink[:, None, :]
-        is_behind = jnp.broadcast_to(is_behind, (*is_seen.shape[:2], config.num_sinks))
-        return mask & jnp.concatenate([is_behind, is_seen], axis=2)
+        is_sink = of_others[None, :] + sinks.num_before[:, None] < config.num_sinks
+        is_seen = segment.select(near, num_queries)[None] | is_sink[:, None, :]
+        of_sinks_too = jnp.pad(is_seen, ((0, 0), (0, 0), (config.num_sinks, 0)), constant_values=True)
+        return Visible(visible_keys(segment, num_queries, valid) & of_sinks_too)
 
     def placed(self, segment: Segment, queries: Queries, keys: Keys, state: XLState) -> tuple[Queries, Keys]:
         sinks = state.sinks

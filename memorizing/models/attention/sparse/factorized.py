@@ -26,6 +26,7 @@ from memorizing.models.attention.local import local_attention
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.attention.sparse import dense
 from memorizing.models.attention.sparse.dividing import check_divides, divisor_near_root
+from memorizing.models.masks import Visible
 from memorizing.models.partial_softmax import Partial
 
 # The segment cut into m blocks of l positions.
@@ -334,7 +335,7 @@ def _block_by_block(heads: BlockHeads, visible: Bool[np.ndarray, "#m l S"]) -> P
         *(each.reshape(*blocks, *each.shape[3:]) for each in (heads.queries, heads.keys, heads.values)),
         heads.scale,
         heads.bias(positions.distances(num_queries, num_keys)),
-        mask.reshape(*blocks, num_keys),
+        Visible(mask.reshape(*blocks, num_keys)),
         kernel=heads.kernel,
     )
     return Partial(seen.values.reshape(heads.queries.shape), seen.log_normalizer.reshape(heads.queries.shape[:-1]))
