@@ -318,13 +318,13 @@ class _Block(NamedTuple):
 
     def keys(self, seen: slice) -> Float[Array, "S H"]:
         """Of [carried; own]."""
-        own = self.inputs.keys[...]
-        return (jnp.concatenate([self.inputs.carried[0][...], own]) if self.inputs.carried else own)[seen]
+        carried, _ = self.inputs.carried or (None, None)
+        return _joined(carried, self.inputs.keys)[seen]
 
     def values(self, seen: slice) -> Float[Array, "S H"]:
         """Of [carried; own]."""
-        own = self.inputs.values[...]
-        return (jnp.concatenate([self.inputs.carried[1][...], own]) if self.inputs.carried else own)[seen]
+        _, carried = self.inputs.carried or (None, None)
+        return _joined(carried, self.inputs.values)[seen]
 
     def places_of(self, seen: slice) -> list[Any]:
         """For every tile of the block's queries, where in the wide one these keys are."""
@@ -341,6 +341,10 @@ class _Block(NamedTuple):
         own = jax.lax.div(pl.program_id(2), jnp.int32(blocks_of_each))
         for index, seen in enumerate(stretches):
             pl.when(own == index)(functools.partial(compute, seen))
+
+
+def _joined(carried: Any | None, own: Any) -> Float[Array, "S H"]:
+    return own[...] if carried is None else jnp.concatenate([carried[...], own[...]])
 
 
 def _product(left: jax.Array, right: jax.Array, axes: str) -> jax.Array:

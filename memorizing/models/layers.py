@@ -400,6 +400,27 @@ class PositionTable(nn.Module):
         return of_positions.astype(self.dtype)[None]
 
 
+@jax.custom_vjp
+def once_in_backward(x: Array) -> Array:
+    """x, whose gradient is computed once.
+
+    For projections: XLA fuses what comes behind them into the products with that gradient, a normalisation say, and
+    computes it anew for each tile of each product.
+    """
+    return x
+
+
+def _keep_nothing(x: Array) -> tuple[Array, None]:
+    return x, None
+
+
+def _once(_: None, gradient: Array) -> tuple[Array]:
+    return (jax.lax.optimization_barrier(gradient),)
+
+
+once_in_backward.defvjp(_keep_nothing, _once)
+
+
 def soft_cap(logits: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
     """cap * tanh(logits / cap), which stays below the cap (Gemma 2); the same logits where it is 0."""
     if not cap:

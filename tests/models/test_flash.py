@@ -28,7 +28,7 @@ B, T, S, N, K = 2, 256, 384, 4, 2
 
 @pytest.fixture(scope="module", params=[16, 128], ids=["width 16", "width 128"])
 def inputs(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Of heads that fill registers, and of others; their products spread alike, for what float32 rounds off grows with it."""
+    """Of heads that fill registers, and of others. What float32 rounds off grows with products, which spread alike."""
     width = request.param
     rng = np.random.default_rng(0)
 

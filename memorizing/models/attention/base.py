@@ -15,7 +15,7 @@ from memorizing.array_typing import Activations, AxesTree, Clock, HeadScale, Tre
 from memorizing.context import Layout, Report, Segment
 from memorizing.errors import UserError
 from memorizing.models.attention.flash import KernelKind
-from memorizing.models.layers import Einsum, Lora, MLPKind, NormKind, RMSNorm, parameter
+from memorizing.models.layers import Einsum, Lora, MLPKind, NormKind, RMSNorm, once_in_backward, parameter
 from memorizing.models.memory.external_memory import Memory
 from memorizing.models.memory.product_keys import ProductKeys
 from memorizing.models.positions import LayerPositions, Positions, Rotary
@@ -317,8 +317,8 @@ class ProjectedAttention(nn.Module):
         """See `Attention.layer`."""
         dims = self.dims
 
-        queries = project_to_heads(dims, "query")(x)
-        keys = project_to_heads(dims, "key")(x)
+        queries = once_in_backward(project_to_heads(dims, "query")(x))
+        keys = once_in_backward(project_to_heads(dims, "key")(x))
         values = project_to_heads(dims, "value")(x)
         if dims.qk_norm == "l2":
             queries = normalize(queries)

@@ -1,7 +1,7 @@
 """The local attention by kernels whose logits never leave the chip, on TPUs from v4 on: when, and on a mesh.
 
-See `memorizing.models.kernels` for what they compute. What is seen by its distance is part of the bias there, so that no
-mask is read; what is carried in front of a segment is read where it lies, and gets no gradient.
+See `memorizing.models.kernels` for what they compute. What is seen by its distance is part of the bias there, so that
+no mask is read; what is carried in front of a segment is read where it lies, and gets no gradient.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def serves(kind: KernelKind, queries: Queries, keys: Keys, num_carried: int = 0)
     """Whether the kernels are used for a segment's queries and the keys that they see.
 
     They are where the mesh that is set is one of TPUs from v4 on and they pay, from 2^17 pairs of a query and a key on;
-    where the segment's length is a multiple of 128, there are no more than 2^23 such pairs, 2^20 on TPUs v4, and heads and
-    rows fill the mesh.
+    where the segment's length is a multiple of 128, there are no more than 2^23 such pairs, 2^20 on TPUs v4, and heads
+    and rows fill the mesh.
 
     Args:
       kind: where they may be.
@@ -156,12 +156,12 @@ def _keys_of_tiles(
     num_tiles = num_queries // LANES
     if distances is None:
         return ((0, num_keys),) * num_tiles
-    # From the greatest distance to the least one: the keys of the last query are the first S of them.
+    # From the greatest distance to the least one: the last query's keys are the first S of them, and those of each query
+    # before it begin one later.
     by_key = distances[::-1]
     of_tiles = []
-    for first_query in range(0, num_queries, LANES):
-        first_key = num_queries - LANES - first_query
-        rows = [by_key[first_key + row : first_key + row + num_keys] for row in range(LANES)]
+    for behind in range(num_queries - LANES, -1, -LANES):
+        rows = [by_key[first : first + num_keys] for first in range(behind, behind + LANES)]
         (seen,) = np.nonzero(np.any(rows, axis=0))
         of_tiles.append((int(seen[0]), int(seen[-1]) + 1))
     return tuple(of_tiles)
