@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from memorizing.context import Layout, Segment
-from memorizing.models import kernels
+from memorizing.models import kernels, positions
 from memorizing.models.attention import flash
 from memorizing.models.attention.base import LayerDims
 from memorizing.models.attention.full import FullAttention
@@ -136,10 +136,17 @@ def test_without_a_bias(inputs: dict[str, Any]):
     expect_equal(found, expected, 1e-5)
 
 
-def test_texts_side_by_side_attend_as_each_does_alone(inputs: dict[str, Any]):
+@pytest.mark.parametrize("by_distance", [False, True], ids=["mask", "distance"])
+def test_texts_side_by_side_attend_as_each_does_alone(
+    inputs: dict[str, Any], by_distance: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kernels, "BLOCK_LOGITS", 1 << 16)
+    distances = positions.distances(T, S) >= 0 if by_distance else None
+
     def attend(queries: jax.Array, mask: jax.Array) -> Any:
         given = {name: array for name, array in inputs.items() if name != "mask"} | {"queries": queries}
-        return local_attention(**given, visible=Visible(mask), kernel="interpreted")
+        visible = Visible(mask, distances, mask[:, 0] if by_distance else None)
+        return local_attention(**given, visible=visible, kernel="interpreted")
 
     texts = jnp.stack([inputs["queries"], 2 * inputs["queries"]]), jnp.stack([inputs["mask"], inputs["mask"][::-1]])
     together = jax.jit(jax.vmap(attend))(*texts)
@@ -167,6 +174,9 @@ MECHANISMS = {
 def test_mechanisms_see_the_same_with_kernels(name: str, layout: Layout, monkeypatch: pytest.MonkeyPatch):
     """Three segments of two documents, of which one ends in the second."""
     monkeypatch.setattr(kernels, "BLOCK_LOGITS", 1 << 16)
+    served = []
+    by_kernels = flash.attention
+    monkeypatch.setattr(flash, "attention", lambda *args: served.append(args[6].distances) or by_kernels(*args))
     mechanism = MECHANISMS[name]
     rng = np.random.default_rng(0)
     params = {"params": {"bias": {"table": jnp.asarray(rng.normal(size=(N, mechanism.num_buckets)), jnp.float32)}}}
@@ -195,7 +205,12 @@ def test_mechanisms_see_the_same_with_kernels(name: str, layout: Layout, monkeyp
         attended, pull_back = jax.vjp(of_segments, params, scale, queries, keys, values)
         return attended, pull_back(cotangents(attended))
 
-    expect_equal(values_and_gradients("interpreted"), values_and_gradients("none"), 2e-5)
+    expected = values_and_gradients("none")
+    assert not served
+    expect_equal(values_and_gradients("interpreted"), expected, 2e-5)
+    assert len(served) == 3
+    has_mask = bool(layout.num_read) or name == "first positions and a window"
+    assert all((distances is None) == has_mask for distances in served)
 
 
 def test_what_no_query_sees_changes_nothing_and_gets_no_gradient(inputs: dict[str, Any]):
@@ -220,6 +235,21 @@ def test_sharded_equals_unsharded(inputs: dict[str, Any], axes: tuple[int, int, 
         on_mesh = {name: jax.device_put(x, NamedSharding(mesh, specs[x.ndim])) for name, x in inputs.items()}
         attended_and_gradients.clear_cache()
         expect_equal(attended_and_gradients(on_mesh, "interpreted"), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "window,num_keys,expected",
+    [
+        (None, 512, ((0, 128), (0, 256), (0, 384), (0, 512))),
+        (None, 768, ((0, 384), (0, 512), (0, 640), (0, 768))),
+        (100, 768, ((157, 384), (285, 512), (413, 640), (541, 768))),
+    ],
+)
+def test_keys_that_no_query_of_a_tile_sees_are_left_out(window: int | None, num_keys: int, expected: tuple):
+    distances = positions.distances(512, num_keys)
+    seen = (distances >= 0) & (distances < (window or num_keys))
+    assert flash._keys_of_tiles(seen, 512, num_keys) == expected
+    assert flash._keys_of_tiles(None, 512, num_keys) == ((0, num_keys),) * 4
 
 
 def test_kernels_are_used_where_they_can_be():
