@@ -156,8 +156,8 @@ def _keys_of_tiles(
     num_tiles = num_queries // LANES
     if distances is None:
         return ((0, num_keys),) * num_tiles
-    # From the greatest distance to the least one: the last query's keys are the first S of them, and those of each query
-    # before it begin one later.
+    # From the greatest distance to the least one: the last query's keys are the first S of them, and those of each
+    # query before it begin one later.
     by_key = distances[::-1]
     of_tiles = []
     for behind in range(num_queries - LANES, -1, -LANES):
