@@ -25,7 +25,7 @@ from memorizing.cost.plan import chip_of, slice_devices
 from memorizing.models import kernels, positions
 from memorizing.models.attention import flash
 from memorizing.models.attention.local import local_attention
-from memorizing.models.masks import Visible
+from memorizing.models.masks import DistancesAndKeys, Visible
 from memorizing.runtime import tables
 
 
@@ -127,7 +127,8 @@ def _compile(attend: Callable[..., Any], shape: Shape, device: Any) -> jax.stage
 
     def both(holds_key: jax.Array, gradient: jax.Array, *arrays: jax.Array) -> Any:
         causal = np.tri(queries, keys, shape.carried, dtype=bool)
-        visible = Visible(causal & holds_key[:, None], positions.distances(queries, keys) >= 0, holds_key)
+        by_distance = DistancesAndKeys(positions.distances(queries, keys) >= 0, holds_key)
+        visible = Visible(causal & holds_key[:, None], by_distance)
         # The values alone.
         out, pull_back = jax.vjp(lambda *arrays: attend(*arrays, visible)[0], *arrays)
         return out, pull_back(gradient)

@@ -11,19 +11,28 @@ from jaxtyping import Array, Bool, Int
 from memorizing.context import Layout
 
 
+class DistancesAndKeys(NamedTuple):
+    """A query sees a key if it sees this distance, and if this key is seen.
+
+    Attributes:
+      distances: R = S + T - 1 of them, in the order of `positions.distances`.
+      keys: of each row.
+    """
+
+    distances: Bool[np.ndarray, "R"]
+    keys: Bool[Array, "B S"]
+
+
 class Visible(NamedTuple):
     """Which keys each query of a segment sees.
 
     Attributes:
       mask: whether it does; every query sees at least one.
-      distances: where distance and key alone decide, but for positions that hold nothing: the distances that are seen,
-        R = S + T - 1, in the order of `positions.distances`. None elsewhere.
-      keys: those that are seen at these distances, or None.
+      by_distance: the same, but for queries at positions that hold nothing; None where more than this decides.
     """
 
     mask: Bool[Array, "B T S"]
-    distances: Bool[np.ndarray, "R"] | None = None
-    keys: Bool[Array, "B S"] | None = None
+    by_distance: DistancesAndKeys | None = None
 
 
 def visible(layout: Layout, num_cached: int = 0) -> Bool[Array, "T S"]:

@@ -19,7 +19,7 @@ from memorizing.models.attention.base import LayerDims
 from memorizing.models.attention.full import FullAttention
 from memorizing.models.attention.local import local_attention
 from memorizing.models.attention.xl import XLAttention
-from memorizing.models.masks import Visible
+from memorizing.models.masks import DistancesAndKeys, Visible
 from memorizing.runtime.sharding import MeshConfig
 
 # Two rows of 256 queries, 384 keys; four query heads, two key heads.
@@ -141,11 +141,11 @@ def test_texts_side_by_side_attend_as_each_does_alone(
     inputs: dict[str, Any], by_distance: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(kernels, "BLOCK_LOGITS", 1 << 16)
-    distances = positions.distances(T, S) >= 0 if by_distance else None
+    distances = positions.distances(T, S) >= 0
 
     def attend(queries: jax.Array, mask: jax.Array) -> Any:
         given = {name: array for name, array in inputs.items() if name != "mask"} | {"queries": queries}
-        visible = Visible(mask, distances, mask[:, 0] if by_distance else None)
+        visible = Visible(mask, DistancesAndKeys(distances, mask[:, 0]) if by_distance else None)
         return local_attention(**given, visible=visible, kernel="interpreted")
 
     texts = jnp.stack([inputs["queries"], 2 * inputs["queries"]]), jnp.stack([inputs["mask"], inputs["mask"][::-1]])
@@ -176,7 +176,7 @@ def test_mechanisms_see_the_same_with_kernels(name: str, layout: Layout, monkeyp
     monkeypatch.setattr(kernels, "BLOCK_LOGITS", 1 << 16)
     served = []
     by_kernels = flash.attention
-    monkeypatch.setattr(flash, "attention", lambda *args: served.append(args[6].distances) or by_kernels(*args))
+    monkeypatch.setattr(flash, "attention", lambda *args: served.append(args[6].by_distance) or by_kernels(*args))
     mechanism = MECHANISMS[name]
     rng = np.random.default_rng(0)
     params = {"params": {"bias": {"table": jnp.asarray(rng.normal(size=(N, mechanism.num_buckets)), jnp.float32)}}}
@@ -210,7 +210,7 @@ def test_mechanisms_see_the_same_with_kernels(name: str, layout: Layout, monkeyp
     expect_equal(values_and_gradients("interpreted"), expected, 2e-5)
     assert len(served) == 3
     has_mask = bool(layout.num_read) or name == "first positions and a window"
-    assert all((distances is None) == has_mask for distances in served)
+    assert all((by_distance is None) == has_mask for by_distance in served)
 
 
 def test_what_no_query_sees_changes_nothing_and_gets_no_gradient(inputs: dict[str, Any]):

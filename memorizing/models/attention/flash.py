@@ -89,12 +89,12 @@ def attention(
     if by_distance is None:
         by_distance = jnp.zeros((num_heads, num_queries + keys.shape[1] - 1))
     bias = by_distance * scale[:, None]
-    distances = visible.distances
-    if distances is not None:
-        bias = jnp.where(distances[None], bias, kernels.FAR)
-        mask, hidden_keys = None, jnp.where(visible.keys, 0.0, kernels.FAR)[:, None]
+    if visible.by_distance is None:
+        distances, mask, hidden_keys = None, visible.mask, None
     else:
-        mask, hidden_keys = visible.mask, None
+        distances, seen_keys = visible.by_distance
+        bias = jnp.where(distances[None], bias, kernels.FAR)
+        mask, hidden_keys = None, jnp.where(seen_keys, 0.0, kernels.FAR)[:, None]
 
     missing = _num_missing(keys.shape[1])
     if missing:
@@ -120,7 +120,7 @@ def attention(
         mask: Bool[Array, "B T S"] | None,
         hidden_keys: Float[Array, "B 1 S"] | None,
     ) -> tuple[Queries, Float[Array, "B T N"]]:
-        by_head = jax.tree.map(lambda array: array.swapaxes(1, 2), (queries, *own))
+        by_head = [array.swapaxes(1, 2) for array in (queries, *own)]
         carried_by_head = tuple(jax.lax.stop_gradient(array).swapaxes(1, 2) for array in carried)
         # Here, so that shards exchange the gradient of R numbers a head, not that of a tile.
         tile = positions.wide_tile(bias, num_queries, num_keys)

@@ -18,7 +18,7 @@ from memorizing.models.attention.base import LayerDims
 from memorizing.models.attention.flash import KernelKind
 from memorizing.models.attention.relative_bias import BiasedAttention
 from memorizing.models.layers import soft_cap
-from memorizing.models.masks import Visible
+from memorizing.models.masks import DistancesAndKeys, Visible
 from memorizing.models.positions import Rotary
 
 
@@ -339,7 +339,7 @@ def visible_by_distance(
     if window is not None:
         seen &= distances < window
     holds_key = segment.is_real if valid is None else segment.with_cached(valid)
-    return Visible(mask, seen, holds_key)
+    return Visible(mask, DistancesAndKeys(seen, holds_key))
 
 
 def attention_weights(

@@ -331,8 +331,11 @@ def _block_by_block(heads: BlockHeads, visible: Bool[np.ndarray, "#m l S"]) -> P
     num_keys = heads.keys.shape[2]
     blocks = (num_rows * num_blocks, -1)
     mask = jnp.broadcast_to(visible, (num_rows, num_blocks, num_queries, num_keys))
+    queries, keys, values = (each.reshape(*blocks, *each.shape[3:]) for each in heads[:3])
     seen = local_attention(
-        *(each.reshape(*blocks, *each.shape[3:]) for each in (heads.queries, heads.keys, heads.values)),
+        queries,
+        keys,
+        values,
         heads.scale,
         heads.bias(positions.distances(num_queries, num_keys)),
         Visible(mask.reshape(*blocks, num_keys)),
