@@ -91,6 +91,11 @@ class _Inputs(NamedTuple):
     carried: tuple[Any, ...]
 
     @property
+    def num_queries(self) -> int:
+        """Of a head, by the width of its tile of the bias."""
+        return self.bias.shape[-1] + LANES - self.num_keys
+
+    @property
     def num_keys(self) -> int:
         """Of a head, the carried ones among them."""
         return self.num_carried + self.keys.shape[-2]
@@ -295,9 +300,8 @@ class _Block(NamedTuple):
     @classmethod
     def of(cls, inputs: _Inputs) -> _Block:
         at_once = inputs.queries.shape[0]
-        num_queries = inputs.bias.shape[1] + LANES - inputs.num_keys
         first_queries = [pl.program_id(2) * at_once + start for start in range(0, at_once, LANES)]
-        places = [positions.first_of_tile(first_query, num_queries) for first_query in first_queries]
+        places = [positions.first_of_tile(first_query, inputs.num_queries) for first_query in first_queries]
         return cls(inputs, inputs.scale[pl.program_id(0)], places)
 
     def products(self, seen: slice) -> Float[Array, "T S"]:
@@ -336,8 +340,7 @@ class _Block(NamedTuple):
         if len(stretches) == 1:
             compute(stretches[0])
             return
-        num_queries = self.inputs.bias.shape[1] + LANES - self.inputs.num_keys
-        blocks_of_each = num_queries // len(self.inputs.queries) // len(stretches)
+        blocks_of_each = self.inputs.num_queries // self.inputs.queries.shape[0] // len(stretches)
         own = jax.lax.div(pl.program_id(2), jnp.int32(blocks_of_each))
         for index, seen in enumerate(stretches):
             pl.when(own == index)(functools.partial(compute, seen))
