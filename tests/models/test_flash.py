@@ -264,7 +264,8 @@ def test_kernels_are_used_where_they_can_be():
     assert serves("interpreted", 512, 1000), "filled up to 1,024 keys"
     assert not serves("interpreted", 500, 1000)
     assert serves("interpreted", 2048, 4096)
-    assert not serves("interpreted", 4096, 4096), "its keys do not fit into the core"
+    assert not serves("interpreted", 2048, 16384), "its logits and its bias do not fit into the core"
+    assert not serves("interpreted", 512, 16384 + 512), "nor do those of a long window"
     mesh = mesh_of(1, 2, 1)
     with jax.set_mesh(mesh):
         assert serves("interpreted", 512, 1024)

@@ -28,33 +28,34 @@ _TOO_OLD = ("TPU v2", "TPU v3")
 _SMALL = ("TPU v4",)
 # Logits of a head, at least: smaller blocks take no less time than the plain form (`bench tpu --attention`).
 _LEAST_HEAD_LOGITS = 1 << 17
-# Logits of a head, at most: keys, values and the bias lie in the core's own memory.
-_HEAD_LOGITS = 1 << 23
 
 
 def serves(kind: KernelKind, queries: Queries, keys: Keys, num_carried: int = 0) -> bool:
     """Whether the kernels are used for a segment's queries and the keys that they see.
 
     They are where the mesh that is set is one of TPUs from v4 on and they pay, from 2^17 pairs of a query and a key on;
-    where the segment's length is a multiple of 128, there are no more than 2^23 such pairs, 2^20 on TPUs v4, and heads
-    and rows fill the mesh.
+    where the segment's length is a multiple of 128, what they compute with fits a core's own memory, and heads and rows
+    fill the mesh.
 
     Args:
       kind: where they may be.
       queries, keys: [B, T, N, H] and [B, S, K, H].
       num_carried: of the keys.
     """
-    num_rows, num_queries, num_heads, _ = queries.shape
+    num_rows, num_queries, num_heads, width = queries.shape
     num_keys, num_kv_heads = keys.shape[1:3]
-    num_pairs = num_queries * (num_keys + _num_missing(num_keys))
+    filled_up = num_keys + _num_missing(num_keys)
     mesh = jax.sharding.get_abstract_mesh()
-    if kind == "none" or (kind == "tpu" and not (has_kernels(mesh) and num_pairs >= _LEAST_HEAD_LOGITS)):
+    pays = has_kernels(mesh) and num_queries * filled_up >= _LEAST_HEAD_LOGITS
+    if kind == "none" or (kind == "tpu" and not pays):
         return False
     is_small = not mesh.empty and mesh.abstract_device.device_kind.startswith(_SMALL)
+    memory = kernels.SMALL_MEMORY if is_small else kernels.LARGE_MEMORY
     heads_fit = mesh.empty or num_heads % mesh.shape["model"] == num_kv_heads % mesh.shape["model"] == 0
     rows_fit = mesh.empty or num_rows % mesh.shape["data"] == 0
     lengths_fit = num_queries % LANES == 0 and (not num_carried or (num_keys - num_carried) % LANES == 0)
-    return heads_fit and rows_fit and lengths_fit and num_pairs <= (kernels.SMALL if is_small else _HEAD_LOGITS)
+    fits_memory = kernels.memory(num_queries, filled_up, width, queries.dtype) <= memory
+    return heads_fit and rows_fit and lengths_fit and fits_memory
 
 
 def _num_missing(num_keys: int) -> int:
