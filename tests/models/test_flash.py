@@ -285,3 +285,6 @@ def test_kernels_are_for_the_generations_that_have_a_compiler_for_them(kind: str
         assert flash.serves("tpu", queries, queries) == has_kernels
         # Blocks in which they do not pay.
         assert not flash.serves("tpu", queries[:, :128], queries[:, :256])
+        # More than the cores of v4 have memory for.
+        long = jnp.zeros((1, 2048, 1, 128))
+        assert flash.serves("tpu", long[:, :1024], long) == (has_kernels and kind != "TPU v4")
