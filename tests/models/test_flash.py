@@ -237,6 +237,23 @@ def test_sharded_equals_unsharded(inputs: dict[str, Any], axes: tuple[int, int, 
         expect_equal(attended_and_gradients(on_mesh, "interpreted"), expected, 1e-5)
 
 
+@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 2, 1), (2, 2, 2)], ids=["data", "model", "all"])
+def test_what_distance_and_key_decide_is_the_same_sharded(inputs: dict[str, Any], axes: tuple[int, int, int]):
+    @functools.partial(jax.jit, static_argnames="on_mesh")
+    def attend(inputs: dict[str, Any], on_mesh: bool) -> Any:
+        inputs = dict(inputs)
+        mask = inputs.pop("mask")
+        visible = Visible(mask, DistancesAndKeys(positions.distances(T, S) >= 0, mask[:, 0]))
+        return local_attention(**inputs, visible=visible, kernel="interpreted")
+
+    expected = attend(inputs, on_mesh=False)
+    mesh = mesh_of(*axes)
+    specs = {4: P("data", None, "model"), 3: P("data"), 2: P("model"), 1: P("model")}
+    with jax.set_mesh(mesh):
+        on_mesh = {name: jax.device_put(x, NamedSharding(mesh, specs[x.ndim])) for name, x in inputs.items()}
+        expect_equal(attend(on_mesh, on_mesh=True), expected, 1e-6)
+
+
 @pytest.mark.parametrize(
     "window,num_keys,expected",
     [
