@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float
 
 from memorizing.array_typing import HeadScale, Keys, Queries, Values
 from memorizing.models import kernels, positions
-from memorizing.models.kernels import LANES
-from memorizing.models.masks import Visible
+from memorizing.models.kernels import LANES, KeysOfTiles
+from memorizing.models.masks import DistancesAndKeys, Visible
 
 # Where the kernels are used: on TPUs that have them; anywhere, computed by plain operations, for tests; or nowhere.
 KernelKind = Literal["tpu", "interpreted", "none"]
@@ -89,6 +89,11 @@ def attention(
     num_queries, num_heads = queries.shape[1:3]
     if by_distance is None:
         by_distance = jnp.zeros((num_heads, num_queries + keys.shape[1] - 1))
+    if num_carried:
+        num_carried += _num_missing(keys.shape[1])
+    keys, values, by_distance, visible = _filled_up(keys, values, by_distance, visible)
+    num_keys = keys.shape[1]
+
     bias = by_distance * scale[:, None]
     if visible.by_distance is None:
         distances, mask, hidden_keys = None, visible.mask, None
@@ -97,16 +102,6 @@ def attention(
         bias = jnp.where(distances[None], bias, kernels.FAR)
         mask, hidden_keys = None, jnp.where(seen_keys, 0.0, kernels.FAR)[:, None]
 
-    missing = _num_missing(keys.shape[1])
-    if missing:
-        keys, values = (jnp.pad(array, ((0, 0), (missing, 0), (0, 0), (0, 0))) for array in (keys, values))
-        bias = jnp.pad(bias, ((0, 0), (0, missing)))
-        distances = None if distances is None else np.pad(distances, (0, missing))
-        in_front = ((0, 0), (0, 0), (missing, 0))
-        mask = None if mask is None else jnp.pad(mask, in_front)
-        hidden_keys = None if hidden_keys is None else jnp.pad(hidden_keys, in_front, constant_values=kernels.FAR)
-        num_carried += missing if num_carried else 0
-    num_keys = keys.shape[1]
     seen = _keys_of_tiles(distances, num_queries, num_keys)
 
     own = (keys[:, num_carried:], values[:, num_carried:])
@@ -143,11 +138,32 @@ def attention(
         return of_shard(queries, own, carried, scale, bias, mask, hidden_keys)
 
 
+def _filled_up(
+    keys: Keys,
+    values: Values,
+    by_distance: Float[Array, "N R"],
+    visible: Visible,
+) -> tuple[Keys, Values, Float[Array, "N R"], Visible]:
+    """The same with keys in front that no query sees, so many that their number is a multiple of 128."""
+    missing = _num_missing(keys.shape[1])
+    if not missing:
+        return keys, values, by_distance, visible
+    keys, values = (jnp.pad(array, ((0, 0), (missing, 0), (0, 0), (0, 0))) for array in (keys, values))
+    # The greatest distances are the last.
+    by_distance = jnp.pad(by_distance, ((0, 0), (0, missing)))
+    decided = visible.by_distance
+    if decided is not None:
+        seen_keys = jnp.pad(decided.keys, ((0, 0), (missing, 0)))
+        decided = DistancesAndKeys(np.pad(decided.distances, (0, missing)), seen_keys)
+    mask = jnp.pad(visible.mask, ((0, 0), (0, 0), (missing, 0)))
+    return keys, values, by_distance, Visible(mask, decided)
+
+
 def _keys_of_tiles(
     distances: Bool[np.ndarray, "R"] | None,
     num_queries: int,
     num_keys: int,
-) -> tuple[tuple[int, int], ...]:
+) -> KeysOfTiles:
     """For every tile of 128 queries the first key that one of them sees, and the one behind the last.
 
     Args:
